@@ -1,0 +1,14 @@
+"""The compiler half of adamw_xla: ``adamw_update_p``, its rules and its lowerings."""
+
+from .autodiff import UpdateNotDifferentiableError as UpdateNotDifferentiableError
+from .contract import COMPOSITE_NAME as COMPOSITE_NAME
+from .contract import NUM_SLOTS as NUM_SLOTS
+from .contract import PARAM_DTYPES as PARAM_DTYPES
+from .contract import UPDATE_NAME as UPDATE_NAME
+from .contract import Implementation as Implementation
+from .contract import Slot as Slot
+from .contract import UpdateSpec as UpdateSpec
+from .platforms import NativeUnavailableError as NativeUnavailableError
+from .primitive import UpdateResult as UpdateResult
+from .primitive import adamw_update as adamw_update
+from .primitive import adamw_update_p as adamw_update_p

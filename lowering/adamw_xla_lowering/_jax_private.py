@@ -1,0 +1,53 @@
+"""Every private surface of JAX that this package touches, each with its reason.
+
+Read with jax 0.10.0, 0.10.2 and 0.12.0: the same there.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def reduced_axes(aval: Any) -> frozenset[Any]:
+    """Mesh axes over which ``aval`` is a pending sum, or carries a reduced mark.
+
+    ``ShapedArray.mat`` (``shard_map``) and ``PartitionSpec.unreduced`` (explicit
+    mode) have no public reader.
+    """
+    spec = aval.sharding.spec
+    mat = aval.mat
+    return mat.unreduced | mat.reduced | spec.unreduced | spec.reduced
+
+
+def varying_like(aval: Any, others: Iterable[Any]) -> Any:
+    """``aval``, varying over each manual axis that one of ``others`` varies over.
+
+    ``shard_map(check_vma=True)`` types every value with the axes that it varies
+    over; a primitive outside of JAX has no public way to compute such a type.
+    """
+    varying = aval.mat.varying.union(*(other.mat.varying for other in others))
+    if varying == aval.mat.varying:
+        return aval
+    return aval.update(manual_axis_type=type(aval.mat)(varying=varying))
+
+
+def spec_of(aval: Any) -> tuple[Any, ...]:
+    """The explicit-mode partition of ``aval``, one entry per dimension."""
+    spec = tuple(aval.sharding.spec)
+    return spec + (None,) * (len(aval.shape) - len(spec))
+
+
+def with_shape_and_spec(aval: Any, shape: tuple[int, ...], spec: tuple[Any, ...]) -> Any:
+    """``aval`` with another shape and explicit-mode partition.
+
+    ``ShapedArray.update`` keeps the memory space and the varying axes, which its
+    public constructor would drop.
+    """
+    if shape == aval.shape:
+        return aval
+    sharding = aval.sharding.update(spec=type(aval.sharding.spec)(*spec))
+    return aval.update(shape=shape, sharding=sharding)
+
+
+def is_exporting(ctx: Any) -> bool:
+    """Whether ``ctx`` lowers for ``jax.export``, whose artifact outlives this process."""
+    return ctx.module_context.lowering_parameters.for_export

@@ -1,0 +1,170 @@
+"""What every part of the update agrees on: names, hyper slots, operand order.
+
+The arithmetic, per element and in the leaf's compute dtype (float64 for float64
+params, float32 for all others), written with the slots of ``hyper`` in capitals:
+
+    g  <- GRAD_SCALE * leaf_scale * g
+    g  <- clamp(g, -CLIP_VALUE, CLIP_VALUE)                      (clip_value)
+    m  <- BETA_1*m + ONE_MINUS_BETA_1*g
+    v  <- BETA_2*v + ONE_MINUS_BETA_2*g*g
+    w  <- max(v_max, v), v_max <- w                              (amsgrad; else w = v)
+    p  <- p - (DECAY_RATE*p + STEP_SIZE*m / (sqrt(w)*V_CORRECTION + EPSILON))
+    e  <- EMA_MOMENTUM*e + ONE_MINUS_EMA_MOMENTUM*p              (ema)
+    p  <- e where EMA_OVERWRITE != 0                             (ema_overwrite)
+    all results <- what they replace where APPLY == 0            (skip)
+
+The complements have slots of their own because ``1 - float32(0.999)`` is wrong in
+the fifth digit. The decay is a rate that is subtracted and not a factor
+``1 - lr*wd``: in float32 that factor rounds to 1 below lr*wd = 3e-8, and is off by
+up to half at fine-tuning rates.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import enum
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+UPDATE_NAME = "adamw_update"
+"""The primitive's name: jaxprs, HLO metadata and profiles show it."""
+
+COMPOSITE_NAME = "adamw_xla.update"
+"""The name of the ``stablehlo.composite`` that stands for one leaf's update."""
+
+Implementation: TypeAlias = Literal["xla", "native"]
+
+PARAM_DTYPES = ("bfloat16", "float16", "float32", "float64")
+"""Dtypes that params, gradients and optimizer state may have."""
+
+
+class Slot(enum.IntEnum):
+    """Columns of ``hyper``; csrc/adamw.h repeats this order."""
+
+    GRAD_SCALE = 0
+    STEP_SIZE = 1
+    V_CORRECTION = 2
+    DECAY_RATE = 3
+    BETA_1 = 4
+    ONE_MINUS_BETA_1 = 5
+    BETA_2 = 6
+    ONE_MINUS_BETA_2 = 7
+    EPSILON = 8
+    CLIP_VALUE = 9
+    EMA_MOMENTUM = 10
+    ONE_MINUS_EMA_MOMENTUM = 11
+    EMA_OVERWRITE = 12
+    APPLY = 13
+
+
+NUM_SLOTS = len(Slot)
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateSpec:
+    """The static side of one update: what kind it is, never a number.
+
+    Attributes:
+      groups: for each leaf, the row of ``hyper`` that it reads.
+      amsgrad: a ``v_max`` operand and result exist for each leaf.
+      ema: an ``ema`` operand and result exist for each leaf.
+      ema_overwrite: the EMA_OVERWRITE slot is looked at.
+      clip_value: the CLIP_VALUE slot is looked at.
+      skip: the APPLY slot is looked at.
+      leaf_scale: an operand ``leaf_scale`` of shape [leaves] follows ``hyper``.
+      batch_rank: how many leading batch dimensions every operand has. An operand
+        that does not vary along one of them has size 1 there.
+      implementation: "xla", "native", or None for the platform's own choice.
+    """
+
+    groups: tuple[int, ...]
+    amsgrad: bool = False
+    ema: bool = False
+    ema_overwrite: bool = False
+    clip_value: bool = False
+    skip: bool = False
+    leaf_scale: bool = False
+    batch_rank: int = 0
+    implementation: Implementation | None = None
+
+    @property
+    def num_leaves(self) -> int:
+        """How many params the tree has."""
+        return len(self.groups)
+
+    @property
+    def num_scalars(self) -> int:
+        """How many operands stand before the leaves."""
+        return 1 + self.leaf_scale
+
+    @property
+    def operand_kinds(self) -> tuple[str, ...]:
+        """What each leaf brings, in operand order."""
+        return ("params", "grads", *self.result_kinds[1:])
+
+    @property
+    def result_kinds(self) -> tuple[str, ...]:
+        """What each leaf gets back, in result order."""
+        optional = ("v_max",) * self.amsgrad + ("ema",) * self.ema
+        return ("params", "m", "v", *optional)
+
+    def options(self) -> dict[str, bool]:
+        """The choices that a reader of a dump wants to see."""
+        names = ("amsgrad", "ema", "ema_overwrite", "clip_value", "skip", "leaf_scale")
+        return {name: getattr(self, name) for name in names}
+
+    def __repr__(self) -> str:
+        chosen = [name for name, on in self.options().items() if on]
+        rows = len(set(self.groups))
+        shown = [f"leaves={self.num_leaves}", f"groups={rows}", *chosen]
+        if self.batch_rank:
+            shown.append(f"batch_rank={self.batch_rank}")
+        if self.implementation:
+            shown.append(f"implementation={self.implementation}")
+        return f"UpdateSpec({', '.join(shown)})"
+
+
+class Operands(NamedTuple):
+    """The flat operand list, cut up.
+
+    ``leaves[i]`` holds leaf i's operands in the order of ``spec.operand_kinds``.
+    """
+
+    hyper: Any
+    leaf_scale: Any | None
+    leaves: list[tuple[Any, ...]]
+
+
+def split_operands(spec: UpdateSpec, operands: Sequence[Any]) -> Operands:
+    """Cuts a flat operand list (or one of avals, or of batch axes) into its parts."""
+    n, first = spec.num_leaves, spec.num_scalars
+    columns = [operands[i : i + n] for i in range(first, len(operands), n)]
+    leaf_scale = operands[1] if spec.leaf_scale else None
+    return Operands(operands[0], leaf_scale, list(zip(*columns, strict=True)))
+
+
+def join_leaves(leaves: Sequence[Sequence[Any]]) -> list[Any]:
+    """One tuple per leaf -> the flat order: all params, then all of the next kind."""
+    return [x for column in zip(*leaves, strict=True) for x in column]
+
+
+def num_operands(spec: UpdateSpec) -> int:
+    """How many operands the equation has."""
+    return spec.num_scalars + spec.num_leaves * len(spec.operand_kinds)
+
+
+def operand_name(spec: UpdateSpec, index: int) -> str:
+    """A name for error messages: ``hyper``, ``leaf_scale``, or such as ``grads[3]``."""
+    if index < spec.num_scalars:
+        return ("hyper", "leaf_scale")[index]
+    kind, leaf = divmod(index - spec.num_scalars, spec.num_leaves)
+    return f"{spec.operand_kinds[kind]}[{leaf}]"
+
+
+def aliases(spec: UpdateSpec) -> dict[int, int]:
+    """Result index -> index of the operand that it replaces."""
+    n = spec.num_leaves
+    kinds = [spec.operand_kinds.index(kind) for kind in spec.result_kinds]
+    return {
+        r * n + leaf: spec.num_scalars + kind * n + leaf
+        for r, kind in enumerate(kinds)
+        for leaf in range(n)
+    }

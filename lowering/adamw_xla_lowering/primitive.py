@@ -1,0 +1,236 @@
+"""``adamw_update_p``: one equation that updates a whole parameter tree."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend.core import JaxprEqn, Primitive
+from jax.interpreters import partial_eval as pe
+import numpy as np
+
+from . import autodiff, batching, platforms
+from ._jax_private import reduced_axes, spec_of, varying_like, with_shape_and_spec
+from .contract import (
+    NUM_SLOTS,
+    PARAM_DTYPES,
+    UPDATE_NAME,
+    Implementation,
+    UpdateSpec,
+    join_leaves,
+    num_operands,
+    operand_name,
+    split_operands,
+)
+
+Leaves = Sequence[jax.Array]
+
+
+class UpdateResult(NamedTuple):
+    """What ``adamw_update`` returns: a list per kind, one entry per leaf."""
+
+    params: list[jax.Array]
+    m: list[jax.Array]
+    v: list[jax.Array]
+    v_max: list[jax.Array] | None
+    ema: list[jax.Array] | None
+
+
+def adamw_update(
+    hyper: jax.Array,
+    params: Leaves,
+    grads: Leaves,
+    m: Leaves,
+    v: Leaves,
+    v_max: Leaves | None = None,
+    ema: Leaves | None = None,
+    leaf_scale: jax.Array | None = None,
+    *,
+    groups: Sequence[int] | None = None,
+    ema_overwrite: bool = False,
+    clip_value: bool = False,
+    skip: bool = False,
+    implementation: Implementation | None = None,
+) -> UpdateResult:
+    """Updates all leaves as one operation. ``contract.py`` has the equations.
+
+    Args:
+      hyper: float32 [groups, NUM_SLOTS], float64 if a param is: the step's numbers.
+      params: leaves of any shape, bfloat16, float16, float32 or float64.
+      grads: one per param, of its shape; any of those dtypes.
+      m: first moments, of the params' shapes.
+      v: second moments, of the params' shapes.
+      v_max: running maxima of ``v``; given, the update is AMSGrad's.
+      ema: moving averages of the params; given, they are updated too.
+      leaf_scale: [leaves], dtype of ``hyper``: one more factor on each gradient.
+      groups: for each leaf the row of ``hyper`` that it reads; None: row 0.
+      ema_overwrite: look at the EMA_OVERWRITE slot.
+      clip_value: look at the CLIP_VALUE slot.
+      skip: look at the APPLY slot.
+      implementation: "xla", "native", or None to let the platform choose.
+
+    Returns:
+      The new leaves, each of the shape, dtype and sharding of what it replaces.
+
+    Raises:
+      TypeError: an operand's shape or dtype does not fit; the message names it.
+      ValueError: an unknown ``implementation``, or a count of leaves that differs.
+    """
+    if implementation not in (None, "xla", "native"):
+        raise ValueError(f'implementation must be None, "xla" or "native", got {implementation!r}')
+    columns = {"params": params, "grads": grads, "m": m, "v": v, "v_max": v_max, "ema": ema}
+    given = {kind: list(column) for kind, column in columns.items() if column is not None}
+    n = len(given["params"])
+    for kind, column in given.items():
+        if len(column) != n:
+            raise ValueError(f"{kind} has {len(column)} leaves, params has {n}")
+    spec = UpdateSpec(
+        groups=(0,) * n if groups is None else tuple(groups),
+        amsgrad=v_max is not None,
+        ema=ema is not None,
+        ema_overwrite=ema_overwrite,
+        clip_value=clip_value,
+        skip=skip,
+        leaf_scale=leaf_scale is not None,
+        implementation=implementation,
+    )
+    if spec.num_leaves != n:
+        raise ValueError(f"groups has {spec.num_leaves} entries, params has {n} leaves")
+    scalars = [hyper] if leaf_scale is None else [hyper, leaf_scale]
+    leaves = [x for column in given.values() for x in column]
+    results = adamw_update_p.bind(*scalars, *leaves, spec=spec) if n else []
+    lists = {kind: list(results[i * n : (i + 1) * n]) for i, kind in enumerate(spec.result_kinds)}
+    return UpdateResult(
+        lists["params"], lists["m"], lists["v"], lists.get("v_max"), lists.get("ema")
+    )
+
+
+# ----------------------------------------------------------------- abstract evaluation
+
+
+def _fail(spec: UpdateSpec, index: int, found: str, expected: str) -> TypeError:
+    return TypeError(
+        f"{UPDATE_NAME}: operand {operand_name(spec, index)} has {found}; expected {expected}."
+    )
+
+
+def _check_dtype(spec: UpdateSpec, index: int, aval: Any) -> None:
+    if aval.dtype.name not in PARAM_DTYPES:
+        raise _fail(spec, index, f"dtype {aval.dtype.name}", f"one of {', '.join(PARAM_DTYPES)}")
+    if axes := reduced_axes(aval):
+        raise _fail(spec, index, f"a sum pending over {sorted(axes)}", "a reduced value")
+
+
+def _check_scalars(spec: UpdateSpec, avals: Sequence[Any], wide: bool) -> None:
+    r = spec.batch_rank
+    tails = [(max(spec.groups) + 1, NUM_SLOTS), (spec.num_leaves,)]
+    for i, tail in enumerate(tails[: spec.num_scalars]):
+        shape, dtype = avals[i].shape, avals[i].dtype.name
+        fits = len(shape) == r + len(tail) and shape[-1] == tail[-1] and shape[r] >= tail[0]
+        if not fits:
+            raise _fail(spec, i, f"shape {shape}", f"shape {tail} after {r} batch dimensions")
+        expected = "float64" if wide else "float32"
+        if dtype != expected:
+            raise _fail(spec, i, f"dtype {dtype}", f"{expected}, the dtype of the arithmetic")
+
+
+def _leaf_shape(spec: UpdateSpec, leaf: int, avals: Sequence[Any]) -> tuple[int, ...]:
+    """The shape that this leaf's results have: its own behind the joined batch."""
+    r, n = spec.batch_rank, spec.num_leaves
+    own = avals[spec.num_scalars + leaf].shape
+    for kind in range(len(spec.operand_kinds)):
+        index = spec.num_scalars + kind * n + leaf
+        if avals[index].shape[r:] != own[r:] or len(avals[index].shape) != len(own):
+            raise _fail(spec, index, f"shape {avals[index].shape}", f"params[{leaf}]'s, {own}")
+    members = [*avals[: spec.num_scalars], *avals[spec.num_scalars + leaf :: n]]
+    try:
+        batch = np.broadcast_shapes(*(aval.shape[:r] for aval in members)) if r else ()
+    except ValueError:
+        shapes = [aval.shape[:r] for aval in members]
+        raise TypeError(f"{UPDATE_NAME}: leaf {leaf} has batches {shapes}") from None
+    return (*batch, *own[r:])
+
+
+def _result_aval(
+    spec: UpdateSpec, shape: tuple[int, ...], replaced: Any, members: Sequence[Any]
+) -> Any:
+    partition = list(spec_of(replaced))
+    for dim in range(spec.batch_rank):
+        entries = (spec_of(x)[dim] for x in members if x.shape[dim] == shape[dim])
+        partition[dim] = next((entry for entry in entries if entry is not None), None)
+    aval = with_shape_and_spec(replaced, shape, tuple(partition))
+    return varying_like(aval.update(weak_type=False), members)
+
+
+def _abstract_eval(*avals: Any, spec: UpdateSpec) -> list[Any]:
+    if len(avals) != num_operands(spec):
+        raise TypeError(f"{UPDATE_NAME}: {len(avals)} operands; expected {num_operands(spec)}.")
+    for i, aval in enumerate(avals):
+        _check_dtype(spec, i, aval)
+    scalars, rows = avals[: spec.num_scalars], split_operands(spec, avals).leaves
+    _check_scalars(spec, avals, any(row[0].dtype == np.float64 for row in rows))
+    r, results = spec.batch_rank, []
+    for leaf, row in enumerate(rows):
+        shape = _leaf_shape(spec, leaf, avals)
+        partitions = [spec_of(aval)[r:] for aval in row]
+        for kind, partition in enumerate(partitions):
+            if partition != partitions[0]:
+                index = spec.num_scalars + kind * spec.num_leaves + leaf
+                raise _fail(
+                    spec,
+                    index,
+                    f"sharding {partition}",
+                    f"params[{leaf}]'s, {partitions[0]} (see jax.sharding.reshard)",
+                )
+        members = [*scalars, *row]
+        replaced = (row[spec.operand_kinds.index(kind)] for kind in spec.result_kinds)
+        results.append([_result_aval(spec, shape, aval, members) for aval in replaced])
+    return join_leaves(results)
+
+
+# ------------------------------------------------------------- dead code and eager calls
+
+
+def _dce(used: list[bool], eqn: JaxprEqn) -> tuple[list[bool], JaxprEqn | None]:
+    """Drops the leaves none of whose results is used."""
+    spec: UpdateSpec = eqn.params["spec"]
+    n = spec.num_leaves
+    keep = [any(used[leaf::n]) for leaf in range(n)]
+    if not any(keep):
+        return [False] * len(eqn.invars), None
+    # leaf_scale has one entry per leaf, in order: dropping leaves would cut it up.
+    if all(keep) or spec.leaf_scale:
+        return [True] * len(eqn.invars), eqn
+    keep_in = [True] * spec.num_scalars + keep * len(spec.operand_kinds)
+    keep_out = keep * len(spec.result_kinds)
+    groups = tuple(g for g, kept in zip(spec.groups, keep, strict=True) if kept)
+    smaller = eqn.replace(
+        invars=[x for x, kept in zip(eqn.invars, keep_in, strict=True) if kept],
+        outvars=[x for x, kept in zip(eqn.outvars, keep_out, strict=True) if kept],
+        params={"spec": dataclasses.replace(spec, groups=groups)},
+    )
+    return keep_in, smaller
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(spec: UpdateSpec) -> Callable[..., list[jax.Array]]:
+    return jax.jit(functools.partial(adamw_update_p.bind, spec=spec))
+
+
+def _impl(*operands: Any, spec: UpdateSpec) -> list[jax.Array]:
+    return _compiled(spec)(*operands)
+
+
+# -------------------------------------------------------------------------- registration
+
+adamw_update_p = Primitive(UPDATE_NAME)
+adamw_update_p.multiple_results = True
+adamw_update_p.def_impl(_impl)
+adamw_update_p.def_abstract_eval(_abstract_eval)
+pe.dce_rules[adamw_update_p] = _dce
+autodiff.register(adamw_update_p)
+batching.register(adamw_update_p)
+platforms.register(adamw_update_p)
+
+__all__ = ["UpdateResult", "adamw_update", "adamw_update_p"]

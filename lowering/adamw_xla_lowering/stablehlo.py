@@ -1,0 +1,260 @@
+"""The update as StableHLO: one named composite per leaf, for every platform.
+
+Leaves that agree in shapes and dtypes share one private function, the decomposition
+of their composites. A compiler that knows ``adamw_xla.update`` may replace it; any
+other inlines the decomposition, and fuses it into one loop.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
+
+from jax.extend.mlir import ir, lower_with_sharding_in_types
+from jax.extend.mlir.dialects import func
+from jax.extend.mlir.dialects import stablehlo as hlo
+from jax.interpreters import mlir
+import numpy as np
+
+from .contract import COMPOSITE_NAME, UPDATE_NAME, Slot, UpdateSpec, join_leaves, split_operands
+
+
+def lower(
+    ctx: mlir.LoweringRuleContext, *operands: ir.Value, spec: UpdateSpec
+) -> Sequence[ir.Value]:
+    """Lowers the whole tree: one composite per leaf."""
+    leaves = range(spec.num_leaves)
+    return join_leaves(lower_leaves(ctx, operands, spec, leaves))
+
+
+def lower_leaves(
+    ctx: mlir.LoweringRuleContext,
+    operands: Sequence[ir.Value],
+    spec: UpdateSpec,
+    leaves: Sequence[int],
+) -> list[list[ir.Value]]:
+    """Lowers some of the leaves; returns the results of each."""
+    _check_static(ctx, spec)
+    values, avals = split_operands(spec, operands), split_operands(spec, ctx.avals_in)
+    outs = list(zip(*_columns(ctx.avals_out, spec.num_leaves), strict=True))
+    options = {name: ir.BoolAttr.get(on) for name, on in spec.options().items()}
+    i64 = ir.IntegerType.get_signless(64)
+    rows: dict[int, ir.Value] = {}
+    functions: dict[Any, func.FuncOp] = {}
+    results = []
+    for leaf in leaves:
+        group = spec.groups[leaf]
+        if group not in rows:
+            rows[group] = _row(values.hyper, spec.batch_rank, group)
+        scalars = [rows[group]]
+        if values.leaf_scale is not None:
+            scalars.append(_slice_at(values.leaf_scale, spec.batch_rank, leaf))
+        args = [*scalars, *values.leaves[leaf]]
+        key = tuple((aval.shape, aval.dtype) for aval in avals.leaves[leaf])
+        if key not in functions:
+            functions[key] = _decomposition(ctx, spec, [a.type for a in args], outs[leaf])
+        attributes = {
+            **options,
+            "group": ir.IntegerAttr.get(i64, group),
+            "leaf": ir.IntegerAttr.get(i64, leaf),
+        }
+        function = functions[key]
+        op = hlo.CompositeOp(
+            function.type.results,
+            args,
+            ir.StringAttr.get(COMPOSITE_NAME),
+            composite_attributes=ir.DictAttr.get(attributes),
+            decomposition=ir.FlatSymbolRefAttr.get(function.name.value),
+        )
+        results.append(
+            [
+                lower_with_sharding_in_types(ctx, x, aval)
+                for x, aval in zip(op.results, outs[leaf], strict=True)
+            ]
+        )
+    return results
+
+
+def _columns(flat: Sequence[Any], n: int) -> list[Sequence[Any]]:
+    return [flat[i : i + n] for i in range(0, len(flat), n)]
+
+
+def _check_static(ctx: mlir.LoweringRuleContext, spec: UpdateSpec) -> None:
+    for aval in ctx.avals_in:
+        if not all(isinstance(size, int) for size in aval.shape):
+            raise NotImplementedError(
+                f"{UPDATE_NAME}: symbolic shapes ({aval.str_short()}) are not supported; "
+                "export with the model's concrete shapes."
+            )
+
+
+# ------------------------------------------------------------------------ decomposition
+
+
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """One leaf's elementwise computation: where values of the slots become tensors."""
+
+    shape: tuple[int, ...]
+    dtype: ir.Type
+    batch_rank: int
+
+    @property
+    def type(self) -> ir.RankedTensorType:
+        return ir.RankedTensorType.get(self.shape, self.dtype)
+
+    def operand(self, x: ir.Value) -> ir.Value:
+        """A leaf operand, in the compute dtype and with the whole batch."""
+        return self._spread(_convert(x, self.dtype), range(len(self.shape)))
+
+    def scalar(self, row: ir.Value, slot: int) -> ir.Value:
+        """Column ``slot`` of ``row`` [*batch, slots], for every element."""
+        value = _convert(_slice_at(row, self.batch_rank, slot), self.dtype)
+        batch = ir.RankedTensorType(value.type).shape[: self.batch_rank]
+        value = hlo.reshape(ir.RankedTensorType.get(batch, self.dtype), value)
+        return self._spread(value, range(self.batch_rank))
+
+    def constant(self, number: float) -> ir.Value:
+        array = np.full((), number, np.float64 if self.is_wide else np.float32)
+        attr = ir.DenseElementsAttr.get(array, type=self.dtype, shape=[])
+        return self._spread(hlo.constant(attr), [])
+
+    @property
+    def is_wide(self) -> bool:
+        return self.dtype == ir.F64Type.get()
+
+    def _spread(self, x: ir.Value, dims: Sequence[int]) -> ir.Value:
+        if tuple(ir.RankedTensorType(x.type).shape) == self.shape:
+            return x
+        return hlo.broadcast_in_dim(self.type, x, mlir.dense_int_array(list(dims)))
+
+
+def _decomposition(
+    ctx: mlir.LoweringRuleContext,
+    spec: UpdateSpec,
+    operand_types: Sequence[ir.Type],
+    avals_out: Sequence[Any],
+) -> func.FuncOp:
+    """The private function that computes one leaf: ``(row, [scale], leaf...) -> leaf...``."""
+    results = [
+        ir.RankedTensorType.get(aval.shape, mlir.dtype_to_ir_type(aval.dtype)) for aval in avals_out
+    ]
+    module = ctx.module_context
+    with ir.InsertionPoint(module.module.body):
+        function = func.FuncOp(UPDATE_NAME, (list(operand_types), results), visibility="private")
+    module.symbol_table.insert(function)
+    wide = avals_out[0].dtype == np.float64
+    dtype = ir.F64Type.get() if wide else ir.F32Type.get()
+    loop = _Loop(tuple(avals_out[0].shape), dtype, spec.batch_rank)
+    with ir.InsertionPoint(function.add_entry_block()):
+        row, *rest = function.arguments
+        scale = rest.pop(0) if spec.leaf_scale else None
+        new = _update(loop, spec, row, scale, dict(zip(spec.operand_kinds, rest, strict=True)))
+        stored = [
+            _convert(new[kind], ir.RankedTensorType(result).element_type)
+            for kind, result in zip(spec.result_kinds, results, strict=True)
+        ]
+        if spec.skip:
+            stored = _skip(
+                loop, spec, row, stored, dict(zip(spec.operand_kinds, rest, strict=False))
+            )
+        func.ReturnOp(stored)
+    return function
+
+
+def _update(
+    loop: _Loop,
+    spec: UpdateSpec,
+    row: ir.Value,
+    leaf_scale: ir.Value | None,
+    operands: dict[str, ir.Value],
+) -> dict[str, ir.Value]:
+    """The equations of ``contract.py``, line by line."""
+
+    def slot(which: Slot) -> ir.Value:
+        return loop.scalar(row, which)
+
+    x = {kind: loop.operand(value) for kind, value in operands.items()}
+    p, g = x["params"], hlo.multiply(x["grads"], slot(Slot.GRAD_SCALE))
+    if leaf_scale is not None:
+        g = hlo.multiply(g, loop.scalar(leaf_scale, 0))
+    if spec.clip_value:
+        bound = slot(Slot.CLIP_VALUE)
+        g = hlo.clamp(hlo.negate(bound), g, bound)
+    m = _mix(slot(Slot.BETA_1), x["m"], slot(Slot.ONE_MINUS_BETA_1), g)
+    v = _mix(slot(Slot.BETA_2), x["v"], slot(Slot.ONE_MINUS_BETA_2), hlo.multiply(g, g))
+    w = hlo.maximum(x["v_max"], v) if spec.amsgrad else v
+    root = hlo.multiply(hlo.sqrt(w), slot(Slot.V_CORRECTION))
+    step = hlo.divide(hlo.multiply(slot(Slot.STEP_SIZE), m), hlo.add(root, slot(Slot.EPSILON)))
+    p = hlo.subtract(p, hlo.add(hlo.multiply(slot(Slot.DECAY_RATE), p), step))
+    new = {"params": p, "m": m, "v": v, "v_max": w}
+    if spec.ema:
+        average = _mix(slot(Slot.EMA_MOMENTUM), x["ema"], slot(Slot.ONE_MINUS_EMA_MOMENTUM), p)
+        new["ema"] = average
+        if spec.ema_overwrite:
+            overwrite = _is_set(loop, slot(Slot.EMA_OVERWRITE))
+            new["params"] = hlo.select(overwrite, average, p)
+    return new
+
+
+def _skip(
+    loop: _Loop,
+    spec: UpdateSpec,
+    row: ir.Value,
+    stored: Sequence[ir.Value],
+    operands: dict[str, ir.Value],
+) -> list[ir.Value]:
+    """Keeps what was there, bit for bit, where the APPLY slot is 0."""
+    apply = _is_set(loop, loop.scalar(row, Slot.APPLY))
+    kept = []
+    for kind, new in zip(spec.result_kinds, stored, strict=True):
+        old = operands[kind]
+        shape = ir.RankedTensorType(new.type).shape
+        if ir.RankedTensorType(old.type).shape != shape:
+            dims = mlir.dense_int_array(list(range(len(shape))))
+            old = hlo.broadcast_in_dim(new.type, old, dims)
+        kept.append(hlo.select(apply, new, old))
+    return kept
+
+
+def _mix(a: ir.Value, x: ir.Value, b: ir.Value, y: ir.Value) -> ir.Value:
+    return hlo.add(hlo.multiply(a, x), hlo.multiply(b, y))
+
+
+def _is_set(loop: _Loop, flag: ir.Value) -> ir.Value:
+    return hlo.compare(flag, loop.constant(0.0), hlo.ComparisonDirectionAttr.get("NE"))
+
+
+def _convert(x: ir.Value, dtype: ir.Type) -> ir.Value:
+    kind = ir.RankedTensorType(x.type)
+    if kind.element_type == dtype:
+        return x
+    return hlo.convert(ir.RankedTensorType.get(kind.shape, dtype), x)
+
+
+# ------------------------------------------------------------------------ slices of hyper
+
+
+def _slice_at(x: ir.Value, batch_rank: int, index: int) -> ir.Value:
+    """``x[..., index : index+1]`` of a [*batch, n] tensor."""
+    shape = list(ir.RankedTensorType(x.type).shape)
+    low = [0] * batch_rank + [index]
+    high = shape[:batch_rank] + [index + 1]
+    return _slice(x, low, high)
+
+
+def _row(x: ir.Value, batch_rank: int, group: int) -> ir.Value:
+    """Row ``group`` of a [*batch, groups, slots] tensor, as [*batch, slots]."""
+    kind = ir.RankedTensorType(x.type)
+    shape = list(kind.shape)
+    if shape[batch_rank] != 1:
+        low = [0] * batch_rank + [group, 0]
+        high = shape[:batch_rank] + [group + 1, shape[-1]]
+        x = _slice(x, low, high)
+    return hlo.reshape(
+        ir.RankedTensorType.get(shape[:batch_rank] + shape[-1:], kind.element_type), x
+    )
+
+
+def _slice(x: ir.Value, low: list[int], high: list[int]) -> ir.Value:
+    ones = mlir.dense_int_array([1] * len(low))
+    return hlo.slice(x, mlir.dense_int_array(low), mlir.dense_int_array(high), ones)
