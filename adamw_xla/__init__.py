@@ -1,1 +1,12 @@
-"""AdamW for JAX."""
+"""AdamW for JAX: one optimizer step, seen by the compiler as one operation."""
+
+from adamw_xla import lowering as lowering
+from adamw_xla import reference as reference
+from adamw_xla._config import AdamW as AdamW
+from adamw_xla._state import AdamWState as AdamWState
+from adamw_xla._state import adamw_init as adamw_init
+from adamw_xla._step import adamw_finalize as adamw_finalize
+from adamw_xla._step import adamw_step as adamw_step
+from adamw_xla._step import scale_loss as scale_loss
+
+__version__ = "0.1.0"

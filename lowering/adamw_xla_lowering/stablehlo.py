@@ -148,15 +148,14 @@ def _decomposition(
     with ir.InsertionPoint(function.add_entry_block()):
         row, *rest = function.arguments
         scale = rest.pop(0) if spec.leaf_scale else None
-        new = _update(loop, spec, row, scale, dict(zip(spec.operand_kinds, rest, strict=True)))
+        leaf = dict(zip(spec.operand_kinds, rest, strict=True))
+        new = _update(loop, spec, row, scale, leaf)
         stored = [
             _convert(new[kind], ir.RankedTensorType(result).element_type)
             for kind, result in zip(spec.result_kinds, results, strict=True)
         ]
         if spec.skip:
-            stored = _skip(
-                loop, spec, row, stored, dict(zip(spec.operand_kinds, rest, strict=False))
-            )
+            stored = _skip(loop, spec, row, stored, leaf)
         func.ReturnOp(stored)
     return function
 

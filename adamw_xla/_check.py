@@ -1,0 +1,258 @@
+"""Every check of user input, and every text that a refused call is answered with.
+
+Each error names the argument (for a leaf, its path), what was found and what to do.
+The paths are only built once something is wrong.
+"""
+
+from collections.abc import Sequence
+import math
+import numbers
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from adamw_xla_lowering import PARAM_DTYPES
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+if TYPE_CHECKING:
+    from adamw_xla._config import AdamW
+
+# ------------------------------------------------------------------------ hyperparameters
+
+_CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
+
+
+def config(c: "AdamW") -> None:
+    """Checks every field of a config that is being built."""
+    scalar_or_schedule("learning_rate", c.learning_rate)
+    scalar_or_schedule("weight_decay", c.weight_decay)
+    for name in ("beta_1", "beta_2"):
+        _scalar(name, getattr(c, name), lambda x: 0 <= x < 1, "in [0, 1)")
+    _scalar("epsilon", c.epsilon, lambda x: x >= 0, "at least 0")
+    _scalar("ema_momentum", c.ema_momentum, lambda x: 0 <= x <= 1, "in [0, 1]")
+    for name in (*_CLIPS, "loss_scale_factor"):
+        if getattr(c, name) is not None:
+            _scalar(name, getattr(c, name), lambda x: x > 0, "above 0, or None for none")
+    for name in ("amsgrad", "use_ema", "epsilon_hat", "skip_nonfinite"):
+        _bool(name, getattr(c, name))
+    _count("ema_overwrite_frequency", c.ema_overwrite_frequency, 1)
+    _count("gradient_accumulation_steps", c.gradient_accumulation_steps, 2)
+    if not isinstance(c.name, str):
+        raise TypeError(f"AdamW: name must be a string, got {c.name!r}.")
+    chosen = [name for name in _CLIPS if getattr(c, name) is not None]
+    if len(chosen) > 1:
+        raise ValueError(f"AdamW: at most one clip option may be given, got {', '.join(chosen)}.")
+    if c.ema_overwrite_frequency is not None and not c.use_ema:
+        raise ValueError(
+            "AdamW: ema_overwrite_frequency needs use_ema=True; without it there is no "
+            "average to overwrite the params with."
+        )
+
+
+def scalar_or_schedule(name: str, value: Any) -> None:
+    """Checks a rate: a number at least 0, a scalar array, or a callable."""
+    if not callable(value):
+        _scalar(name, value, lambda x: x >= 0, "at least 0")
+
+
+def state_dtype(dtype: Any) -> np.dtype[Any]:
+    """The dtype, if state may have it."""
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"AdamW: state_dtype must be a dtype, got {dtype!r}.") from None
+    if found.name not in PARAM_DTYPES:
+        raise ValueError(f"AdamW: state_dtype must be {_one_of(PARAM_DTYPES)}, got {found.name}.")
+    return found
+
+
+def _scalar(name: str, value: Any, fits: Any, expected: str) -> None:
+    if isinstance(value, bool | np.bool_ | str | None) or not _is_real(value):
+        raise TypeError(f"AdamW: {name} must be a real number {expected}, got {value!r}.")
+    if np.ndim(value) != 0:
+        raise ValueError(
+            f"AdamW: {name} must be a scalar, got shape {np.shape(value)}. For one value per "
+            "replica build the config inside of the function that is given to jax.vmap."
+        )
+    if isinstance(value, jax.core.Tracer):
+        return
+    number = float(value)
+    if not (math.isfinite(number) and fits(number)):
+        raise ValueError(f"AdamW: {name} must be finite and {expected}, got {number}.")
+
+
+def _is_real(value: Any) -> bool:
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        return jnp.issubdtype(value.dtype, np.floating) or jnp.issubdtype(value.dtype, np.integer)
+    return isinstance(value, numbers.Real)
+
+
+def _bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(
+            f"AdamW: {name} must be True or False, got {value!r}. It is a choice, not data: it "
+            "cannot be traced."
+        )
+
+
+def _count(name: str, value: Any, least: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"AdamW: {name} must be an integer or None, got {value!r}.")
+    if value < least:
+        raise ValueError(f"AdamW: {name} must be at least {least}, or None; got {value}.")
+
+
+# ----------------------------------------------------------------------- trees of a step
+
+
+def is_config(value: Any) -> None:
+    """Refuses what is not an ``AdamW``."""
+    from adamw_xla._config import AdamW
+
+    if not isinstance(value, AdamW):
+        raise TypeError(f"config must be an adamw_xla.AdamW, got {_kind(value)}.")
+
+
+def params(tree: Any, leaves: Sequence[Any]) -> None:
+    """Checks that every leaf is an array of a real floating dtype."""
+    for i, leaf in enumerate(leaves):
+        _float_leaf("params", tree, i, leaf)
+
+
+def grads(params_tree: Any, treedef: Any, leaves: Sequence[Any], tree: Any) -> list[Any]:
+    """Checks gradients against params; returns one per param, None where frozen."""
+    try:
+        flat = treedef.flatten_up_to(tree)
+    except ValueError:
+        _structure("grads", params_tree, tree)
+    for i, (g, p) in enumerate(zip(flat, leaves, strict=True)):
+        if g is None:
+            continue
+        if not hasattr(g, "dtype") and not jax.tree_util.all_leaves([g]):
+            _structure("grads", params_tree, tree)
+        _float_leaf("grads", params_tree, i, g)
+        _same_shape("grads", params_tree, i, g, p)
+    if leaves and all(g is None for g in flat):
+        raise ValueError(
+            "grads: every leaf is None, so there is nothing to update; pass the gradients of "
+            "at least one param."
+        )
+    return flat
+
+
+def state(params_tree: Any, treedef: Any, leaves: Sequence[Any], value: Any, c: "AdamW") -> None:
+    """Checks that a state fits the params and was built for a config like ``c``."""
+    from adamw_xla._state import AdamWState
+
+    if not isinstance(value, AdamWState):
+        raise TypeError(
+            f"state must be an adamw_xla.AdamWState, got {_kind(value)}; build it with "
+            "adamw_init(params, config). (The order is adamw_step(params, grads, state, config).)"
+        )
+    accumulates = "gradient_accumulation_steps"
+    needs = {
+        "v_max": ("amsgrad", c.amsgrad),
+        "ema": ("use_ema", c.use_ema),
+        "accumulated": (accumulates, c.gradient_accumulation_steps is not None),
+        "micro_step": (accumulates, c.gradient_accumulation_steps is not None),
+        "skipped": ("skip_nonfinite", c.skip_nonfinite),
+    }
+    for field, (option, needed) in needs.items():
+        if (getattr(value, field) is not None) != needed and leaves:
+            has, wants = ("lacks", "sets") if needed else ("has", "does not set")
+            raise ValueError(
+                f"state.{field}: the state {has} it, but the config {wants} {option}: it was "
+                "built for another config. Build it with adamw_init(params, config)."
+            )
+    for field in ("m", "v", "v_max", "ema", "accumulated"):
+        tree = getattr(value, field)
+        if tree is None:
+            continue
+        if jax.tree.structure(tree) != treedef:
+            _structure(f"state.{field}", params_tree, tree)
+        for i, (x, p) in enumerate(zip(jax.tree.leaves(tree), leaves, strict=True)):
+            _float_leaf(f"state.{field}", params_tree, i, x)
+            _same_shape(f"state.{field}", params_tree, i, x, p)
+
+
+def mask(params_tree: Any, treedef: Any, value: Any) -> list[bool]:
+    """For each leaf whether it decays."""
+    if value is None:
+        return [True] * treedef.num_leaves
+    tree = value(params_tree) if callable(value) else value
+    try:
+        full = jax.tree.leaves(
+            jax.tree.map(lambda keep, part: jax.tree.map(lambda _: keep, part), tree, params_tree)
+        )
+    except (ValueError, TypeError):
+        _structure("weight_decay_mask", params_tree, tree)
+    for i, keep in enumerate(full):
+        if isinstance(keep, jax.core.Tracer) or not isinstance(keep, bool | np.bool_):
+            raise TypeError(
+                f"weight_decay_mask{_path(params_tree, i)}: must be True or False, known when "
+                f"the step is traced; got {keep!r}."
+            )
+    return [bool(keep) for keep in full]
+
+
+def _float_leaf(argument: str, tree: Any, index: int, leaf: Any) -> None:
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not hasattr(leaf, "shape"):
+        raise TypeError(
+            f"{argument}{_path(tree, index)}: must be an array, got {_kind(leaf)}; wrap it in "
+            "jax.numpy.asarray."
+        )
+    if dtype.name not in PARAM_DTYPES:
+        raise TypeError(
+            f"{argument}{_path(tree, index)}: has dtype {dtype.name}; must be "
+            f"{_one_of(PARAM_DTYPES)}. Keep other leaves out of the tree that is trained "
+            "(None stands for no leaf)."
+        )
+
+
+def _same_shape(argument: str, tree: Any, index: int, leaf: Any, param: Any) -> None:
+    if leaf.shape != param.shape:
+        path = _path(tree, index)
+        raise ValueError(
+            f"{argument}{path}: has shape {leaf.shape}; must be {param.shape}, the shape of "
+            f"params{path}."
+        )
+
+
+# ------------------------------------------------------------------------------ the words
+
+
+def _structure(argument: str, params_tree: Any, tree: Any) -> NoReturn:
+    """Raises for a tree that is not built like params, naming the first difference."""
+    wanted, found = _paths(params_tree), _paths(tree)
+    missing = [path for path in wanted if path not in set(found)]
+    extra = [path for path in found if path not in set(wanted)]
+    if missing:
+        what = f"lacks {missing[0] or 'the leaf'}, which params has"
+    elif extra:
+        what = f"has {extra[0]}, which params lacks"
+    else:
+        what = (
+            f"is built of other containers: {jax.tree.structure(tree)} and not "
+            f"{jax.tree.structure(params_tree)}"
+        )
+    raise ValueError(f"{argument}: {what}; it must have the tree structure of params.")
+
+
+def _paths(tree: Any) -> list[str]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [jax.tree_util.keystr(path) for path, _ in flat]
+
+
+def _path(tree: Any, index: int) -> str:
+    return _paths(tree)[index]
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def _one_of(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"

@@ -1,0 +1,216 @@
+"""``AdamW``: the hyperparameters, as an immutable pytree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+import dataclasses
+from typing import Any, ClassVar, TypeAlias
+
+import jax
+from jax.typing import ArrayLike, DTypeLike
+import numpy as np
+
+from adamw_xla import _check
+
+Schedule: TypeAlias = Callable[[jax.Array], ArrayLike]
+ScalarOrSchedule: TypeAlias = ArrayLike | Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """A pytree of hashables, as one hashable."""
+
+    leaves: tuple[Hashable, ...]
+    treedef: Any
+
+    @classmethod
+    def of(cls, tree: Any) -> _Static:
+        leaves, treedef = jax.tree.flatten(tree)
+        return cls(tuple(leaves), treedef)
+
+    def tree(self) -> Any:
+        return jax.tree.unflatten(self.treedef, self.leaves)
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    r"""Hyperparameters of AdamW, with the names and defaults of Keras.
+
+    With :math:`\alpha` the learning rate, :math:`\lambda` the weight decay and
+    :math:`t` the number of this update, counted from 1, each element becomes
+
+    .. math::
+
+      \begin{align*}
+        m_t &\leftarrow \beta_1 m_{t-1} + (1-\beta_1) g_t \\
+        v_t &\leftarrow \beta_2 v_{t-1} + (1-\beta_2) g_t^2 \\
+        \theta_t &\leftarrow \theta_{t-1} - \alpha_t \left( \lambda \theta_{t-1} +
+          \frac{\sqrt{1-\beta_2^t}}{1-\beta_1^t} \cdot
+          \frac{m_t}{\sqrt{v_t} + \hat\epsilon} \right)
+      \end{align*}
+
+    with ``epsilon_hat=True``, and with ``epsilon_hat=False``
+
+    .. math::
+
+      \theta_t \leftarrow \theta_{t-1} - \alpha_t \left( \lambda \theta_{t-1} +
+        \frac{m_t / (1-\beta_1^t)}{\sqrt{v_t / (1-\beta_2^t)} + \epsilon} \right).
+
+    The arithmetic is float32 (float64 for float64 params) whatever the params' dtype,
+    and the new param is rounded to its dtype last.
+
+    The config is a pytree: its numbers are leaves, its choices and callables are static.
+    Closed over by a jitted function, the numbers are constants of the program; passed in
+    as an argument, they are traced, and a changed learning rate does not recompile. To
+    batch one with ``jax.vmap``, build it inside of the mapped function.
+
+    Args:
+      learning_rate: a number, a scalar array, or a callable from the step count (int32
+        scalar, 0 at the first step) to a scalar: an optax schedule, a Keras
+        ``LearningRateSchedule``. The count is of calls: under gradient accumulation it
+        rises at each micro-step, as in Keras.
+      weight_decay: strength of the decoupled decay, multiplied by the learning rate; a
+        number, scalar array or schedule. 0 for none.
+      beta_1: decay of the first moment, in [0, 1); number or scalar array.
+      beta_2: decay of the second moment, in [0, 1); number or scalar array.
+      epsilon: the small constant in the denominator.
+      amsgrad: divide by the running maximum of ``v``. As in Keras and PyTorch the raw
+        ``v`` is compared; optax compares the bias-corrected one.
+      clipnorm: clip each leaf's gradient to this L2 norm.
+      clipvalue: clip each gradient element to [-clipvalue, clipvalue].
+      global_clipnorm: clip the gradient of the whole tree to this L2 norm.
+      use_ema: keep a moving average of the params; ``adamw_finalize`` returns it.
+      ema_momentum: its momentum, in [0, 1].
+      ema_overwrite_frequency: replace the params by their average every so many updates.
+      loss_scale_factor: the gradients are of ``scale_loss(loss, config)``, and are
+        divided by this factor.
+      gradient_accumulation_steps: make an update of the mean gradient of so many calls.
+        Unlike Keras on JAX, the calls between leave params and their average alone.
+      name: for people; stored, never read.
+      epsilon_hat: True: epsilon as in Keras and before Section 2.1 of Kingma and Ba.
+        False: as in their Algorithm 1, PyTorch and optax.
+      weight_decay_mask: a pytree of bools, a prefix of the params' tree, or a callable
+        from params to one: False where there is no decay. Takes the place of Keras'
+        ``exclude_from_weight_decay``.
+      skip_nonfinite: a step whose gradient has a NaN or an infinity leaves params, state
+        and count as they were, and is counted in ``state.skipped``. Decided on the device.
+      state_dtype: dtype of the optimizer's state; None: float32, or float64 for float64
+        params. A 16-bit dtype is for ``m`` alone: a 16-bit ``v`` would never decay, since
+        beta_2 = 0.999 moves it by less than half a unit in its last place.
+
+    Raises:
+      TypeError: an argument is of the wrong kind.
+      ValueError: an argument is out of its range, or two contradict each other.
+
+    Example:
+      >>> import adamw_xla as ax, jax, jax.numpy as jnp
+      >>> config = ax.AdamW(learning_rate=0.1)
+      >>> params = {"w": jnp.array([1.0, -2.0])}
+      >>> state = ax.adamw_init(params, config)
+      >>> grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2))(params)
+      >>> params, state = ax.adamw_step(params, grads, state, config)
+      >>> print([f"{x:.4f}" for x in params["w"]], state.count)
+      ['0.8996', '-1.8992'] 1
+
+    References:
+      Kingma and Ba, `Adam <https://arxiv.org/abs/1412.6980>`_, 2014, Algorithm 1;
+      Loshchilov and Hutter, `Decoupled Weight Decay Regularization
+      <https://arxiv.org/abs/1711.05101>`_, 2019, Algorithm 2 (there the decay is not
+      multiplied by the learning rate, only by its schedule; here, as in Keras, optax
+      and PyTorch, it is);
+      Reddi et al., `On the Convergence of Adam and Beyond
+      <https://openreview.net/forum?id=ryQu7f-RZ>`_, 2018, Algorithm 2.
+    """
+
+    learning_rate: ScalarOrSchedule = 0.001
+    weight_decay: ScalarOrSchedule = 0.004
+    beta_1: ArrayLike = 0.9
+    beta_2: ArrayLike = 0.999
+    epsilon: ArrayLike = 1e-7
+    amsgrad: bool = False
+    clipnorm: ArrayLike | None = None
+    clipvalue: ArrayLike | None = None
+    global_clipnorm: ArrayLike | None = None
+    use_ema: bool = False
+    ema_momentum: ArrayLike = 0.99
+    ema_overwrite_frequency: int | None = None
+    loss_scale_factor: ArrayLike | None = None
+    gradient_accumulation_steps: int | None = None
+    name: str | None = "adamw"
+    _: dataclasses.KW_ONLY
+    epsilon_hat: bool = True
+    weight_decay_mask: Any = None
+    skip_nonfinite: bool = False
+    state_dtype: DTypeLike | None = None
+
+    _NUMBERS: ClassVar[tuple[str, ...]] = (
+        "learning_rate",
+        "weight_decay",
+        "beta_1",
+        "beta_2",
+        "epsilon",
+        "clipnorm",
+        "clipvalue",
+        "global_clipnorm",
+        "ema_momentum",
+        "loss_scale_factor",
+    )
+    _CHOICES: ClassVar[tuple[str, ...]] = (
+        "amsgrad",
+        "use_ema",
+        "ema_overwrite_frequency",
+        "gradient_accumulation_steps",
+        "name",
+        "epsilon_hat",
+        "skip_nonfinite",
+        "state_dtype",
+    )
+
+    def __post_init__(self) -> None:
+        """Checks every argument."""
+        if self.state_dtype is not None:
+            object.__setattr__(self, "state_dtype", _check.state_dtype(self.state_dtype))
+        if self.name is None:  # Keras' own default
+            object.__setattr__(self, "name", "adamw")
+        _check.config(self)
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], Hashable]:
+        """Numbers are children; schedules, choices and the mask are static."""
+        values = {name: getattr(self, name) for name in self._NUMBERS}
+        schedules = tuple((name, value) for name, value in values.items() if callable(value))
+        children = tuple(
+            (jax.tree_util.GetAttrKey(name), None if callable(value) else value)
+            for name, value in values.items()
+        )
+        choices = tuple(getattr(self, name) for name in self._CHOICES)
+        mask = self.weight_decay_mask
+        return children, (schedules, choices, mask if callable(mask) else _Static.of(mask))
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, children: Any) -> AdamW:
+        """Rebuilds without checks: the leaves may be tracers, or no numbers at all."""
+        schedules, choices, mask = aux
+        config = object.__new__(cls)
+        fields = {
+            **dict(zip(cls._NUMBERS, children, strict=True)),
+            **dict(schedules),
+            **dict(zip(cls._CHOICES, choices, strict=True)),
+            "weight_decay_mask": mask.tree() if isinstance(mask, _Static) else mask,
+        }
+        for name, value in fields.items():
+            object.__setattr__(config, name, value)
+        return config
+
+    def dtype_of_m(self, param_dtype: Any) -> np.dtype[Any]:
+        """The dtype of ``m`` for a param of this dtype."""
+        return np.dtype(self.state_dtype or _wide(param_dtype))
+
+    def dtype_of_state(self, param_dtype: Any) -> np.dtype[Any]:
+        """The dtype of all other state: never below float32."""
+        dtype = self.dtype_of_m(param_dtype)
+        return dtype if dtype.itemsize >= 4 else np.dtype(_wide(param_dtype))
+
+
+def _wide(param_dtype: Any) -> type[np.floating[Any]]:
+    return np.float64 if param_dtype == np.float64 else np.float32

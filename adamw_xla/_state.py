@@ -1,0 +1,96 @@
+"""``AdamWState`` and how it begins."""
+
+import dataclasses
+from typing import Any, TypeVar
+
+import jax
+from jax import export
+import jax.numpy as jnp
+
+from adamw_xla import _check
+from adamw_xla._config import AdamW
+
+Tree = TypeVar("Tree")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdamWState:
+    """What AdamW remembers between steps: a pytree.
+
+    Each field but the counters mirrors the params' tree, so a tree of shardings for the
+    params serves for it. Fields that the config does not use are None.
+
+    Attributes:
+      count: int32 scalar, updates done.
+      m: first moments (float32, or ``config.state_dtype``).
+      v: second moments (float32; float64 for float64 params).
+      v_max: with ``amsgrad``, the running maxima of ``v``.
+      ema: with ``use_ema``, the average of the params; the params themselves at first.
+      accumulated: with ``gradient_accumulation_steps``, the sum of the gradients so far.
+      micro_step: with it too, int32 scalar: calls since the last update.
+      skipped: with ``skip_nonfinite``, int32 scalar: calls that were skipped.
+    """
+
+    count: jax.Array
+    m: Any
+    v: Any
+    v_max: Any = None
+    ema: Any = None
+    accumulated: Any = None
+    micro_step: jax.Array | None = None
+    skipped: jax.Array | None = None
+
+
+# Lets `jax.export` write functions that take or return a state.
+export.register_pytree_node_serialization(
+    AdamWState,
+    serialized_name="adamw_xla.AdamWState",
+    serialize_auxdata=lambda aux: b"",
+    deserialize_auxdata=lambda data: (),
+)
+
+
+def adamw_init(params: Any, config: AdamW) -> AdamWState:
+    """Builds the state for ``params``.
+
+    Works eagerly, under ``jax.jit`` and under ``jax.eval_shape``. The new arrays take the
+    shapes and shardings of the params.
+
+    Args:
+      params: a pytree of arrays, bfloat16, float16, float32 or float64.
+      config: the hyperparameters.
+
+    Returns:
+      The state before the first update.
+
+    Raises:
+      TypeError: a leaf is no array, or not of a real floating dtype; names its path.
+    """
+    _check.is_config(config)
+    treedef: Any
+    leaves, treedef = jax.tree.flatten(params)
+    _check.params(params, leaves)
+
+    def zeros(dtype_of: Any) -> Any:
+        return treedef.unflatten([jnp.zeros_like(p, dtype_of(p.dtype)) for p in leaves])
+
+    def copies() -> Any:
+        # A copy, so that params and state can be donated side by side.
+        dtype_of = config.dtype_of_state
+        return treedef.unflatten([jnp.array(p, dtype_of(p.dtype), copy=True) for p in leaves])
+
+    def zero() -> jax.Array:
+        return jnp.zeros((), jnp.int32)
+
+    accumulates = config.gradient_accumulation_steps is not None
+    return AdamWState(
+        count=zero(),
+        m=zeros(config.dtype_of_m),
+        v=zeros(config.dtype_of_state),
+        v_max=zeros(config.dtype_of_state) if config.amsgrad else None,
+        ema=copies() if config.use_ema else None,
+        accumulated=zeros(config.dtype_of_state) if accumulates else None,
+        micro_step=zero() if accumulates else None,
+        skipped=zero() if config.skip_nonfinite else None,
+    )

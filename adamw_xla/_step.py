@@ -1,0 +1,311 @@
+"""``adamw_step`` and its kin: check, make the step's scalars, update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any, NamedTuple
+
+from adamw_xla_lowering import Implementation, UpdateResult, adamw_update
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamw_xla import _check, _clipping
+from adamw_xla._config import AdamW, ScalarOrSchedule
+from adamw_xla._hyper import Scalar, as_scalar, evaluate, hyper_rows
+from adamw_xla._state import AdamWState
+
+
+def adamw_step(
+    params: Any,
+    grads: Any,
+    state: AdamWState,
+    config: AdamW,
+    *,
+    learning_rate: ScalarOrSchedule | None = None,
+    weight_decay: ScalarOrSchedule | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Any, AdamWState]:
+    """Makes one step of AdamW: the whole tree in one operation.
+
+    Call it inside of ``jax.jit`` with params and state donated; then the update is made
+    in place. ``AdamW`` has the equations.
+
+    Args:
+      params: a pytree of arrays, bfloat16, float16, float32 or float64.
+      grads: the gradients, built and shaped like params, of any of those dtypes. A leaf
+        that is None is frozen: its param and state stay as they are.
+      state: from ``adamw_init(params, config)`` or the last step.
+      config: the hyperparameters.
+      learning_rate: takes the place of the config's for this step.
+      weight_decay: likewise.
+      implementation: "xla" (StableHLO on every platform; what ``jax.export`` writes),
+        "native" (this platform's own kernel, or an error that says why not), or None: the
+        faster of what can run.
+
+    Returns:
+      New params and new state, of the structures, shapes and dtypes of the old.
+
+    Raises:
+      TypeError: a leaf's dtype or kind does not fit; the message names its path.
+      ValueError: a tree or shape does not fit, or the state is another config's.
+
+    Example:
+      >>> import adamw_xla as ax, functools, jax, jax.numpy as jnp
+      >>> config = ax.AdamW(learning_rate=0.1, weight_decay=0.0)
+      >>> @functools.partial(jax.jit, donate_argnums=(0, 1))
+      ... def train_step(params, state, x):
+      ...     loss, grads = jax.value_and_grad(lambda p: (p["w"] @ x - 1.0) ** 2)(params)
+      ...     params, state = ax.adamw_step(params, grads, state, config)
+      ...     return params, state, loss
+      >>> params = {"w": jnp.zeros(2)}
+      >>> state = ax.adamw_init(params, config)
+      >>> for _ in range(100):
+      ...     params, state, loss = train_step(params, state, jnp.array([1.0, 2.0]))
+      >>> bool(loss < 1e-3), int(state.count)
+      (True, 100)
+    """
+    return run_step(
+        params,
+        grads,
+        state,
+        config,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        update=_UpdateWith(implementation),
+    )
+
+
+def adamw_finalize(params: Any, state: AdamWState, config: AdamW) -> Any:
+    """Returns the moving average as params, at the end of a training with ``use_ema``.
+
+    Args:
+      params: the params of the last step.
+      state: the state of the last step.
+      config: the hyperparameters.
+
+    Returns:
+      ``state.ema`` in the dtypes of ``params``; without ``use_ema`` params as they are.
+
+    Raises:
+      TypeError, ValueError: as ``adamw_step``.
+    """
+    _check.is_config(config)
+    leaves, treedef = jax.tree.flatten(params)
+    _check.params(params, leaves)
+    _check.state(params, treedef, leaves, state, config)
+    if state.ema is None:
+        return params
+    return jax.tree.map(lambda p, e: e.astype(p.dtype), params, state.ema)
+
+
+def scale_loss(loss: jax.Array, config: AdamW) -> jax.Array:
+    """Multiplies a loss by ``config.loss_scale_factor``, where there is one.
+
+    Differentiate the scaled loss; ``adamw_step`` divides its gradients again. It keeps
+    small float16 gradients from becoming zero.
+    """
+    _check.is_config(config)
+    factor = config.loss_scale_factor
+    return loss if factor is None else loss * jnp.asarray(factor, loss.dtype)
+
+
+# ------------------------------------------------------------------------ one step inside
+
+
+@dataclasses.dataclass(frozen=True)
+class _UpdateWith:
+    """``adamw_update`` with the implementation chosen."""
+
+    implementation: Implementation | None
+
+    def __call__(self, *operands: Any, **choices: Any) -> UpdateResult:
+        return adamw_update(*operands, **choices, implementation=self.implementation)
+
+
+class _Rates(NamedTuple):
+    """What is scheduled, evaluated for this step; ``decay`` has one entry per group."""
+
+    learning_rate: Scalar
+    decay: tuple[Scalar, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaves:
+    """The leaves that have a gradient, and the way back to the whole trees."""
+
+    treedef: Any
+    live: tuple[int, ...]
+    groups: tuple[int, ...]
+
+    def take(self, tree: Any) -> list[Any]:
+        flat = self.treedef.flatten_up_to(tree)
+        return [flat[i] for i in self.live]
+
+    def put(self, tree: Any, new: Sequence[Any]) -> Any:
+        flat = self.treedef.flatten_up_to(tree)
+        for i, x in zip(self.live, new, strict=True):
+            flat[i] = x
+        return self.treedef.unflatten(flat)
+
+
+def run_step(
+    params: Any,
+    grads: Any,
+    state: AdamWState,
+    config: AdamW,
+    *,
+    learning_rate: ScalarOrSchedule | None,
+    weight_decay: ScalarOrSchedule | None,
+    update: Callable[..., UpdateResult],
+) -> tuple[Any, AdamWState]:
+    """``adamw_step`` with the update itself as an argument; ``reference`` brings its own."""
+    _check.is_config(config)
+    leaves, treedef = jax.tree.flatten(params)
+    _check.params(params, leaves)
+    _check.state(params, treedef, leaves, state, config)
+    flat = _check.grads(params, treedef, leaves, grads)
+    decays = _check.mask(params, treedef, config.weight_decay_mask)
+    for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
+        if value is not None:
+            _check.scalar_or_schedule(name, value)
+    if not leaves:
+        return params, state
+
+    live = tuple(i for i, g in enumerate(flat) if g is not None)
+    kinds = sorted({decays[i] for i in live}, reverse=True)
+    chosen = _Leaves(treedef, live, tuple(kinds.index(decays[i]) for i in live))
+    wide = any(leaves[i].dtype == np.float64 for i in live)
+    dtype = jnp.dtype(np.float64 if wide else np.float32)
+
+    calls = _calls(state, config)
+    lr = evaluate(config.learning_rate if learning_rate is None else learning_rate, calls, dtype)
+    wd = evaluate(config.weight_decay if weight_decay is None else weight_decay, calls, dtype)
+    step = _Step(config, chosen, update, dtype, _Rates(lr, tuple(wd if k else 0.0 for k in kinds)))
+    live_grads = [jnp.asarray(flat[i]) for i in live]
+    if config.gradient_accumulation_steps is None:
+        return step.update_with(params, state, live_grads, step.unscale)
+    return step.accumulate(params, state, live_grads)
+
+
+def _calls(state: AdamWState, config: AdamW) -> jax.Array:
+    """How many calls came before this one, but for skipped ones: what schedules see."""
+    if config.gradient_accumulation_steps is None or state.micro_step is None:
+        return state.count
+    return state.count * config.gradient_accumulation_steps + state.micro_step
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    config: AdamW
+    leaves: _Leaves
+    update: Callable[..., UpdateResult]
+    dtype: Any
+    rates: _Rates
+
+    @property
+    def unscale(self) -> Scalar:
+        """The factor that takes the loss scale out of a gradient."""
+        factor = self.config.loss_scale_factor
+        return 1.0 if factor is None else 1 / as_scalar(factor, self.dtype)
+
+    def update_with(
+        self, params: Any, state: AdamWState, grads: list[jax.Array], scale: Scalar
+    ) -> tuple[Any, AdamWState]:
+        """A real update with ``scale`` times ``grads``."""
+        c, take = self.config, self.leaves.take
+        leaf_scale, finite = None, None
+        if c.global_clipnorm is not None:
+            norm = _clipping.global_norm(grads, scale, self.dtype)
+            scale = scale * _clipping.global_factor(norm, c.global_clipnorm)
+            finite = jnp.isfinite(norm)  # a NaN or infinity anywhere is one in the norm
+        elif c.skip_nonfinite:
+            finite = _clipping.all_finite(grads)
+        if c.clipnorm is not None:
+            leaf_scale = _clipping.leaf_factors(grads, scale, c.clipnorm, self.dtype)
+        apply = finite if c.skip_nonfinite else None
+        hyper = hyper_rows(
+            c,
+            state.count,
+            learning_rate=self.rates.learning_rate,
+            decay=self.rates.decay,
+            grad_scale=scale,
+            apply=1.0 if apply is None else apply,
+            dtype=self.dtype,
+        )
+        new = self.update(
+            hyper,
+            take(params),
+            grads,
+            take(state.m),
+            take(state.v),
+            take(state.v_max) if c.amsgrad else None,
+            take(state.ema) if c.use_ema else None,
+            leaf_scale,
+            groups=self.leaves.groups,
+            ema_overwrite=c.ema_overwrite_frequency is not None,
+            clip_value=c.clipvalue is not None,
+            skip=c.skip_nonfinite,
+        )
+        put = self.leaves.put
+        return put(params, new.params), dataclasses.replace(
+            state,
+            count=_increment(state.count, apply),
+            m=put(state.m, new.m),
+            v=put(state.v, new.v),
+            v_max=None if new.v_max is None else put(state.v_max, new.v_max),
+            ema=None if new.ema is None else put(state.ema, new.ema),
+            skipped=None if apply is None else _increment(state.skipped, ~apply),
+        )
+
+    def accumulate(
+        self, params: Any, state: AdamWState, grads: list[jax.Array]
+    ) -> tuple[Any, AdamWState]:
+        """Adds to the mean gradient; every so many calls, updates with it.
+
+        The calls between do no more than the addition: the update stands in a branch.
+        """
+        steps, micro_step = self.config.gradient_accumulation_steps, state.micro_step
+        assert steps is not None
+        assert micro_step is not None
+        old = self.leaves.take(state.accumulated)
+        unscale = self.unscale
+        total = [
+            a + (g.astype(self.dtype) * unscale).astype(a.dtype)
+            for a, g in zip(old, grads, strict=True)
+        ]
+
+        def real(total: list[jax.Array]) -> tuple[Any, AdamWState]:
+            new_params, new_state = self.update_with(params, state, total, 1 / steps)
+            zeros = [jnp.zeros_like(a) for a in old]
+            return new_params, self._counted(new_state, zeros, jnp.zeros_like(micro_step))
+
+        def between(total: list[jax.Array]) -> tuple[Any, AdamWState]:
+            return params, self._counted(state, total, micro_step + 1)
+
+        def skipped(total: list[jax.Array]) -> tuple[Any, AdamWState]:
+            del total
+            count = _increment(state.skipped, None)
+            return params, dataclasses.replace(state, skipped=count)
+
+        last = jnp.asarray(micro_step + 1 >= steps)
+        if not self.config.skip_nonfinite:
+            return jax.lax.cond(last, real, between, total)
+        branch = jnp.where(_clipping.all_finite(total), last.astype(jnp.int32), 2)
+        return jax.lax.switch(branch, [between, real, skipped], total)
+
+    def _counted(
+        self, state: AdamWState, accumulated: list[jax.Array], micro_step: jax.Array
+    ) -> AdamWState:
+        tree = self.leaves.put(state.accumulated, accumulated)
+        return dataclasses.replace(state, accumulated=tree, micro_step=micro_step)
+
+
+def _increment(count: Any, when: jax.Array | None) -> jax.Array:
+    """``count + 1``, where ``when`` holds, without overflow."""
+    room = count < np.iinfo(np.int32).max
+    return count + (room if when is None else room & when).astype(jnp.int32)
+
+
+__all__ = ["adamw_finalize", "adamw_step", "run_step", "scale_loss"]

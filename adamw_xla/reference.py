@@ -1,0 +1,130 @@
+"""The same AdamW in plain ``jax.numpy``: differentiable, readable, slow.
+
+Use it where a step itself is differentiated (meta-learning, hyperparameter gradients),
+and to read what the kernels compute. ``adamw_step`` here takes the arguments of
+``adamw_xla.adamw_step``; ``adamw_update`` those of ``adamw_xla.lowering.adamw_update``.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from adamw_xla_lowering import Slot, UpdateResult
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamw_xla._config import AdamW, ScalarOrSchedule
+from adamw_xla._state import AdamWState
+from adamw_xla._step import run_step
+
+Leaves = Sequence[jax.Array]
+
+
+def adamw_step(
+    params: Any,
+    grads: Any,
+    state: AdamWState,
+    config: AdamW,
+    *,
+    learning_rate: ScalarOrSchedule | None = None,
+    weight_decay: ScalarOrSchedule | None = None,
+) -> tuple[Any, AdamWState]:
+    """Makes one step of AdamW, differentiable with respect to everything but the counts.
+
+    Arguments, results and errors are those of ``adamw_xla.adamw_step``. The derivative of
+    the square root at ``v == 0`` is taken as 0: there the true one is infinite.
+
+    Example:
+      >>> import adamw_xla as ax, jax, jax.numpy as jnp
+      >>> params, grads = jnp.array([1.0]), jnp.array([0.5])
+      >>> def after(learning_rate):
+      ...     config = ax.AdamW(learning_rate=learning_rate, weight_decay=0.0)
+      ...     state = ax.adamw_init(params, config)
+      ...     return ax.reference.adamw_step(params, grads, state, config)[0][0]
+      >>> print(f"{jax.grad(after)(0.1):.3f}")
+      -1.000
+    """
+    return run_step(
+        params,
+        grads,
+        state,
+        config,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        update=adamw_update,
+    )
+
+
+def adamw_update(
+    hyper: jax.Array,
+    params: Leaves,
+    grads: Leaves,
+    m: Leaves,
+    v: Leaves,
+    v_max: Leaves | None = None,
+    ema: Leaves | None = None,
+    leaf_scale: jax.Array | None = None,
+    *,
+    groups: Sequence[int] | None = None,
+    ema_overwrite: bool = False,
+    clip_value: bool = False,
+    skip: bool = False,
+) -> UpdateResult:
+    """Updates all leaves; see ``adamw_xla_lowering.contract`` for the equations."""
+    n = len(params)
+    nothing = [None] * n
+    columns = {"params": params, "m": m, "v": v, "v_max": v_max, "ema": ema}
+    new: dict[str, list[jax.Array]] = {k: [] for k, x in columns.items() if x is not None}
+    for i in range(n):
+        old = {kind: (column or nothing)[i] for kind, column in columns.items()}
+        row = hyper[0 if groups is None else groups[i]]
+        dtype = np.float64 if params[i].dtype == np.float64 else np.float32
+        leaf = _update_leaf(
+            row.astype(dtype),
+            grads[i],
+            None if leaf_scale is None else leaf_scale[i],
+            {k: x.astype(dtype) for k, x in old.items() if x is not None},
+            clip_value=clip_value,
+            ema_overwrite=ema_overwrite,
+        )
+        for kind, column in new.items():
+            before = old[kind]
+            assert before is not None
+            after = leaf[kind].astype(before.dtype)
+            column.append(jnp.where(row[Slot.APPLY] != 0, after, before) if skip else after)
+    return UpdateResult(new["params"], new["m"], new["v"], new.get("v_max"), new.get("ema"))
+
+
+def _update_leaf(
+    row: jax.Array,
+    grad: jax.Array,
+    scale: jax.Array | None,
+    x: dict[str, jax.Array],
+    *,
+    clip_value: bool,
+    ema_overwrite: bool,
+) -> dict[str, jax.Array]:
+    g = grad.astype(row.dtype) * row[Slot.GRAD_SCALE]
+    if scale is not None:
+        g = g * scale.astype(row.dtype)
+    if clip_value:
+        g = jnp.clip(g, -row[Slot.CLIP_VALUE], row[Slot.CLIP_VALUE])
+    m = row[Slot.BETA_1] * x["m"] + row[Slot.ONE_MINUS_BETA_1] * g
+    v = row[Slot.BETA_2] * x["v"] + row[Slot.ONE_MINUS_BETA_2] * g * g
+    w = jnp.maximum(x["v_max"], v) if "v_max" in x else v
+    denominator = _sqrt(w) * row[Slot.V_CORRECTION] + row[Slot.EPSILON]
+    p = x["params"]
+    p = p - (row[Slot.DECAY_RATE] * p + row[Slot.STEP_SIZE] * m / denominator)
+    new = {"params": p, "m": m, "v": v, "v_max": w}
+    if "ema" in x:
+        momentum, rest = row[Slot.EMA_MOMENTUM], row[Slot.ONE_MINUS_EMA_MOMENTUM]
+        new["ema"] = momentum * x["ema"] + rest * p
+        if ema_overwrite:
+            new["params"] = jnp.where(row[Slot.EMA_OVERWRITE] != 0, new["ema"], p)
+    return new
+
+
+def _sqrt(x: jax.Array) -> jax.Array:
+    """The square root, with derivative 0 at 0."""
+    zero = x == 0
+    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))
