@@ -9,7 +9,7 @@ import math
 import numbers
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from adamw_xla_lowering import PARAM_DTYPES
+from adamw_xla_lowering import PARAM_DTYPES, dtype_names
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,8 +61,8 @@ def state_dtype(dtype: Any) -> np.dtype[Any]:
         found = np.dtype(dtype)
     except TypeError:
         raise TypeError(f"AdamW: state_dtype must be a dtype, got {dtype!r}.") from None
-    if found.name not in PARAM_DTYPES:
-        raise ValueError(f"AdamW: state_dtype must be {_one_of(PARAM_DTYPES)}, got {found.name}.")
+    if found not in PARAM_DTYPES:
+        raise ValueError(f"AdamW: state_dtype must be {dtype_names()}, got {found}.")
     return found
 
 
@@ -204,10 +204,10 @@ def _float_leaf(argument: str, tree: Any, index: int, leaf: Any) -> None:
             f"{argument}{_path(tree, index)}: must be an array, got {_kind(leaf)}; wrap it in "
             "jax.numpy.asarray."
         )
-    if dtype.name not in PARAM_DTYPES:
+    if dtype not in PARAM_DTYPES:
         raise TypeError(
-            f"{argument}{_path(tree, index)}: has dtype {dtype.name}; must be "
-            f"{_one_of(PARAM_DTYPES)}. Keep other leaves out of the tree that is trained "
+            f"{argument}{_path(tree, index)}: has dtype {dtype}; must be "
+            f"{dtype_names()}. Keep other leaves out of the tree that is trained "
             "(None stands for no leaf)."
         )
 
@@ -252,7 +252,3 @@ def _path(tree: Any, index: int) -> str:
 
 def _kind(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-
-
-def _one_of(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"

@@ -8,6 +8,7 @@ from .contract import UPDATE_NAME as UPDATE_NAME
 from .contract import Implementation as Implementation
 from .contract import Slot as Slot
 from .contract import UpdateSpec as UpdateSpec
+from .contract import dtype_names as dtype_names
 from .platforms import NativeUnavailableError as NativeUnavailableError
 from .primitive import UpdateResult as UpdateResult
 from .primitive import adamw_update as adamw_update

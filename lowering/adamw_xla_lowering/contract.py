@@ -24,6 +24,9 @@ import dataclasses
 import enum
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import jax.numpy as jnp
+import numpy as np
+
 UPDATE_NAME = "adamw_update"
 """The primitive's name: jaxprs, HLO metadata and profiles show it."""
 
@@ -32,8 +35,19 @@ COMPOSITE_NAME = "adamw_xla.update"
 
 Implementation: TypeAlias = Literal["xla", "native"]
 
-PARAM_DTYPES = ("bfloat16", "float16", "float32", "float64")
+PARAM_DTYPES = (
+    np.dtype(jnp.bfloat16),
+    np.dtype(np.float16),
+    np.dtype(np.float32),
+    np.dtype(np.float64),
+)
 """Dtypes that params, gradients and optimizer state may have."""
+
+
+def dtype_names() -> str:
+    """Those dtypes, for an error message."""
+    *names, last = (dtype.name for dtype in PARAM_DTYPES)
+    return f"{', '.join(names)} or {last}"
 
 
 class Slot(enum.IntEnum):

@@ -18,6 +18,7 @@ from .contract import (
     UPDATE_NAME,
     Implementation,
     UpdateSpec,
+    dtype_names,
     join_leaves,
     num_operands,
     operand_name,
@@ -115,78 +116,72 @@ def _fail(spec: UpdateSpec, index: int, found: str, expected: str) -> TypeError:
     )
 
 
-def _check_dtype(spec: UpdateSpec, index: int, aval: Any) -> None:
-    if aval.dtype.name not in PARAM_DTYPES:
-        raise _fail(spec, index, f"dtype {aval.dtype.name}", f"one of {', '.join(PARAM_DTYPES)}")
-    if axes := reduced_axes(aval):
-        raise _fail(spec, index, f"a sum pending over {sorted(axes)}", "a reduced value")
-
-
 def _check_scalars(spec: UpdateSpec, avals: Sequence[Any], wide: bool) -> None:
     r = spec.batch_rank
+    dtype = np.dtype(np.float64 if wide else np.float32)
     tails = [(max(spec.groups) + 1, NUM_SLOTS), (spec.num_leaves,)]
-    for i, tail in enumerate(tails[: spec.num_scalars]):
-        shape, dtype = avals[i].shape, avals[i].dtype.name
+    for i, (aval, tail) in enumerate(zip(avals, tails[: spec.num_scalars], strict=True)):
+        shape = aval.shape
         fits = len(shape) == r + len(tail) and shape[-1] == tail[-1] and shape[r] >= tail[0]
         if not fits:
             raise _fail(spec, i, f"shape {shape}", f"shape {tail} after {r} batch dimensions")
-        expected = "float64" if wide else "float32"
-        if dtype != expected:
-            raise _fail(spec, i, f"dtype {dtype}", f"{expected}, the dtype of the arithmetic")
+        if aval.dtype != dtype:
+            raise _fail(spec, i, f"dtype {aval.dtype}", f"{dtype}, that of the arithmetic")
 
 
-def _leaf_shape(spec: UpdateSpec, leaf: int, avals: Sequence[Any]) -> tuple[int, ...]:
-    """The shape that this leaf's results have: its own behind the joined batch."""
-    r, n = spec.batch_rank, spec.num_leaves
-    own = avals[spec.num_scalars + leaf].shape
-    for kind in range(len(spec.operand_kinds)):
-        index = spec.num_scalars + kind * n + leaf
-        if avals[index].shape[r:] != own[r:] or len(avals[index].shape) != len(own):
-            raise _fail(spec, index, f"shape {avals[index].shape}", f"params[{leaf}]'s, {own}")
-    members = [*avals[: spec.num_scalars], *avals[spec.num_scalars + leaf :: n]]
+def _check_leaf(spec: UpdateSpec, leaf: int, row: Sequence[Any]) -> None:
+    """The leaf's operands must agree in shape and partition behind the batch."""
+    r, own = spec.batch_rank, row[0]
+    for kind, aval in enumerate(row):
+        index = spec.num_scalars + kind * spec.num_leaves + leaf
+        if aval.dtype not in PARAM_DTYPES:
+            raise _fail(spec, index, f"dtype {aval.dtype}", dtype_names())
+        if axes := reduced_axes(aval):
+            raise _fail(spec, index, f"a sum pending over {sorted(axes)}", "a value that is summed")
+        if aval.shape[r:] != own.shape[r:] or len(aval.shape) != len(own.shape):
+            raise _fail(spec, index, f"shape {aval.shape}", f"params[{leaf}]'s, {own.shape}")
+        if spec_of(aval)[r:] != spec_of(own)[r:]:
+            raise _fail(
+                spec,
+                index,
+                f"sharding {spec_of(aval)[r:]}",
+                f"params[{leaf}]'s, {spec_of(own)[r:]} (see jax.sharding.reshard)",
+            )
+
+
+def _leaf_results(spec: UpdateSpec, leaf: int, scalars: Sequence[Any], row: Any) -> list[Any]:
+    """What leaf ``leaf`` becomes: its operands' types, with the joined batch in front."""
+    _check_leaf(spec, leaf, row)
+    r, members = spec.batch_rank, [*scalars, *row]
     try:
         batch = np.broadcast_shapes(*(aval.shape[:r] for aval in members)) if r else ()
     except ValueError:
         shapes = [aval.shape[:r] for aval in members]
         raise TypeError(f"{UPDATE_NAME}: leaf {leaf} has batches {shapes}") from None
-    return (*batch, *own[r:])
-
-
-def _result_aval(
-    spec: UpdateSpec, shape: tuple[int, ...], replaced: Any, members: Sequence[Any]
-) -> Any:
-    partition = list(spec_of(replaced))
-    for dim in range(spec.batch_rank):
-        entries = (spec_of(x)[dim] for x in members if x.shape[dim] == shape[dim])
-        partition[dim] = next((entry for entry in entries if entry is not None), None)
-    aval = with_shape_and_spec(replaced, shape, tuple(partition))
-    return varying_like(aval.update(weak_type=False), members)
+    results = []
+    for kind in spec.result_kinds:
+        replaced = row[spec.operand_kinds.index(kind)]
+        partition = list(spec_of(replaced))
+        for dim in range(r):
+            entries = (spec_of(x)[dim] for x in members if x.shape[dim] == batch[dim])
+            partition[dim] = next((entry for entry in entries if entry is not None), None)
+        shape = (*batch, *replaced.shape[r:])
+        aval = with_shape_and_spec(replaced, shape, tuple(partition))
+        results.append(varying_like(aval.update(weak_type=False), members))
+    return results
 
 
 def _abstract_eval(*avals: Any, spec: UpdateSpec) -> list[Any]:
     if len(avals) != num_operands(spec):
         raise TypeError(f"{UPDATE_NAME}: {len(avals)} operands; expected {num_operands(spec)}.")
-    for i, aval in enumerate(avals):
-        _check_dtype(spec, i, aval)
     scalars, rows = avals[: spec.num_scalars], split_operands(spec, avals).leaves
-    _check_scalars(spec, avals, any(row[0].dtype == np.float64 for row in rows))
-    r, results = spec.batch_rank, []
+    _check_scalars(spec, scalars, any(row[0].dtype == np.float64 for row in rows))
+    # Trees repeat few kinds of leaves, and JAX interns types: each kind is worked out once.
+    known: dict[tuple[Any, ...], list[Any]] = {}
     for leaf, row in enumerate(rows):
-        shape = _leaf_shape(spec, leaf, avals)
-        partitions = [spec_of(aval)[r:] for aval in row]
-        for kind, partition in enumerate(partitions):
-            if partition != partitions[0]:
-                index = spec.num_scalars + kind * spec.num_leaves + leaf
-                raise _fail(
-                    spec,
-                    index,
-                    f"sharding {partition}",
-                    f"params[{leaf}]'s, {partitions[0]} (see jax.sharding.reshard)",
-                )
-        members = [*scalars, *row]
-        replaced = (row[spec.operand_kinds.index(kind)] for kind in spec.result_kinds)
-        results.append([_result_aval(spec, shape, aval, members) for aval in replaced])
-    return join_leaves(results)
+        if row not in known:
+            known[row] = _leaf_results(spec, leaf, scalars, row)
+    return join_leaves([known[row] for row in rows])
 
 
 # ------------------------------------------------------------- dead code and eager calls

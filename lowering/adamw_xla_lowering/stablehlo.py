@@ -65,13 +65,17 @@ def lower_leaves(
             composite_attributes=ir.DictAttr.get(attributes),
             decomposition=ir.FlatSymbolRefAttr.get(function.name.value),
         )
-        results.append(
-            [
-                lower_with_sharding_in_types(ctx, x, aval)
-                for x, aval in zip(op.results, outs[leaf], strict=True)
-            ]
-        )
+        results.append(_with_shardings(ctx, op.results, outs[leaf]))
     return results
+
+
+def _with_shardings(
+    ctx: mlir.LoweringRuleContext, values: Sequence[ir.Value], avals: Sequence[Any]
+) -> list[ir.Value]:
+    """In explicit mode, the results' shardings are part of their types."""
+    if avals[0].sharding.mesh.empty:
+        return list(values)
+    return [lower_with_sharding_in_types(ctx, x, a) for x, a in zip(values, avals, strict=True)]
 
 
 def _columns(flat: Sequence[Any], n: int) -> list[Sequence[Any]]:
