@@ -1,17 +1,21 @@
 """Schedules, bias corrections and clip scales -> the ``hyper`` operand.
 
 What Python knows, it computes in float64 and rounds once; what is traced is computed
-in the dtype of ``hyper``.
+in the dtype of ``hyper``. The scalars that every step has are written in ``jax.lax``:
+each ``jax.numpy`` call and operator is a nested ``jit``, and a dozen of them take longer
+to trace than a hundred leaves.
 """
 
 from collections.abc import Mapping, Sequence
+import itertools
 import math
 from typing import Any, TypeAlias
 
 from adamw_xla_lowering import NUM_SLOTS, Slot
 import jax
+from jax import lax
 import jax.numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 import numpy as np
 
 from adamw_xla._config import AdamW, ScalarOrSchedule
@@ -29,15 +33,6 @@ def as_scalar(value: Any, dtype: DTypeLike) -> Scalar:
 def evaluate(value: ScalarOrSchedule, step: jax.Array, dtype: DTypeLike) -> Scalar:
     """The value, or what a schedule says at this step."""
     return as_scalar(value(step) if callable(value) else value, dtype)
-
-
-def _one_minus_power(beta: Scalar, t: jax.Array) -> jax.Array:
-    """``1 - beta**t`` without cancellation."""
-    if isinstance(beta, float):
-        log_beta: Scalar = math.log(beta) if beta > 0 else -math.inf
-    else:
-        log_beta = jnp.log(beta)
-    return -jnp.expm1(t * log_beta)
 
 
 def hyper_rows(
@@ -64,15 +59,15 @@ def hyper_rows(
     Returns:
       [groups, NUM_SLOTS] of ``dtype``.
     """
-    t = count.astype(dtype) + 1
+    t = lax.add(lax.convert_element_type(count, dtype), np.ones((), dtype))
     beta_1, beta_2 = as_scalar(config.beta_1, dtype), as_scalar(config.beta_2, dtype)
-    bias_1, bias_2 = _one_minus_power(beta_1, t), _one_minus_power(beta_2, t)
+    bias_1, bias_2 = _one_minus_power(beta_1, t), lax.sqrt(_one_minus_power(beta_2, t))
+    step_size: Scalar = lax.div(_array(learning_rate, dtype), bias_1)
+    v_correction: Scalar = 1.0
     if config.epsilon_hat:
-        step_size = learning_rate * jnp.sqrt(bias_2) / bias_1
-        v_correction: Scalar = 1.0
+        step_size = lax.mul(step_size, bias_2)
     else:
-        step_size = learning_rate / bias_1
-        v_correction = 1 / jnp.sqrt(bias_2)
+        v_correction = lax.div(np.ones((), dtype), bias_2)
     slots: dict[Slot, Scalar] = {
         Slot.GRAD_SCALE: grad_scale,
         Slot.STEP_SIZE: step_size,
@@ -87,7 +82,16 @@ def hyper_rows(
         **_ema_slots(config, count, dtype),
     }
     rows = [_pack({**slots, Slot.DECAY_RATE: learning_rate * rate}, dtype) for rate in decay]
-    return rows[0][None] if len(rows) == 1 else jnp.stack(rows)
+    return lax.concatenate(rows, 0) if len(rows) > 1 else rows[0]
+
+
+def _one_minus_power(beta: Scalar, t: jax.Array) -> jax.Array:
+    """``1 - beta**t`` without cancellation."""
+    if isinstance(beta, float):
+        log_beta = _array(math.log(beta) if beta > 0 else -math.inf, t.dtype)
+    else:
+        log_beta = lax.log(beta)
+    return lax.neg(lax.expm1(lax.mul(t, log_beta)))
 
 
 def _clip_slots(config: AdamW, dtype: DTypeLike) -> dict[Slot, Scalar]:
@@ -110,22 +114,19 @@ def _ema_slots(config: AdamW, count: jax.Array, dtype: DTypeLike) -> dict[Slot, 
     return slots
 
 
-def _pack(slots: Mapping[Slot, ArrayLike], dtype: DTypeLike) -> jax.Array:
-    """One row; neighbouring constants make one constant."""
+def _pack(slots: Mapping[Slot, Scalar], dtype: DTypeLike) -> jax.Array:
+    """One row, [1, NUM_SLOTS]; neighbouring constants make one constant."""
+    values = [slots.get(Slot(slot), 0.0) for slot in range(NUM_SLOTS)]
     parts: list[Any] = []
-    constants: list[float] = []
-
-    def flush() -> None:
-        if constants:
-            parts.append(np.array(constants, dtype))
-            constants.clear()
-
-    for slot in range(NUM_SLOTS):
-        value = slots.get(Slot(slot), 0.0)
-        if isinstance(value, jax.Array):
-            flush()
-            parts.append(value.astype(dtype).reshape(1))
+    for is_constant, run in itertools.groupby(values, lambda x: isinstance(x, float | int)):
+        if is_constant:
+            parts.append(np.array([list(run)], dtype))
         else:
-            constants.append(float(value))  # type: ignore[arg-type]
-    flush()
-    return jnp.concatenate(parts)
+            parts.extend(lax.reshape(_array(x, dtype), (1, 1)) for x in run)
+    return lax.concatenate(parts, 1)
+
+
+def _array(value: Scalar, dtype: DTypeLike) -> jax.Array | np.ndarray[Any, Any]:
+    if isinstance(value, float | int):
+        return np.asarray(value, dtype)
+    return lax.convert_element_type(value, dtype)

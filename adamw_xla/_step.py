@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from adamw_xla_lowering import Implementation, UpdateResult, adamw_update
 import jax
+from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
@@ -183,7 +184,7 @@ def run_step(
     lr = evaluate(config.learning_rate if learning_rate is None else learning_rate, calls, dtype)
     wd = evaluate(config.weight_decay if weight_decay is None else weight_decay, calls, dtype)
     step = _Step(config, chosen, update, dtype, _Rates(lr, tuple(wd if k else 0.0 for k in kinds)))
-    live_grads = [jnp.asarray(flat[i]) for i in live]
+    live_grads = [flat[i] for i in live]
     if config.gradient_accumulation_steps is None:
         return step.update_with(params, state, live_grads, step.unscale)
     return step.accumulate(params, state, live_grads)
@@ -304,8 +305,10 @@ class _Step:
 
 def _increment(count: Any, when: jax.Array | None) -> jax.Array:
     """``count + 1``, where ``when`` holds, without overflow."""
-    room = count < np.iinfo(np.int32).max
-    return count + (room if when is None else room & when).astype(jnp.int32)
+    one = lax.lt(count, np.int32(np.iinfo(np.int32).max))
+    if when is not None:
+        one = lax.bitwise_and(one, when)
+    return lax.add(count, lax.convert_element_type(one, np.int32))
 
 
 __all__ = ["adamw_finalize", "adamw_step", "run_step", "scale_loss"]
