@@ -35,6 +35,14 @@ def evaluate(value: ScalarOrSchedule, step: jax.Array, dtype: DTypeLike) -> Scal
     return as_scalar(value(step) if callable(value) else value, dtype)
 
 
+def increment(count: Any, when: jax.Array | None = None) -> jax.Array:
+    """``count + 1``, where ``when`` holds, without overflow."""
+    one = lax.lt(count, np.int32(np.iinfo(np.int32).max))
+    if when is not None:
+        one = lax.bitwise_and(one, when)
+    return lax.add(count, lax.convert_element_type(one, np.int32))
+
+
 def hyper_rows(
     config: AdamW,
     count: jax.Array,
@@ -59,7 +67,10 @@ def hyper_rows(
     Returns:
       [groups, NUM_SLOTS] of ``dtype``.
     """
-    t = lax.add(lax.convert_element_type(count, dtype), np.ones((), dtype))
+    # From count + 1, which is also the new count: reading the old one in two places would
+    # cost a copy of it where it is donated.
+    update = increment(count)
+    t = lax.convert_element_type(update, dtype)
     beta_1, beta_2 = as_scalar(config.beta_1, dtype), as_scalar(config.beta_2, dtype)
     bias_1, bias_2 = _one_minus_power(beta_1, t), lax.sqrt(_one_minus_power(beta_2, t))
     step_size: Scalar = lax.div(_array(learning_rate, dtype), bias_1)
@@ -79,7 +90,7 @@ def hyper_rows(
         Slot.EPSILON: as_scalar(config.epsilon, dtype),
         Slot.APPLY: apply,
         **_clip_slots(config, dtype),
-        **_ema_slots(config, count, dtype),
+        **_ema_slots(config, update, dtype),
     }
     rows = [_pack({**slots, Slot.DECAY_RATE: learning_rate * rate}, dtype) for rate in decay]
     return lax.concatenate(rows, 0) if len(rows) > 1 else rows[0]
@@ -100,17 +111,17 @@ def _clip_slots(config: AdamW, dtype: DTypeLike) -> dict[Slot, Scalar]:
     return {Slot.CLIP_VALUE: as_scalar(config.clipvalue, dtype)}
 
 
-def _ema_slots(config: AdamW, count: jax.Array, dtype: DTypeLike) -> dict[Slot, Scalar]:
+def _ema_slots(config: AdamW, update: jax.Array, dtype: DTypeLike) -> dict[Slot, Scalar]:
     if not config.use_ema:
         return {}
     momentum = as_scalar(config.ema_momentum, dtype)
-    first = count == 0  # the first update sets the average to the params
+    first = update == 1  # the first update sets the average to the params
     slots: dict[Slot, Scalar] = {
         Slot.EMA_MOMENTUM: jnp.where(first, 0, momentum),
         Slot.ONE_MINUS_EMA_MOMENTUM: jnp.where(first, 1, 1 - momentum),
     }
     if (frequency := config.ema_overwrite_frequency) is not None:
-        slots[Slot.EMA_OVERWRITE] = (count + 1) % frequency == 0
+        slots[Slot.EMA_OVERWRITE] = update % frequency == 0
     return slots
 
 

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 
 from adamw_xla_lowering import Implementation, UpdateResult, adamw_update
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
 from adamw_xla import _check, _clipping
 from adamw_xla._config import AdamW, ScalarOrSchedule
-from adamw_xla._hyper import Scalar, as_scalar, evaluate, hyper_rows
+from adamw_xla._hyper import Scalar, as_scalar, evaluate, hyper_rows, increment
 from adamw_xla._state import AdamWState
 
 
@@ -252,12 +251,12 @@ class _Step:
         put = self.leaves.put
         return put(params, new.params), dataclasses.replace(
             state,
-            count=_increment(state.count, apply),
+            count=increment(state.count, apply),
             m=put(state.m, new.m),
             v=put(state.v, new.v),
             v_max=None if new.v_max is None else put(state.v_max, new.v_max),
             ema=None if new.ema is None else put(state.ema, new.ema),
-            skipped=None if apply is None else _increment(state.skipped, ~apply),
+            skipped=None if apply is None else increment(state.skipped, ~apply),
         )
 
     def accumulate(
@@ -287,7 +286,7 @@ class _Step:
 
         def skipped(total: list[jax.Array]) -> tuple[Any, AdamWState]:
             del total
-            count = _increment(state.skipped, None)
+            count = increment(state.skipped)
             return params, dataclasses.replace(state, skipped=count)
 
         last = jnp.asarray(micro_step + 1 >= steps)
@@ -301,14 +300,6 @@ class _Step:
     ) -> AdamWState:
         tree = self.leaves.put(state.accumulated, accumulated)
         return dataclasses.replace(state, accumulated=tree, micro_step=micro_step)
-
-
-def _increment(count: Any, when: jax.Array | None) -> jax.Array:
-    """``count + 1``, where ``when`` holds, without overflow."""
-    one = lax.lt(count, np.int32(np.iinfo(np.int32).max))
-    if when is not None:
-        one = lax.bitwise_and(one, when)
-    return lax.add(count, lax.convert_element_type(one, np.int32))
 
 
 __all__ = ["adamw_finalize", "adamw_step", "run_step", "scale_loss"]
