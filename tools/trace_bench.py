@@ -144,9 +144,11 @@ def table(results: Sequence[Result], repeats: int) -> Table:
         title=f"ms to trace and lower one step: median of {repeats} (min..max)",
         caption=machine(),
         box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     out.add_column("leaves", justify="right")
-    out.add_column("program")
+    out.add_column("program", no_wrap=True)
     for column in (*PHASES, "both"):
         out.add_column(column, justify="right", no_wrap=True)
     for result in results:
@@ -162,8 +164,8 @@ def ratios(result: Result) -> str:
     """How many times as long optax takes, in one line."""
     plain, above = (result.ratio(above_floor=x) for x in (False, True))
     return (
-        f"{result.leaves} leaves: optax takes {plain:.1f} times as long, "
-        f"{above:.1f} with identity's time taken off both"
+        f"{result.leaves} leaves: optax / {OURS} = {plain:.1f}; "
+        f"{above:.1f} without identity's share"
     )
 
 
