@@ -204,6 +204,11 @@ def _float_leaf(argument: str, tree: Any, index: int, leaf: Any) -> None:
             f"{argument}{_path(tree, index)}: must be an array, got {_kind(leaf)}; wrap it in "
             "jax.numpy.asarray."
         )
+    if not all(isinstance(size, int) for size in leaf.shape):
+        raise TypeError(
+            f"{argument}{_path(tree, index)}: has the symbolic shape {leaf.shape}; export with "
+            "concrete shapes."
+        )
     if dtype not in PARAM_DTYPES:
         raise TypeError(
             f"{argument}{_path(tree, index)}: has dtype {dtype}; must be "

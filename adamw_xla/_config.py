@@ -79,7 +79,8 @@ class AdamW:
         ``v`` is compared; optax compares the bias-corrected one.
       clipnorm: clip each leaf's gradient to this L2 norm.
       clipvalue: clip each gradient element to [-clipvalue, clipvalue].
-      global_clipnorm: clip the gradient of the whole tree to this L2 norm.
+      global_clipnorm: clip the gradient of the whole tree to this L2 norm. Inside of
+        ``jax.shard_map`` each device sees, and clips by, the norm of what it holds.
       use_ema: keep a moving average of the params; ``adamw_finalize`` returns it.
       ema_momentum: its momentum, in [0, 1].
       ema_overwrite_frequency: replace the params by their average every so many updates.
@@ -93,8 +94,9 @@ class AdamW:
       weight_decay_mask: a pytree of bools, a prefix of the params' tree, or a callable
         from params to one: False where there is no decay. Takes the place of Keras'
         ``exclude_from_weight_decay``.
-      skip_nonfinite: a step whose gradient has a NaN or an infinity leaves params, state
-        and count as they were, and is counted in ``state.skipped``. Decided on the device.
+      skip_nonfinite: a step whose gradient has a NaN or an infinity, or whose squared norm
+        overflows (so that ``v`` would never recover), leaves params, state and count as they
+        were, and is counted in ``state.skipped``. Decided on the device.
       state_dtype: dtype of the optimizer's state; None: float32, or float64 for float64
         params. A 16-bit dtype is for ``m`` alone: a 16-bit ``v`` would never decay, since
         beta_2 = 0.999 moves it by less than half a unit in its last place.

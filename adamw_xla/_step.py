@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
-from adamw_xla_lowering import Implementation, UpdateResult, adamw_update
+from adamw_xla_lowering import (
+    Implementation,
+    UpdateResult,
+    adamw_sum_of_squares,
+    adamw_update,
+)
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from adamw_xla import _check, _clipping
+from adamw_xla._clipping import SumOfSquares
 from adamw_xla._config import AdamW, ScalarOrSchedule
 from adamw_xla._hyper import Scalar, as_scalar, evaluate, hyper_rows, increment
 from adamw_xla._state import AdamWState
@@ -73,7 +80,9 @@ def adamw_step(
         config,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
-        update=_UpdateWith(implementation),
+        backend=Backend(
+            functools.partial(adamw_update, implementation=implementation), adamw_sum_of_squares
+        ),
     )
 
 
@@ -114,14 +123,11 @@ def scale_loss(loss: jax.Array, config: AdamW) -> jax.Array:
 # ------------------------------------------------------------------------ one step inside
 
 
-@dataclasses.dataclass(frozen=True)
-class _UpdateWith:
-    """``adamw_update`` with the implementation chosen."""
+class Backend(NamedTuple):
+    """What does the work of a step."""
 
-    implementation: Implementation | None
-
-    def __call__(self, *operands: Any, **choices: Any) -> UpdateResult:
-        return adamw_update(*operands, **choices, implementation=self.implementation)
+    update: Callable[..., UpdateResult]
+    sum_of_squares: SumOfSquares
 
 
 class _Rates(NamedTuple):
@@ -158,9 +164,9 @@ def run_step(
     *,
     learning_rate: ScalarOrSchedule | None,
     weight_decay: ScalarOrSchedule | None,
-    update: Callable[..., UpdateResult],
+    backend: Backend,
 ) -> tuple[Any, AdamWState]:
-    """``adamw_step`` with the update itself as an argument; ``reference`` brings its own."""
+    """``adamw_step`` on any backend; ``reference`` brings its own."""
     _check.is_config(config)
     leaves, treedef = jax.tree.flatten(params)
     _check.params(params, leaves)
@@ -182,7 +188,7 @@ def run_step(
     calls = _calls(state, config)
     lr = evaluate(config.learning_rate if learning_rate is None else learning_rate, calls, dtype)
     wd = evaluate(config.weight_decay if weight_decay is None else weight_decay, calls, dtype)
-    step = _Step(config, chosen, update, dtype, _Rates(lr, tuple(wd if k else 0.0 for k in kinds)))
+    step = _Step(config, chosen, backend, dtype, _Rates(lr, tuple(wd if k else 0.0 for k in kinds)))
     live_grads = [flat[i] for i in live]
     if config.gradient_accumulation_steps is None:
         return step.update_with(params, state, live_grads, step.unscale)
@@ -200,7 +206,7 @@ def _calls(state: AdamWState, config: AdamW) -> jax.Array:
 class _Step:
     config: AdamW
     leaves: _Leaves
-    update: Callable[..., UpdateResult]
+    backend: Backend
     dtype: Any
     rates: _Rates
 
@@ -210,21 +216,29 @@ class _Step:
         factor = self.config.loss_scale_factor
         return 1.0 if factor is None else 1 / as_scalar(factor, self.dtype)
 
+    def sum_of_squares(
+        self, grads: list[jax.Array], scale: Scalar, *, per_leaf: bool = False
+    ) -> jax.Array:
+        factor = jnp.asarray(scale, self.dtype)
+        return self.backend.sum_of_squares(factor, grads, per_leaf=per_leaf)
+
     def update_with(
         self, params: Any, state: AdamWState, grads: list[jax.Array], scale: Scalar
     ) -> tuple[Any, AdamWState]:
         """A real update with ``scale`` times ``grads``."""
         c, take = self.config, self.leaves.take
-        leaf_scale, finite = None, None
+        leaf_scale: jax.Array | None = None
+        squares: Any = None
         if c.global_clipnorm is not None:
-            norm = _clipping.global_norm(grads, scale, self.dtype)
-            scale = scale * _clipping.global_factor(norm, c.global_clipnorm)
-            finite = jnp.isfinite(norm)  # a NaN or infinity anywhere is one in the norm
+            squares = self.sum_of_squares(grads, scale)
+            scale = scale * _clipping.global_factor(jnp.sqrt(squares), c.global_clipnorm)
+        elif c.clipnorm is not None:
+            squares = self.sum_of_squares(grads, scale, per_leaf=True)
+            leaf_scale = _clipping.leaf_factors(jnp.sqrt(squares), c.clipnorm)
         elif c.skip_nonfinite:
-            finite = _clipping.all_finite(grads)
-        if c.clipnorm is not None:
-            leaf_scale = _clipping.leaf_factors(grads, scale, c.clipnorm, self.dtype)
-        apply = finite if c.skip_nonfinite else None
+            squares = self.sum_of_squares(grads, scale)
+        # A NaN or an infinity anywhere is one in the sum.
+        apply = jnp.all(jnp.isfinite(squares)) if c.skip_nonfinite else None
         hyper = hyper_rows(
             c,
             state.count,
@@ -234,7 +248,7 @@ class _Step:
             apply=1.0 if apply is None else apply,
             dtype=self.dtype,
         )
-        new = self.update(
+        new = self.backend.update(
             hyper,
             take(params),
             grads,
@@ -292,7 +306,8 @@ class _Step:
         last = jnp.asarray(micro_step + 1 >= steps)
         if not self.config.skip_nonfinite:
             return jax.lax.cond(last, real, between, total)
-        branch = jnp.where(_clipping.all_finite(total), last.astype(jnp.int32), 2)
+        finite = jnp.isfinite(self.sum_of_squares(total, 1.0))
+        branch = jnp.where(finite, last.astype(jnp.int32), 2)
         return jax.lax.switch(branch, [between, real, skipped], total)
 
     def _counted(
@@ -302,4 +317,4 @@ class _Step:
         return dataclasses.replace(state, accumulated=tree, micro_step=micro_step)
 
 
-__all__ = ["adamw_finalize", "adamw_step", "run_step", "scale_loss"]
+__all__ = ["Backend", "adamw_finalize", "adamw_step", "run_step", "scale_loss"]

@@ -15,7 +15,7 @@ import numpy as np
 
 from adamw_xla._config import AdamW, ScalarOrSchedule
 from adamw_xla._state import AdamWState
-from adamw_xla._step import run_step
+from adamw_xla._step import Backend, run_step
 
 Leaves = Sequence[jax.Array]
 
@@ -51,8 +51,14 @@ def adamw_step(
         config,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
-        update=adamw_update,
+        backend=Backend(adamw_update, sum_of_squares),
     )
+
+
+def sum_of_squares(scale: jax.Array, leaves: Leaves, *, per_leaf: bool = False) -> jax.Array:
+    """Sums ``(scale * x)**2`` over all leaves, or over each: [] or [leaves]."""
+    sums = jnp.stack([jnp.sum(jnp.square(x.astype(scale.dtype) * scale)) for x in leaves])
+    return sums if per_leaf else jnp.sum(sums)
 
 
 def adamw_update(

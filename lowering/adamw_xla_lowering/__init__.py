@@ -9,6 +9,8 @@ from .contract import Implementation as Implementation
 from .contract import Slot as Slot
 from .contract import UpdateSpec as UpdateSpec
 from .contract import dtype_names as dtype_names
+from .norms import adamw_sum_of_squares as adamw_sum_of_squares
+from .norms import adamw_sum_of_squares_p as adamw_sum_of_squares_p
 from .platforms import NativeUnavailableError as NativeUnavailableError
 from .primitive import UpdateResult as UpdateResult
 from .primitive import adamw_update as adamw_update

@@ -48,6 +48,27 @@ def with_shape_and_spec(aval: Any, shape: tuple[int, ...], spec: tuple[Any, ...]
     return aval.update(shape=shape, sharding=sharding)
 
 
+def batch_spec(batch: tuple[int, ...], members: Iterable[Any]) -> tuple[Any, ...]:
+    """The partition of a batch that ``members`` share: who has the whole size says it."""
+    avals = list(members)
+    entries = (
+        [spec_of(x)[dim] for x in avals if x.shape[dim] == size] for dim, size in enumerate(batch)
+    )
+    return tuple(next((e for e in found if e is not None), None) for found in entries)
+
+
 def is_exporting(ctx: Any) -> bool:
     """Whether ``ctx`` lowers for ``jax.export``, whose artifact outlives this process."""
     return ctx.module_context.lowering_parameters.for_export
+
+
+def devices_hold_whole_operands(ctx: Any) -> bool:
+    """Whether no partitioner will come between ``ctx``'s operands and a custom call.
+
+    True for one device, and inside of ``shard_map`` where every axis of more than one
+    device is manual. The lowering context has no public reader for either.
+    """
+    axes = ctx.module_context.axis_context
+    if (manual := getattr(axes, "manual_axes", None)) is not None:
+        return all(size == 1 or name in manual for name, size in axes.mesh.shape.items())
+    return getattr(axes, "num_devices", None) == 1

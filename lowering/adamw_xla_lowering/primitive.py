@@ -11,7 +11,7 @@ from jax.interpreters import partial_eval as pe
 import numpy as np
 
 from . import autodiff, batching, platforms
-from ._jax_private import reduced_axes, spec_of, varying_like, with_shape_and_spec
+from ._jax_private import batch_spec, reduced_axes, spec_of, varying_like, with_shape_and_spec
 from .contract import (
     NUM_SLOTS,
     PARAM_DTYPES,
@@ -161,12 +161,9 @@ def _leaf_results(spec: UpdateSpec, leaf: int, scalars: Sequence[Any], row: Any)
     results = []
     for kind in spec.result_kinds:
         replaced = row[spec.operand_kinds.index(kind)]
-        partition = list(spec_of(replaced))
-        for dim in range(r):
-            entries = (spec_of(x)[dim] for x in members if x.shape[dim] == batch[dim])
-            partition[dim] = next((entry for entry in entries if entry is not None), None)
         shape = (*batch, *replaced.shape[r:])
-        aval = with_shape_and_spec(replaced, shape, tuple(partition))
+        partition = (*batch_spec(batch, members), *spec_of(replaced)[r:])
+        aval = with_shape_and_spec(replaced, shape, partition)
         results.append(varying_like(aval.update(weak_type=False), members))
     return results
 

@@ -1,0 +1,200 @@
+"""``adamw_sum_of_squares_p``: the squared L2 norm of a whole tree, as one equation.
+
+Clipping by the global norm, clipping each leaf by its own, and the search for a gradient
+that is not finite all need nothing else. As one equation it traces in the time of one
+leaf, and a platform can read the tree in fewer kernels than one or two per leaf.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+from jax.extend.mlir import ir, lower_with_sharding_in_types
+from jax.extend.mlir.dialects import stablehlo as hlo
+from jax.interpreters import batching, mlir
+import jax.numpy as jnp
+import numpy as np
+
+from ._jax_private import (
+    batch_spec,
+    devices_hold_whole_operands,
+    reduced_axes,
+    varying_like,
+    with_shape_and_spec,
+)
+from .contract import PARAM_DTYPES, dtype_names
+
+NORM_NAME = "adamw_sum_of_squares"
+
+
+@dataclasses.dataclass(frozen=True)
+class NormSpec:
+    """The static side: one sum or one per leaf, and the rank of the batch in front."""
+
+    per_leaf: bool
+    batch_rank: int = 0
+
+
+def adamw_sum_of_squares(
+    scale: jax.Array, leaves: Sequence[jax.Array], *, per_leaf: bool = False
+) -> jax.Array:
+    """Sums ``(scale * x)**2`` over the elements of all leaves, or of each.
+
+    Args:
+      scale: a scalar, float32 or float64; the arithmetic and the result are of its dtype.
+      leaves: arrays of any shape and of the dtypes that params may have.
+      per_leaf: one sum per leaf.
+
+    Returns:
+      A scalar, or [leaves] with ``per_leaf``. It is infinite or NaN where an element is,
+      or where a square overflows.
+
+    Raises:
+      TypeError: a leaf's or the scale's dtype does not fit.
+    """
+    if not leaves:
+        return jnp.zeros((0,) if per_leaf else (), scale.dtype)
+    (result,) = adamw_sum_of_squares_p.bind(scale, *leaves, spec=NormSpec(per_leaf))
+    return result
+
+
+# ------------------------------------------------------------------------------- the rules
+
+
+def _abstract_eval(scale: Any, *leaves: Any, spec: NormSpec) -> list[Any]:
+    if scale.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+        raise TypeError(f"{NORM_NAME}: scale has dtype {scale.dtype}; expected float32 or float64.")
+    for i, leaf in enumerate(leaves):
+        if leaf.dtype not in PARAM_DTYPES:
+            raise TypeError(f"{NORM_NAME}: leaf {i} has dtype {leaf.dtype}; use {dtype_names()}.")
+        if axes := reduced_axes(leaf):
+            raise TypeError(f"{NORM_NAME}: leaf {i} is a sum pending over {sorted(axes)}.")
+    r = spec.batch_rank
+    members = (scale, *leaves)
+    batch = np.broadcast_shapes(*(x.shape[:r] for x in members)) if r else ()
+    tail = (len(leaves),) if spec.per_leaf else ()
+    partition = (*batch_spec(batch, members), *(None for _ in tail))
+    aval = with_shape_and_spec(scale, (*batch, *tail), partition)
+    return [varying_like(aval.update(weak_type=False), members)]
+
+
+def _batch(
+    operands: Sequence[jax.Array], dims: Sequence[int | None], *, spec: NormSpec
+) -> tuple[list[jax.Array], list[int]]:
+    # An operand that is not batched gets size 1, as in batching.py.
+    moved = [
+        jax.lax.expand_dims(x, (0,)) if dim is None else jnp.moveaxis(x, dim, 0)
+        for x, dim in zip(operands, dims, strict=True)
+    ]
+    batched = dataclasses.replace(spec, batch_rank=spec.batch_rank + 1)
+    return adamw_sum_of_squares_p.bind(*moved, spec=batched), [0]
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(spec: NormSpec) -> Callable[..., list[jax.Array]]:
+    return jax.jit(functools.partial(adamw_sum_of_squares_p.bind, spec=spec))
+
+
+def _impl(*operands: Any, spec: NormSpec) -> list[jax.Array]:
+    return _compiled(spec)(*operands)
+
+
+# --------------------------------------------------------------------------- the lowerings
+
+
+def _lower_by_leaf(
+    ctx: mlir.LoweringRuleContext, scale: ir.Value, *leaves: ir.Value, spec: NormSpec
+) -> list[ir.Value]:
+    """One reduction per leaf: right under any sharding of the leaves."""
+    (aval_out,) = ctx.avals_out
+    sums = [
+        _reduce(_square(x, scale, spec.batch_rank), spec.batch_rank, aval_out.shape) for x in leaves
+    ]
+    return _finish(ctx, sums, spec)
+
+
+def _lower_merged(
+    ctx: mlir.LoweringRuleContext, scale: ir.Value, *leaves: ir.Value, spec: NormSpec
+) -> list[ir.Value]:
+    """Squares of leaves of one size are added before one reduction, where that is legal.
+
+    Leaves that are sharded in different ways cannot be added without moving them, so it is
+    done only where each device holds whole operands.
+    """
+    if spec.per_leaf or not devices_hold_whole_operands(ctx):
+        return _lower_by_leaf(ctx, scale, *leaves, spec=spec)
+    (aval_out,) = ctx.avals_out
+    r = spec.batch_rank
+    groups: dict[tuple[int, ...], list[ir.Value]] = {}
+    for x in leaves:
+        shape = ir.RankedTensorType(x.type).shape
+        flat = (*shape[:r], math.prod(shape[r:]))
+        kind = ir.RankedTensorType.get(flat, ir.RankedTensorType(x.type).element_type)
+        groups.setdefault(flat, []).append(hlo.reshape(kind, x))
+    sums = []
+    for group in groups.values():
+        for start in range(0, len(group), MAX_MERGED_SUMMANDS):
+            squares = [_square(x, scale, r) for x in group[start : start + MAX_MERGED_SUMMANDS]]
+            sums.append(_reduce(functools.reduce(hlo.add, squares), r, aval_out.shape))
+    return _finish(ctx, sums, spec)
+
+
+MAX_MERGED_SUMMANDS = 80
+"""XLA:GPU fuses what fits into 96 operands and results."""
+
+
+def _square(x: ir.Value, scale: ir.Value, batch_rank: int) -> ir.Value:
+    """``(scale * x)**2`` in the dtype of ``scale``, with the batch of both."""
+    dtype = ir.RankedTensorType(scale.type).element_type
+    shape = ir.RankedTensorType(x.type).shape
+    batch = ir.RankedTensorType(scale.type).shape
+    joined = [max(a, b) if 0 not in (a, b) else 0 for a, b in zip(batch, shape, strict=False)]
+    kind = ir.RankedTensorType.get([*joined, *shape[batch_rank:]], dtype)
+    x = hlo.convert(ir.RankedTensorType.get(shape, dtype), x)
+    x = hlo.broadcast_in_dim(kind, x, mlir.dense_int_array(list(range(len(shape)))))
+    scale = hlo.broadcast_in_dim(kind, scale, mlir.dense_int_array(list(range(batch_rank))))
+    x = hlo.multiply(x, scale)
+    return hlo.multiply(x, x)
+
+
+def _reduce(x: ir.Value, batch_rank: int, shape_out: Sequence[int]) -> ir.Value:
+    """Sums all dimensions behind the batch, and spreads the result over the whole batch."""
+    kind = ir.RankedTensorType(x.type)
+    dtype = kind.element_type
+    scalar = ir.RankedTensorType.get([], dtype)
+    zero = hlo.constant(ir.DenseElementsAttr.get_splat(scalar, ir.FloatAttr.get(dtype, 0.0)))
+    own = ir.RankedTensorType.get(kind.shape[:batch_rank], dtype)
+    dims = mlir.dense_int_array(list(range(batch_rank, len(kind.shape))))
+    op = hlo.ReduceOp([own], [x], [zero], dims)
+    with ir.InsertionPoint(op.body.blocks.append(scalar, scalar)) as point:
+        hlo.return_([hlo.add(*point.block.arguments)])
+    whole = ir.RankedTensorType.get(shape_out[:batch_rank], dtype)
+    return hlo.broadcast_in_dim(whole, op.results[0], mlir.dense_int_array(list(range(batch_rank))))
+
+
+def _finish(ctx: mlir.LoweringRuleContext, sums: list[ir.Value], spec: NormSpec) -> list[ir.Value]:
+    (aval_out,) = ctx.avals_out
+    if spec.per_leaf:
+        dtype = mlir.dtype_to_ir_type(aval_out.dtype)
+        column = ir.RankedTensorType.get([*aval_out.shape[:-1], 1], dtype)
+        rank = ir.IntegerAttr.get(ir.IntegerType.get_signless(64), spec.batch_rank)
+        result = hlo.concatenate([hlo.reshape(column, x) for x in sums], rank)
+    else:
+        result = functools.reduce(hlo.add, sums)
+    return [lower_with_sharding_in_types(ctx, result, aval_out)]
+
+
+# ---------------------------------------------------------------------------- registration
+
+adamw_sum_of_squares_p = Primitive(NORM_NAME)
+adamw_sum_of_squares_p.multiple_results = True
+adamw_sum_of_squares_p.def_impl(_impl)
+adamw_sum_of_squares_p.def_abstract_eval(_abstract_eval)
+batching.primitive_batchers[adamw_sum_of_squares_p] = _batch
+mlir.register_lowering(adamw_sum_of_squares_p, _lower_by_leaf)
+for _platform in ("cuda", "rocm"):
+    mlir.register_lowering(adamw_sum_of_squares_p, _lower_merged, platform=_platform)
