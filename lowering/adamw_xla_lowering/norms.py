@@ -135,16 +135,38 @@ def _lower_merged(
         flat = (*shape[:r], math.prod(shape[r:]))
         kind = ir.RankedTensorType.get(flat, ir.RankedTensorType(x.type).element_type)
         groups.setdefault(flat, []).append(hlo.reshape(kind, x))
-    sums = []
+    partial = []
     for group in groups.values():
         for start in range(0, len(group), MAX_MERGED_SUMMANDS):
             squares = [_square(x, scale, r) for x in group[start : start + MAX_MERGED_SUMMANDS]]
-            sums.append(_reduce(functools.reduce(hlo.add, squares), r, aval_out.shape))
-    return _finish(ctx, sums, spec)
+            partial.append(_partial_sums(functools.reduce(hlo.add, squares), r))
+    if r == 0:
+        # One reduction of all partial sums, in place of a second stage for each group; the
+        # barrier keeps the compiler from merging the stages and splitting them its own way.
+        axis = ir.IntegerAttr.get(ir.IntegerType.get_signless(64), 0)
+        partial = list(hlo.OptimizationBarrierOp([hlo.concatenate(partial, axis)]).results)
+    return _finish(ctx, [_reduce(x, r, aval_out.shape) for x in partial], spec)
+
+
+def _partial_sums(x: ir.Value, batch_rank: int) -> ir.Value:
+    """[*batch, n] -> [*batch, k] with the same sum and a smaller k, by one kernel."""
+    kind = ir.RankedTensorType(x.type)
+    *batch, n = kind.shape
+    columns = next((c for c in range(min(n, MAX_ROW), 0, -1) if n % c == 0), 1)
+    if n <= MAX_ROW or columns < MIN_ROW:
+        return x
+    rows = ir.RankedTensorType.get([*batch, n // columns, columns], kind.element_type)
+    return _reduce(hlo.reshape(rows, x), batch_rank + 1, [*batch, n // columns])
 
 
 MAX_MERGED_SUMMANDS = 80
 """XLA:GPU fuses what fits into 96 operands and results."""
+
+MAX_ROW = 8192
+"""XLA:GPU splits longer row reductions into two kernels."""
+
+MIN_ROW = 256
+"""Shorter rows are worse than the compiler's own two stages."""
 
 
 def _square(x: ir.Value, scale: ir.Value, batch_rank: int) -> ir.Value:
