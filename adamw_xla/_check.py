@@ -9,10 +9,11 @@ import math
 import numbers
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from adamw_xla_lowering import PARAM_DTYPES, dtype_names
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from adamw_xla_lowering import PARAM_DTYPES, dtype_names
 
 if TYPE_CHECKING:
     from adamw_xla._config import AdamW

@@ -11,7 +11,6 @@ import itertools
 import math
 from typing import Any, TypeAlias
 
-from adamw_xla_lowering import NUM_SLOTS, Slot
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from jax.typing import DTypeLike
 import numpy as np
 
 from adamw_xla._config import AdamW, ScalarOrSchedule
+from adamw_xla_lowering import NUM_SLOTS, Slot
 
 Scalar: TypeAlias = float | jax.Array
 

@@ -7,12 +7,6 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
-from adamw_xla_lowering import (
-    Implementation,
-    UpdateResult,
-    adamw_sum_of_squares,
-    adamw_update,
-)
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +16,12 @@ from adamw_xla._clipping import SumOfSquares
 from adamw_xla._config import AdamW, ScalarOrSchedule
 from adamw_xla._hyper import Scalar, as_scalar, evaluate, hyper_rows, increment
 from adamw_xla._state import AdamWState
+from adamw_xla_lowering import (
+    Implementation,
+    UpdateResult,
+    adamw_sum_of_squares,
+    adamw_update,
+)
 
 
 def adamw_step(

@@ -8,7 +8,6 @@ and to read what the kernels compute. ``adamw_step`` here takes the arguments of
 from collections.abc import Sequence
 from typing import Any
 
-from adamw_xla_lowering import Slot, UpdateResult
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +15,7 @@ import numpy as np
 from adamw_xla._config import AdamW, ScalarOrSchedule
 from adamw_xla._state import AdamWState
 from adamw_xla._step import Backend, run_step
+from adamw_xla_lowering import Slot, UpdateResult
 
 Leaves = Sequence[jax.Array]
 

@@ -5,9 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import compile_bench
 from rich.console import Console
+import step_bench
+import step_peers
 import trace_bench
 import typer
+
+CASES_HELP = f"Tree(s), of: {', '.join(step_bench.trees())}. All, if none is named."
+DTYPES_HELP = "Dtype(s) of the params: float32 (default), bfloat16."
+PEERS_HELP = f"Who takes part, of: {', '.join(step_peers.PEERS)}. All that can, if none is named."
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
@@ -29,6 +36,39 @@ def trace(
     the same buffers: what jax.jit itself takes for so many leaves.
     """
     trace_bench.run(leaves, repeats, json, Console())
+
+
+@app.command()
+def step(
+    cases: Annotated[list[str] | None, typer.Option("--case", help=CASES_HELP)] = None,
+    dtypes: Annotated[list[str] | None, typer.Option("--dtype", help=DTYPES_HELP)] = None,
+    clip: Annotated[bool, typer.Option(help="Clip by the global norm too.")] = False,
+    peers: Annotated[list[str] | None, typer.Option("--peer", help=PEERS_HELP)] = None,
+    rounds: Annotated[int, typer.Option(min=4, help="Timed rounds per case.")] = 15,
+    json: Annotated[Path | None, typer.Option(help="Also write all times here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw bars into this PNG.")] = None,
+) -> None:
+    """Time of one donated optimizer step, ours beside the peers'.
+
+    Ratios are of medians, with the quartiles of the rounds' own ratios in brackets. The
+    identity is what JAX takes to dispatch the same buffers; bandwidth is a plain loop that
+    reads and writes what AdamW does, the ceiling.
+    """
+    step_bench.run(cases, dtypes or ["float32"], clip, peers, rounds, json, plot, Console())
+
+
+@app.command()
+def compile(
+    leaves: Annotated[int, typer.Option(min=1, help="Leaves in the tree.")] = 1000,
+    repeats: Annotated[int, typer.Option(min=2, help="Timed rounds.")] = 3,
+    json: Annotated[Path | None, typer.Option(help="Also write all figures here.")] = None,
+) -> None:
+    """Time that XLA takes to compile one step, and the peak memory of a train step.
+
+    The train step is a residual MLP of 24 layers that are not scanned, so that every
+    gradient is a leaf of its own.
+    """
+    compile_bench.run(leaves, repeats, json, Console())
 
 
 if __name__ == "__main__":

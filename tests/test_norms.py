@@ -1,0 +1,121 @@
+"""Guards ``adamw_sum_of_squares``: its rules, and both of its lowerings, against NumPy."""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adamw_xla_lowering import adamw_sum_of_squares, norms
+
+SHAPES = [(), (3,), (3,), (0, 2), (2, 5), (5, 2), (64, 256), (128, 128), (16389,)]
+
+
+def _leaves(dtype: Any = np.float32, batch: tuple[int, ...] = ()) -> list[jax.Array]:
+    rng = np.random.default_rng(7)
+    return [jnp.asarray(rng.normal(size=(*batch, *shape)), dtype) for shape in SHAPES]
+
+
+def _oracle(scale: float, leaves: list[Any]) -> np.ndarray:
+    return np.array([np.sum((scale * np.asarray(x, np.float64)) ** 2) for x in leaves])
+
+
+@pytest.fixture(scope="module", params=["by_leaf", "merged"])
+def sum_of_squares(request: pytest.FixtureRequest) -> Callable[..., jax.Array]:
+    """The public function, on the lowering that only GPUs get too."""
+    if request.param == "by_leaf":
+        return adamw_sum_of_squares
+    primitive = Primitive("merged_sum_of_squares")
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(norms._abstract_eval)
+    mlir.register_lowering(primitive, norms._lower_merged)
+
+    def call(scale: Any, leaves: Any, *, per_leaf: bool = False) -> jax.Array:
+        return jax.jit(lambda *x: primitive.bind(*x, spec=norms.NormSpec(per_leaf))[0])(
+            scale, *leaves
+        )
+
+    return call
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
+@pytest.mark.parametrize("per_leaf", [False, True])
+def test_sums(sum_of_squares: Callable[..., jax.Array], dtype: Any, per_leaf: bool) -> None:
+    leaves = _leaves(dtype)
+    found = sum_of_squares(jnp.float32(0.5), leaves, per_leaf=per_leaf)
+    expected = _oracle(0.5, leaves)
+    np.testing.assert_allclose(found, expected if per_leaf else expected.sum(), rtol=2e-6)
+    assert found.dtype == jnp.float32
+
+
+def test_more_summands_than_one_kernel_takes(sum_of_squares: Callable[..., jax.Array]) -> None:
+    leaves = [jnp.full((4,), float(i)) for i in range(2 * norms.MAX_MERGED_SUMMANDS + 1)]
+    found = sum_of_squares(jnp.float32(1.0), leaves)
+    np.testing.assert_allclose(found, _oracle(1.0, leaves).sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_bad_element_is_seen(sum_of_squares: Callable[..., jax.Array], bad: float) -> None:
+    leaves = _leaves()
+    leaves[6] = leaves[6].at[3, 4].set(bad)
+    assert not np.isfinite(sum_of_squares(jnp.float32(1.0), leaves))
+
+
+def test_float64() -> None:
+    with jax.enable_x64(True):
+        leaves = _leaves(np.float64)
+        found = adamw_sum_of_squares(jnp.float64(0.5), leaves)
+        np.testing.assert_allclose(found, _oracle(0.5, leaves).sum(), rtol=1e-14)
+
+
+def test_nothing_to_sum() -> None:
+    assert adamw_sum_of_squares(jnp.float32(1.0), []) == 0
+    assert adamw_sum_of_squares(jnp.float32(1.0), [], per_leaf=True).shape == (0,)
+
+
+@pytest.mark.parametrize("per_leaf", [False, True])
+@pytest.mark.parametrize("axes", [(0, 0), (None, 0), (0, None)])
+def test_vmap(per_leaf: bool, axes: tuple[int | None, int | None]) -> None:
+    scales = jnp.array([0.5, 2.0]) if axes[0] == 0 else jnp.float32(0.5)
+    leaves = _leaves(batch=(2,)) if axes[1] == 0 else _leaves()
+    call = functools.partial(adamw_sum_of_squares, per_leaf=per_leaf)
+    found = jax.jit(jax.vmap(call, in_axes=axes))(scales, leaves)
+    for i in range(2):
+        row = [x[i] for x in leaves] if axes[1] == 0 else leaves
+        expected = _oracle(float(scales[i]) if axes[0] == 0 else 0.5, row)
+        np.testing.assert_allclose(found[i], expected if per_leaf else expected.sum(), rtol=2e-6)
+
+
+def test_nested_vmap_with_one_batched_leaf() -> None:
+    scales, leaf = jnp.array([1.0, 2.0]), jnp.arange(12.0).reshape(3, 4)
+
+    def one(scale: jax.Array, x: jax.Array) -> jax.Array:
+        return adamw_sum_of_squares(scale, [x, jnp.ones(2)])
+
+    inner = jax.vmap(one, in_axes=(None, 0))
+    found = jax.vmap(inner, in_axes=(0, None))(scales, leaf)
+    expected = np.array([[s**2 * ((row**2).sum() + 2) for row in leaf] for s in scales])
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scale", "leaf", "fragment"),
+    [(jnp.int32(1), jnp.ones(2), "scale has dtype int32"), (1.0, jnp.ones(2, int), "leaf 0")],
+)
+def test_refuses_what_cannot_be_summed(scale: Any, leaf: jax.Array, fragment: str) -> None:
+    with pytest.raises(TypeError, match=fragment):
+        adamw_sum_of_squares(jnp.asarray(scale), [leaf])
+
+
+def test_only_gpus_add_leaves_before_they_reduce() -> None:
+    def reductions(platform: str) -> int:
+        traced = jax.jit(lambda x: adamw_sum_of_squares(jnp.float32(1.0), x)).trace(_leaves())
+        return traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.reduce(")
+
+    assert reductions("tpu") == len(SHAPES)
+    assert reductions("cuda") < len(SHAPES)

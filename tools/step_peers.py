@@ -1,0 +1,196 @@
+"""Who takes part in ``bench.py step``: one class per way to make an AdamW step.
+
+Every peer owns its params and state; the gradients are shared and never donated. ``step``
+makes one step and returns when it is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import ctypes
+from pathlib import Path
+import subprocess
+import tempfile
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import adamw_xla as ax
+
+LEARNING_RATE, WEIGHT_DECAY, EPSILON = 1e-3, 1e-2, 1e-8
+CLIP = 1.0
+BYTES_PER_STATE = 4
+
+
+class Peer(Protocol):
+    """One contestant."""
+
+    def step(self) -> None:
+        """Makes one step and waits for it."""
+
+
+def bytes_moved(shapes: list[tuple[int, ...]], dtype: str) -> int:
+    """The least that a step can move: read p, g, m, v; write p, m, v."""
+    elements = sum(int(np.prod(shape)) for shape in shapes)
+    return elements * (3 * np.dtype(jnp.dtype(dtype)).itemsize + 4 * BYTES_PER_STATE)
+
+
+def make_grads(shapes: list[tuple[int, ...]], dtype: str) -> list[jax.Array]:
+    """Gradients of the same values on every run."""
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal(1 << 16).astype(np.float32) * 1e-3
+    return [jnp.asarray(np.resize(noise, shape), dtype) for shape in shapes]
+
+
+def make_params(shapes: list[tuple[int, ...]], dtype: str) -> list[jax.Array]:
+    return [jnp.full(shape, 0.5, dtype) for shape in shapes]
+
+
+class Jitted:
+    """A donated jitted step ``fn(params, grads, state) -> (params, state)``."""
+
+    def __init__(
+        self, fn: Callable[..., Any], params: Any, grads: list[jax.Array], state: Any
+    ) -> None:
+        self._grads = grads
+        self._carry = (params, state)
+        jitted = jax.jit(lambda carry, grads: fn(carry[0], grads, carry[1]), donate_argnums=0)
+        self.lowered = jitted.lower(self._carry, grads)
+        self._compiled = self.lowered.compile()
+
+    def step(self) -> None:
+        self._carry = jax.block_until_ready(self._compiled(self._carry, self._grads))
+
+
+def ours(
+    implementation: Any, shapes: list[Any], dtype: str, grads: list[jax.Array], clip: bool
+) -> Peer:
+    """This package; ``implementation`` as ``adamw_step`` takes it."""
+    config = ax.AdamW(
+        LEARNING_RATE,
+        WEIGHT_DECAY,
+        epsilon=EPSILON,
+        epsilon_hat=False,
+        global_clipnorm=CLIP if clip else None,
+    )
+
+    def fn(params: Any, grads: Any, state: Any) -> Any:
+        return ax.adamw_step(params, grads, state, config, implementation=implementation)
+
+    params = make_params(shapes, dtype)
+    return Jitted(fn, params, grads, ax.adamw_init(params, config))
+
+
+def optax_adamw(shapes: list[Any], dtype: str, grads: list[jax.Array], clip: bool) -> Peer:
+    """``optax.adamw`` and ``apply_updates`` under one donated jit."""
+    optimizer = optax.adamw(LEARNING_RATE, eps=EPSILON, weight_decay=WEIGHT_DECAY)
+    if clip:
+        optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optimizer)
+
+    def fn(params: Any, grads: Any, state: Any) -> Any:
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = make_params(shapes, dtype)
+    return Jitted(fn, params, grads, optimizer.init(params))
+
+
+def keras_adamw(shapes: list[Any], dtype: str, grads: list[jax.Array], clip: bool) -> Peer:
+    """Keras' ``stateless_apply`` under a donated jit."""
+    import keras
+
+    optimizer = keras.optimizers.AdamW(
+        LEARNING_RATE, WEIGHT_DECAY, epsilon=EPSILON, global_clipnorm=CLIP if clip else None
+    )
+    variables = [keras.Variable(np.zeros(shape, np.float32), dtype=dtype) for shape in shapes]
+    optimizer.build(variables)
+    state = [variable.value for variable in optimizer.variables]
+
+    def fn(params: Any, grads: Any, state: Any) -> Any:
+        return optimizer.stateless_apply(state, grads, params)
+
+    return Jitted(fn, make_params(shapes, dtype), grads, state)
+
+
+def identity(shapes: list[Any], dtype: str, grads: list[jax.Array], clip: bool) -> Peer:
+    """JAX's own dispatch of the same buffers: the floor with many leaves."""
+    del clip
+
+    def fn(params: Any, grads: Any, state: Any) -> Any:
+        # A bare identity would be forwarded past the executable.
+        params, _, state = jax.lax.optimization_barrier((params, grads, state))
+        return params, state
+
+    params = make_params(shapes, dtype)
+    return Jitted(fn, params, grads, ax.adamw_init(params, ax.AdamW()))
+
+
+class TorchFused:
+    """``torch.optim.AdamW(fused=True)``."""
+
+    def __init__(self, shapes: list[Any], dtype: str, grads: list[jax.Array], clip: bool) -> None:
+        import torch
+
+        self._torch, self._clip = torch, clip
+        kind = getattr(torch, dtype)
+        self._params = [torch.full(shape, 0.5, dtype=kind) for shape in shapes]
+        for param, grad in zip(self._params, grads, strict=True):
+            param.requires_grad_()
+            param.grad = torch.from_numpy(np.array(grad, np.float32)).to(kind)
+        self._optimizer = torch.optim.AdamW(
+            self._params, LEARNING_RATE, eps=EPSILON, weight_decay=WEIGHT_DECAY, fused=True
+        )
+
+    def step(self) -> None:
+        if self._clip:
+            self._torch.nn.utils.clip_grad_norm_(self._params, CLIP, foreach=True)
+        self._optimizer.step()
+
+
+class Bandwidth:
+    """A loop that reads p, g, m, v and writes p, m, v, and computes next to nothing."""
+
+    def __init__(self, shapes: list[Any], dtype: str, grads: list[jax.Array], clip: bool) -> None:
+        del grads, clip
+        library = ctypes.CDLL(str(_compile_probe()))
+        self._probe = (
+            library.probe_16 if np.dtype(jnp.dtype(dtype)).itemsize == 2 else library.probe
+        )
+        element = np.uint16 if self._probe is library.probe_16 else np.float32
+        self._leaves = []
+        for shape in shapes:
+            n = int(np.prod(shape))
+            p, g = np.ones(n, element), np.ones(n, element)
+            self._leaves.append((p, g, np.ones(n, np.float32), np.ones(n, np.float32)))
+        n = len(self._leaves)
+        pointers = ctypes.c_void_p * n
+        self._columns = [
+            pointers(*(leaf[k].ctypes.data for leaf in self._leaves)) for k in range(4)
+        ]
+        self._sizes = (ctypes.c_long * n)(*(leaf[0].size for leaf in self._leaves))
+
+    def step(self) -> None:
+        self._probe(len(self._leaves), self._sizes, *self._columns)
+
+
+def _compile_probe() -> Path:
+    source = Path(__file__).with_name("bandwidth_probe.c")
+    target = Path(tempfile.mkdtemp()) / "probe.so"
+    flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+    subprocess.run(["cc", *flags, str(source), "-o", str(target)], check=True)
+    return target
+
+
+PEERS: dict[str, Callable[..., Peer]] = {
+    "native": lambda *case: ours("native", *case),
+    "xla": lambda *case: ours("xla", *case),
+    "optax": optax_adamw,
+    "keras": keras_adamw,
+    "torch": TorchFused,
+    "identity": identity,
+    "bandwidth": Bandwidth,
+}
+"""Every peer, by the name that ``--peers`` takes; each is built as (shapes, dtype, grads, clip)."""
