@@ -51,3 +51,15 @@ def with_shape_and_spec(aval: Any, shape: tuple[int, ...], spec: tuple[Any, ...]
 def is_exporting(ctx: Any) -> bool:
     """Whether ``ctx`` lowers for ``jax.export``, whose artifact outlives this process."""
     return ctx.module_context.lowering_parameters.for_export
+
+
+def devices_hold_whole_operands(ctx: Any) -> bool:
+    """Whether no partitioner will come between ``ctx``'s operands and a custom call.
+
+    True for one device, and inside of ``shard_map`` where every axis of more than one
+    device is manual. The lowering context has no public reader for either.
+    """
+    axes = ctx.module_context.axis_context
+    if (manual := getattr(axes, "manual_axes", None)) is not None:
+        return all(size == 1 or name in manual for name, size in axes.mesh.shape.items())
+    return getattr(axes, "num_devices", None) == 1

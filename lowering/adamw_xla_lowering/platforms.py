@@ -6,12 +6,9 @@ from typing import Any
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from . import stablehlo
+from . import cpu, stablehlo
 from .contract import UPDATE_NAME, UpdateSpec
-
-
-class NativeUnavailableError(NotImplementedError):
-    """``implementation="native"`` was asked for where no such kernel can run."""
+from .errors import NativeUnavailableError as NativeUnavailableError
 
 
 def _stablehlo_only(ctx: mlir.LoweringRuleContext, *operands: Any, spec: UpdateSpec) -> Any:
@@ -25,6 +22,7 @@ def _stablehlo_only(ctx: mlir.LoweringRuleContext, *operands: Any, spec: UpdateS
 
 
 LOWERINGS: dict[str | None, Callable[..., Any]] = {
+    "cpu": cpu.lower,
     None: _stablehlo_only,  # tpu, cuda, rocm and whatever comes
 }
 
