@@ -64,7 +64,10 @@ def _lower_native(
     results: list[Sequence[ir.Value]] = []
     calls = 0
     for bucket in _buckets(avals.leaves):
-        avals_in = [*ctx.avals_in[: spec.num_scalars], *join_leaves([avals.leaves[i] for i in bucket])]
+        avals_in = [
+            *ctx.avals_in[: spec.num_scalars],
+            *join_leaves([avals.leaves[i] for i in bucket]),
+        ]
         avals_out = join_leaves([outs[i] for i in bucket])
         call = jax.ffi.ffi_lowering(
             native.TARGET_NAME,

@@ -37,7 +37,7 @@ def unavailable_reason() -> str | None:
     """Why the compiled CPU kernel cannot be used; None if it can."""
     path = _find()
     if path is None:
-        return f"this installation has no {_LIBRARY}: it was built without a C++ compiler"
+        return f"this installation has no {_LIBRARY}: the build found no C++ compiler, or it failed"
     try:
         library = ctypes.CDLL(str(path))
         slots = _text(library, "AdamWXlaSlots").split()
