@@ -9,7 +9,7 @@ import sys
 import textwrap
 from typing import Any
 
-from adamw_xla_lowering import NativeUnavailableError, adamw_update, native
+from adamw_xla_lowering import NativeUnavailableError, UpdateResult, adamw_update, native
 from cpu_oracle import hyper, leaves, require_native
 import jax
 import jax.export
@@ -30,10 +30,14 @@ def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lowered(tree: dict[str, Any], implementation: Any = None, donate: bool = False) -> Any:
-    def update(h: Any, grads: Any, rest: Any) -> Any:
-        return adamw_update(h, grads=grads, **rest, implementation=implementation)
+    # JAX pairs donated operands with results of their type in order: keep the order.
+    order = [kind for kind in UpdateResult._fields if kind in tree]
 
-    rest = {kind: column for kind, column in tree.items() if kind != "grads"}
+    def update(h: Any, grads: Any, rest: Any) -> Any:
+        leaves = dict(zip(order, rest, strict=True))
+        return adamw_update(h, grads=grads, **leaves, implementation=implementation)
+
+    rest = [tree[kind] for kind in order]
     return jax.jit(update, donate_argnums=(2,) * donate).lower(hyper(), tree["grads"], rest)
 
 
