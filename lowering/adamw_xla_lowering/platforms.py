@@ -1,17 +1,46 @@
 """Which lowering each platform uses: one table, one ``register``."""
 
 from collections.abc import Callable
+import dataclasses
+import functools
+import os
 from typing import Any
 
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from . import stablehlo
-from .contract import UPDATE_NAME, UpdateSpec
+from . import cpu, stablehlo
+from .contract import UPDATE_NAME, Implementation, UpdateSpec
+from .errors import NativeUnavailableError as NativeUnavailableError
+
+IMPLEMENTATION_VARIABLE = "ADAMW_XLA_IMPLEMENTATION"
+"""Environment variable that says what ``implementation=None`` means: xla or native.
+
+It is read when a program is lowered; what is compiled already stays as it is.
+"""
 
 
-class NativeUnavailableError(NotImplementedError):
-    """``implementation="native"`` was asked for where no such kernel can run."""
+def default_implementation() -> Implementation | None:
+    """What the environment says; None leaves the choice to the platform."""
+    match os.environ.get(IMPLEMENTATION_VARIABLE, ""):
+        case "xla":
+            return "xla"
+        case "native":
+            return "native"
+        case "":
+            return None
+        case other:
+            raise ValueError(f"{IMPLEMENTATION_VARIABLE} must be xla or native, got {other!r}")
+
+
+def _with_default(rule: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(rule)
+    def lower(ctx: mlir.LoweringRuleContext, *operands: Any, spec: UpdateSpec) -> Any:
+        if spec.implementation is None:
+            spec = dataclasses.replace(spec, implementation=default_implementation())
+        return rule(ctx, *operands, spec=spec)
+
+    return lower
 
 
 def _stablehlo_only(ctx: mlir.LoweringRuleContext, *operands: Any, spec: UpdateSpec) -> Any:
@@ -25,6 +54,7 @@ def _stablehlo_only(ctx: mlir.LoweringRuleContext, *operands: Any, spec: UpdateS
 
 
 LOWERINGS: dict[str | None, Callable[..., Any]] = {
+    "cpu": cpu.lower,
     None: _stablehlo_only,  # tpu, cuda, rocm and whatever comes
 }
 
@@ -32,4 +62,4 @@ LOWERINGS: dict[str | None, Callable[..., Any]] = {
 def register(primitive: Primitive) -> None:
     """Installs each platform's lowering."""
     for platform, rule in LOWERINGS.items():
-        mlir.register_lowering(primitive, rule, platform=platform)
+        mlir.register_lowering(primitive, _with_default(rule), platform=platform)

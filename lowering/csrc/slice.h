@@ -1,0 +1,44 @@
+// What the work splitter hands to the arithmetic: plain data, no code.
+//
+// Nothing in here may be a function: this header is compiled for several instruction
+// sets, and the linker keeps one copy of an inline function for all of them.
+
+#ifndef ADAMW_XLA_SLICE_H_
+#define ADAMW_XLA_SLICE_H_
+
+#include <cstdint>
+
+namespace adamw {
+
+// Columns of hyper, in the order of contract.Slot; native.py compares the two.
+#define ADAMW_SLOTS(X)                                                          \
+  X(GRAD_SCALE) X(STEP_SIZE) X(V_CORRECTION) X(DECAY_RATE) X(BETA_1)            \
+  X(ONE_MINUS_BETA_1) X(BETA_2) X(ONE_MINUS_BETA_2) X(EPSILON) X(CLIP_VALUE)    \
+  X(EMA_MOMENTUM) X(ONE_MINUS_EMA_MOMENTUM) X(EMA_OVERWRITE) X(APPLY)
+
+#define ADAMW_ENUMERATOR(name) name,
+enum Slot { ADAMW_SLOTS(ADAMW_ENUMERATOR) kNumSlots };
+#undef ADAMW_ENUMERATOR
+
+// What a leaf brings. All but the gradients come back.
+enum Kind { kParams, kGrads, kM, kV, kVMax, kEma, kNumKinds };
+
+enum class DType : std::uint8_t { kBF16, kF16, kF32, kF64 };
+
+// Consecutive elements of one leaf that read one row of hyper.
+struct Slice {
+  std::int64_t size;
+  // in[kVMax] is null without amsgrad, in[kEma] without ema, out[kGrads] always. A
+  // result may be the very buffer of what it replaces, and overlaps nothing else.
+  const void* in[kNumKinds];
+  void* out[kNumKinds];
+  DType dtype[kNumKinds];  // a result has the dtype of what it replaces
+  double slots[kNumSlots];
+  double leaf_scale;
+};
+
+using UpdateFn = void (*)(const Slice&);
+
+}  // namespace adamw
+
+#endif  // ADAMW_XLA_SLICE_H_

@@ -1,0 +1,280 @@
+"""Where the CPU kernel is chosen, how it is called, and what happens without it."""
+
+import enum
+import logging
+import os
+from pathlib import Path
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+from adamw_xla_lowering import NativeUnavailableError, UpdateResult, adamw_update, native
+from cpu_oracle import hyper, leaves, require_native
+import jax
+import jax.export
+import numpy as np
+import pytest
+
+TARGET = native.TARGET_NAME
+
+
+@pytest.fixture
+def with_native() -> None:
+    require_native()
+
+
+@pytest.fixture
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "unavailable_reason", lambda: "this is a test")
+
+
+def lowered(tree: dict[str, Any], implementation: Any = None, donate: bool = False) -> Any:
+    # JAX pairs donated operands with results of their type in order: keep the order.
+    order = [kind for kind in UpdateResult._fields if kind in tree]
+
+    def update(h: Any, grads: Any, rest: Any) -> Any:
+        leaves = dict(zip(order, rest, strict=True))
+        return adamw_update(h, grads=grads, **leaves, implementation=implementation)
+
+    rest = [tree[kind] for kind in order]
+    return jax.jit(update, donate_argnums=(2,) * donate).lower(hyper(), tree["grads"], rest)
+
+
+def run_python(code: str, **environment: str) -> str:
+    """Runs a program of its own, because XLA reads these settings only once."""
+    tests = Path(__file__).parent.parent
+    path = os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# --------------------------------------------------------------------------- the choice
+
+
+@pytest.mark.usefixtures("with_native")
+@pytest.mark.parametrize(
+    ("implementation", "variable", "is_native"),
+    [
+        (None, "", True),
+        (None, "native", True),
+        (None, "xla", False),
+        ("xla", "native", False),
+        ("native", "xla", True),
+    ],
+)
+def test_argument_then_environment_then_platform(
+    implementation: Any, variable: str, is_native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADAMW_XLA_IMPLEMENTATION", variable)
+    assert (TARGET in lowered(leaves([(3,)]), implementation).as_text()) == is_native
+
+
+def test_an_unknown_implementation_in_the_environment_is_an_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ADAMW_XLA_IMPLEMENTATION", "fast")
+    with pytest.raises(ValueError, match=r"ADAMW_XLA_IMPLEMENTATION .* 'fast'"):
+        lowered(leaves([(3,)]))
+
+
+@pytest.mark.usefixtures("without_native")
+def test_without_the_kernel_none_is_stablehlo_and_native_says_why(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert not native.native_available()
+    with caplog.at_level(logging.DEBUG, "adamw_xla"):
+        assert TARGET not in lowered(leaves([(3,)])).as_text()
+    assert "1 leaves in StableHLO: this is a test" in caplog.text
+    with pytest.raises(NativeUnavailableError, match="this is a test"):
+        lowered(leaves([(3,)]), "native")
+
+
+@pytest.mark.usefixtures("with_native")
+def test_the_log_says_that_the_kernel_is_used(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "adamw_xla"):
+        lowered(leaves([(3,)] * 40))
+    assert "40 leaves in 2 calls of the CPU kernel" in caplog.text
+
+
+def test_a_library_that_cannot_be_loaded_is_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    junk = tmp_path / "junk.so"
+    junk.write_text("no library")
+    monkeypatch.setattr(native, "_find", lambda: junk)
+    assert "cannot be loaded" in native.unavailable_reason.__wrapped__()
+    monkeypatch.setattr(native, "_find", lambda: None)
+    assert "no C++ compiler" in native.unavailable_reason.__wrapped__()
+
+
+@pytest.mark.usefixtures("with_native")
+def test_a_library_with_other_slots_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C++ order of the slots is compared with ``contract.Slot``."""
+    names = [slot.name for slot in native.Slot]
+    swapped = enum.IntEnum("Slot", [*names[1:], names[0]], start=0)
+    monkeypatch.setattr(native, "Slot", swapped)
+    assert "another version" in native.unavailable_reason.__wrapped__()
+
+
+@pytest.mark.usefixtures("with_native")
+def test_export_gets_stablehlo() -> None:
+    tree = leaves([(3,)])
+    step = jax.jit(lambda h, t: adamw_update(h, **t))
+    exported = jax.export.export(step)(hyper(), tree)
+    assert TARGET not in exported.mlir_module()
+    native_step = jax.jit(lambda h, t: adamw_update(h, **t, implementation="native"))
+    with pytest.raises(ValueError, match=TARGET):
+        jax.export.export(native_step)(hyper(), tree)
+
+
+# ----------------------------------------------------------------------------- the calls
+
+
+@pytest.mark.usefixtures("with_native")
+def test_the_call_is_in_place_when_donated() -> None:
+    tree = leaves([(1000,), (30, 30)], ema=True)
+    compiled = lowered(tree, "native", donate=True).compile()
+    replaced = sum(x.nbytes for kind, xs in tree.items() if kind != "grads" for x in xs)
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == replaced
+    assert memory.temp_size_in_bytes < 1000
+    assert " copy(" not in compiled.as_text()
+
+
+@pytest.mark.usefixtures("with_native")
+def test_operands_that_are_not_donated_keep_their_values() -> None:
+    tree = jax.tree.map(jax.numpy.asarray, leaves([(1000,), ()], ema=True))
+    before = jax.tree.map(np.array, tree)
+    jax.jit(lambda h, t: adamw_update(h, **t, implementation="native"))(hyper(), tree)
+    jax.tree.map(np.testing.assert_array_equal, tree, before)
+
+
+@pytest.mark.usefixtures("with_native")
+def test_one_value_may_stand_for_several_operands() -> None:
+    """XLA merges equal zeros; the kernel must still get separate buffers to write to."""
+
+    @jax.jit
+    def first_step(p: Any) -> Any:
+        zeros = jax.numpy.zeros_like(p)
+        result = adamw_update(hyper(), [p], [p], [zeros], [zeros], implementation="native")
+        return result.m[0], result.v[0]
+
+    p = np.linspace(-1, 1, 100, dtype=np.float32)
+    g = hyper()[0, 0] * p
+    m, v = first_step(p)
+    np.testing.assert_allclose(m, hyper()[0, 5] * g, rtol=1e-6)
+    np.testing.assert_allclose(v, hyper()[0, 7] * g * g, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("with_native")
+def test_buckets_are_bounded_and_named() -> None:
+    text = lowered(leaves([(2,)] * 65), "native").compile().as_text()
+    calls = [line for line in text.splitlines() if f'custom_call_target="{TARGET}"' in line]
+    assert len(calls) == 3
+    assert all('op_name="jit(update)/adamw_update"' in line for line in calls)
+    large = lowered(leaves([(3 << 20,)] * 3), "native").as_text()  # 12 MB each
+    assert large.count(f"@{TARGET}") == 3
+
+
+# --------------------------------------------------------------------- threads, devices
+
+
+@pytest.mark.usefixtures("with_native")
+def test_bits_do_not_depend_on_the_number_of_threads() -> None:
+    code = """
+        import hashlib, jax
+        from adamw_xla_lowering import adamw_update
+        from cpu_oracle import hyper, leaves
+        tree = leaves([(100_003,), (7,), (0,), (50_001, 3), (1,)], "bfloat16", ema=True)
+        step = jax.jit(lambda h, t: adamw_update(h, **t, implementation="native"))
+        result = jax.device_get(step(hyper(), tree))
+        data = b"".join(x.tobytes() for x in jax.tree.leaves(result))
+        print(hashlib.sha256(data).hexdigest())
+    """
+    digests = {run_python(code, NPROC=threads) for threads in ("1", "2", "7")}
+    assert len(digests) == 1
+
+
+@pytest.mark.usefixtures("with_native")
+@pytest.mark.parametrize("threads", ["1", "2", "4"])
+def test_concurrent_steps_neither_deadlock_nor_mix(threads: str) -> None:
+    code = """
+        import concurrent.futures, jax, numpy as np
+        from adamw_xla_lowering import adamw_update
+        from cpu_oracle import hyper, leaves
+        trees = [leaves([(60_000,)] * 40, seed=i) for i in range(8)]
+        step = jax.jit(lambda h, t: adamw_update(h, **t, implementation="native"))
+        want = [jax.device_get(step(hyper(), tree)) for tree in trees]
+
+        def work(i):
+            for _ in range(25):
+                got = step(hyper(), trees[i])
+                jax.tree.map(np.testing.assert_array_equal, got, want[i])
+
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
+        print("done")
+    """
+    assert run_python(code, NPROC=threads).strip() == "done"
+
+
+@pytest.mark.usefixtures("with_native")
+def test_a_partitioned_program_gathers_nothing() -> None:
+    """Whole operands on each device: the kernel. Else StableHLO, and no collective."""
+    code = """
+        import functools, re, jax, numpy as np, pytest
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+        from adamw_xla_lowering import NativeUnavailableError, adamw_update
+        from cpu_oracle import hyper, leaves
+
+        COLLECTIVE = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute")
+        tree, h = leaves([(16, 8), (8,)]), hyper()
+        one = jax.jit(lambda h, t: adamw_update(h, **t))(h, tree)
+
+        def step(h, t, implementation=None):
+            return adamw_update(h, **t, implementation=implementation)
+
+        def check(name, f, args, is_native):
+            compiled = f.lower(*args).compile()
+            text = compiled.as_text()
+            assert ("adamw_xla_update_cpu" in text) == is_native, (name, text)
+            assert not COLLECTIVE.search(text), (name, text)
+            got = f(*args)
+            close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+            jax.tree.map(close, got, one)
+            for new, old in zip(got.params, args[1]["params"]):
+                assert new.sharding.is_equivalent_to(old.sharding, new.ndim), name
+
+        for axis_type in (AxisType.Auto, AxisType.Explicit):
+            mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
+            put = lambda spec: jax.device_put((h, tree), (NamedSharding(mesh, P()),
+                                                          NamedSharding(mesh, spec)))
+            with jax.set_mesh(mesh):
+                check("sharded", jax.jit(step), put(P("x")), False)
+                check("replicated", jax.jit(step), put(P()), False)
+                with pytest.raises(NativeUnavailableError, match="partitioned"):
+                    jax.jit(functools.partial(step, implementation="native")).lower(*put(P("x")))
+                manual = jax.shard_map(step, in_specs=(P(), P("x")), out_specs=P("x"))
+                check("manual", jax.jit(manual), put(P("x")), True)
+
+        mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+        args = jax.device_put((h, tree), (NamedSharding(mesh, P()), NamedSharding(mesh, P("x"))))
+        with jax.set_mesh(mesh):
+            some = jax.shard_map(step, in_specs=(P(), P("x")), out_specs=P("x"), axis_names={"x"})
+            check("some axes manual", jax.jit(some), args, False)
+        mesh = jax.make_mesh((1,), ("x",), devices=jax.devices()[3:4])
+        args = jax.device_put((h, tree), NamedSharding(mesh, P()))
+        check("one device", jax.jit(step), args, True)
+        print("done")
+    """
+    flags = "--xla_force_host_platform_device_count=8"
+    assert run_python(code, XLA_FLAGS=flags).strip() == "done"
