@@ -8,5 +8,6 @@ from adamw_xla._state import adamw_init as adamw_init
 from adamw_xla._step import adamw_finalize as adamw_finalize
 from adamw_xla._step import adamw_step as adamw_step
 from adamw_xla._step import scale_loss as scale_loss
+from adamw_xla_lowering import native_available as native_available
 
 __version__ = "0.1.0"

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 import os
 from typing import Any
 
-from adamw_xla_lowering import NUM_SLOTS, Slot, native
 import ml_dtypes
 import numpy as np
 import pytest
+
+from adamw_xla_lowering import NUM_SLOTS, Slot, native
 
 DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),

@@ -9,6 +9,7 @@ from .contract import Implementation as Implementation
 from .contract import Slot as Slot
 from .contract import UpdateSpec as UpdateSpec
 from .contract import dtype_names as dtype_names
+from .native import native_available as native_available
 from .norms import adamw_sum_of_squares as adamw_sum_of_squares
 from .norms import adamw_sum_of_squares_p as adamw_sum_of_squares_p
 from .platforms import NativeUnavailableError as NativeUnavailableError

@@ -3,12 +3,13 @@
 import functools
 from typing import Any
 
-from adamw_xla_lowering import Slot, UpdateResult, adamw_update
 from cpu_oracle import DTYPES, assert_close, expected, hyper, leaves, require_native
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from adamw_xla_lowering import Slot, UpdateResult, adamw_update
 
 SHAPES = [(0,), (1,), (15,), (17,), (1000,), (), (3, 5), (2, 0, 4), (4, 3, 7), (40_000,)]
 DTYPE_CASES = [

@@ -9,12 +9,13 @@ import sys
 import textwrap
 from typing import Any
 
-from adamw_xla_lowering import NativeUnavailableError, UpdateResult, adamw_update, native
 from cpu_oracle import hyper, leaves, require_native
 import jax
 import jax.export
 import numpy as np
 import pytest
+
+from adamw_xla_lowering import NativeUnavailableError, UpdateResult, adamw_update, native
 
 TARGET = native.TARGET_NAME
 
