@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 import jax
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -22,9 +23,6 @@ import shapes
 import step_peers
 
 import adamw_xla as ax
-
-FLOORED = ("400x64k", "1000x1k")
-"""Cases with so many small leaves that JAX's own dispatch is taken off the ratio too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,32 +105,35 @@ def machine() -> str:
 
 
 def table(results: list[Result], ours: str) -> Table:
-    """Milliseconds, and how many times as long as ours each peer takes."""
-    peers = list(results[0].seconds)
-    out = Table(title=f"one step, medians ({machine()}); (n×: ratio of medians to {ours})")
-    out.add_column("case")
-    for peer in peers:
-        out.add_column(peer, justify="right")
-    out.add_column("of bandwidth", justify="right")
+    """A row per case and peer: its time, in units of ours, and its share of the bandwidth."""
+    out = Table(title=f"One step: medians, and ratios to {ours} ({machine()})", box=SIMPLE_HEAD)
+    for heading in ("case", "peer", "ms", f"× {ours}", "× less identity", "of bandwidth"):
+        out.add_column(heading, justify="left" if heading in ("case", "peer") else "right")
     for result in results:
-        cells = [_cell(result, peer, ours) for peer in peers]
-        share = "-"
-        if "bandwidth" in peers:
-            share = f"{result.median('bandwidth') / result.median(ours):.0%}"
-        out.add_row(result.case.label, *cells, share)
+        for i, peer in enumerate(result.seconds):
+            out.add_row(
+                result.case.label if i == 0 else "",
+                peer,
+                f"{result.median(peer) * 1e3:.2f}",
+                _ratio(result, peer, ours),
+                _ratio(result, peer, ours, "identity"),
+                _share(result, peer),
+            )
+        out.add_section()
     return out
 
 
-def _cell(result: Result, peer: str, ours: str) -> str:
-    text = f"{result.median(peer) * 1e3:.2f} ms"
-    if peer == ours or peer in ("identity", "bandwidth"):
-        return text
-    ratio, low, high = result.ratio(peer, ours)
-    text += f"\n{ratio:.2f}× [{low:.2f}, {high:.2f}]"
-    if result.case.name in FLOORED and "identity" in result.seconds:
-        ratio, low, high = result.ratio(peer, ours, "identity")
-        text += f"\n{ratio:.2f}× [{low:.2f}, {high:.2f}] less floor"
-    return text
+def _ratio(result: Result, peer: str, ours: str, floor: str | None = None) -> str:
+    if peer in (ours, floor) or (floor and floor not in result.seconds):
+        return ""
+    ratio, low, high = result.ratio(peer, ours, floor)
+    return f"{ratio:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _share(result: Result, peer: str) -> str:
+    if "bandwidth" not in result.seconds or peer == "identity":
+        return ""
+    return f"{result.median('bandwidth') / result.median(peer):.0%}"
 
 
 def as_json(results: list[Result], ours: str) -> dict[str, Any]:
