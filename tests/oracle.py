@@ -1,0 +1,174 @@
+"""AdamW in float64 NumPy, written from the published formulas and Keras' order of steps.
+
+It shares no code with the product. Beside each result it says how large the largest term
+was that entered it: rounding is judged in units of that, since a sum whose terms cancel
+cannot be better than its terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+Leaves = list[Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of one optimizer; ``mask[i]`` says whether leaf i decays."""
+
+    learning_rate: float | Callable[[int], float] = 0.001
+    weight_decay: float | Callable[[int], float] = 0.004
+    beta_1: float = 0.9
+    beta_2: float = 0.999
+    epsilon: float = 1e-7
+    amsgrad: bool = False
+    clipnorm: float | None = None
+    clipvalue: float | None = None
+    global_clipnorm: float | None = None
+    use_ema: bool = False
+    ema_momentum: float = 0.99
+    ema_overwrite_frequency: int | None = None
+    loss_scale_factor: float | None = None
+    gradient_accumulation_steps: int | None = None
+    epsilon_hat: bool = True
+    mask: tuple[bool, ...] | None = None
+    skip_nonfinite: bool = False
+
+
+@dataclasses.dataclass
+class State:
+    """What the optimizer remembers."""
+
+    m: Leaves
+    v: Leaves
+    v_max: Leaves
+    ema: Leaves
+    accumulated: Leaves
+    count: int = 0
+    micro_step: int = 0
+    skipped: int = 0
+
+
+@dataclasses.dataclass
+class Terms:
+    """For each element of each result, the magnitude of the largest term in it."""
+
+    params: Leaves
+    m: Leaves
+    v: Leaves
+    v_max: Leaves
+    ema: Leaves
+    accumulated: Leaves
+    step: Leaves  # what Adam's part alone adds to a param
+
+
+def init(params: Leaves) -> State:
+    def zeros() -> Leaves:
+        return [np.zeros_like(p) for p in params]
+
+    return State(zeros(), zeros(), zeros(), [p.copy() for p in params], zeros())
+
+
+def _at(value: float | Callable[[int], float], calls: int) -> float:
+    return float(value(calls)) if callable(value) else value
+
+
+def _norm(leaves: Leaves) -> float:
+    return float(np.sqrt(sum(np.sum(np.square(g)) for g in leaves)))
+
+
+def step(
+    params: Leaves, grads: list[Array | None], state: State, o: Options
+) -> tuple[Leaves, State, Terms]:
+    """One call of the optimizer. A leaf whose gradient is None stays as it is."""
+    new = State(
+        *(list(x) for x in (state.m, state.v, state.v_max, state.ema, state.accumulated)),
+        count=state.count,
+        micro_step=state.micro_step,
+        skipped=state.skipped,
+    )
+    result = list(params)
+    kept = (result, new.m, new.v, new.v_max, new.ema, new.accumulated)
+    nothing = [np.zeros_like(p) for p in params]
+    terms = Terms(*([np.abs(x) for x in leaves] for leaves in (*kept, nothing)))
+    live = [i for i, g in enumerate(grads) if g is not None]
+    g: dict[int, Array] = {i: np.asarray(grads[i], np.float64) for i in live}
+    if o.skip_nonfinite and not all(np.all(np.isfinite(x)) for x in g.values()):
+        new.skipped += 1
+        return result, new, terms
+
+    n = o.gradient_accumulation_steps
+    calls = state.count if n is None else state.count * n + state.micro_step
+    lr, wd = _at(o.learning_rate, calls), _at(o.weight_decay, calls)
+
+    g = {i: x / (o.loss_scale_factor or 1.0) for i, x in g.items()}
+    size = {i: np.abs(x) for i, x in g.items()}
+    if n is not None:
+        size = {i: np.maximum(np.abs(state.accumulated[i]), size[i]) for i in live}
+        g = {i: state.accumulated[i] + x for i, x in g.items()}
+        if state.micro_step + 1 < n:
+            new.micro_step += 1
+            for i in live:
+                new.accumulated[i], terms.accumulated[i] = g[i], size[i]
+            return result, new, terms
+        new.micro_step = 0
+        for i in live:
+            new.accumulated[i] = np.zeros_like(g[i])
+            terms.accumulated[i] = np.zeros_like(g[i])
+        g = {i: x / n for i, x in g.items()}
+        size = {i: x / n for i, x in size.items()}
+
+    if o.clipnorm is not None:
+        factors = {i: o.clipnorm / max(_norm([x]), o.clipnorm) for i, x in g.items()}
+    elif o.global_clipnorm is not None:
+        norm, bound = _norm(list(g.values())), o.global_clipnorm
+        factor = bound * min(1 / norm if norm else np.inf, 1 / bound)
+        factors = dict.fromkeys(live, factor if np.isfinite(norm) else np.nan)
+    else:
+        factors = dict.fromkeys(live, 1.0)
+    g = {i: x * factors[i] for i, x in g.items()}
+    size = {i: x * factors[i] for i, x in size.items()}
+    if o.clipvalue is not None:
+        g = {i: np.clip(x, -o.clipvalue, o.clipvalue) for i, x in g.items()}
+        size = {i: np.minimum(x, o.clipvalue) for i, x in size.items()}
+
+    new.count = t = state.count + 1
+    bias_1, bias_2 = 1 - o.beta_1**t, 1 - o.beta_2**t
+    for i in live:
+        decays = o.mask is None or o.mask[i]
+        p, m, v = params[i], state.m[i], state.v[i]
+        new.m[i] = o.beta_1 * m + (1 - o.beta_1) * g[i]
+        terms.m[i] = np.maximum(o.beta_1 * np.abs(m), (1 - o.beta_1) * size[i])
+        new.v[i] = w = o.beta_2 * v + (1 - o.beta_2) * g[i] ** 2
+        terms.v[i] = term_w = np.maximum(o.beta_2 * v, (1 - o.beta_2) * size[i] ** 2)
+        if o.amsgrad:
+            new.v_max[i] = w = np.maximum(state.v_max[i], w)
+            terms.v_max[i] = term_w = np.maximum(state.v_max[i], term_w)
+        if o.epsilon_hat:
+            rate = lr * np.sqrt(bias_2) / bias_1
+            denominator = np.sqrt(w) + o.epsilon
+        else:
+            rate = lr / bias_1
+            denominator = np.sqrt(w / bias_2) + o.epsilon
+        decay = lr * wd * p if decays else np.zeros_like(p)
+        result[i] = p - decay - rate * new.m[i] / denominator
+        # To first order an error of w is half of it in the root.
+        inside = np.abs(new.m[i]) * np.divide(term_w, w, out=np.ones_like(w), where=w > 0)
+        enters = rate * np.maximum(terms.m[i], inside) / denominator
+        terms.step[i] = enters
+        terms.params[i] = np.maximum.reduce([np.abs(p), np.abs(decay), enters])
+        if o.use_ema:
+            momentum = 0.0 if t == 1 else o.ema_momentum
+            new.ema[i] = momentum * state.ema[i] + (1 - momentum) * result[i]
+            terms.ema[i] = np.maximum(
+                momentum * np.abs(state.ema[i]), (1 - momentum) * terms.params[i]
+            )
+            frequency = o.ema_overwrite_frequency
+            if frequency is not None and t % frequency == 0:
+                result[i], terms.params[i] = new.ema[i], terms.ema[i]
+    return result, new, terms
