@@ -227,6 +227,30 @@ void TestTree(Pool& pool, Int64 chunk, Int64 helpers, bool batched, bool wide_ba
   }
 }
 
+// This program's threads keep subnormals, unlike XLA's.
+void TestSubnormalsAreFlushed() {
+#if defined(__SSE__) || defined(__aarch64__)
+  const std::vector<float> hyper = MakeHyper(1);
+  float p = 1.0f, g = 0.0f, m = 1e-39f, v = 1e-39f;
+  Leaf leaf = {};
+  leaf.rows = leaf.size = 1;
+  float* const operands[] = {&p, &g, &m, &v};
+  for (int k = kParams; k <= kV; ++k) {
+    leaf.dtype[k] = DType::kF32;
+    leaf.in[k] = {operands[k], nullptr};
+    leaf.out[k] = k == kGrads ? nullptr : operands[k];
+  }
+  Tree::Scalars scalars = {};
+  scalars.hyper = {hyper.data(), nullptr};
+  scalars.groups = 1;
+  const Tree tree(scalars, {leaf});
+  tree.Update(0, tree.size(), BestIsa().update);
+  CHECK(m == 0.0f && v == 0.0f);
+  volatile float half = 0.5f;
+  CHECK(1e-39f * half != 0.0f);  // the thread's own mode is back
+#endif
+}
+
 void TestAPoolThatNeverStartsATask() {
   std::vector<std::function<void()>> late;
   int done = 0;
@@ -266,6 +290,7 @@ int Main() {
     });
   }
   for (std::thread& caller : callers) caller.join();
+  TestSubnormalsAreFlushed();
   TestAPoolThatNeverStartsATask();
   TestCallersOnTheirOwnPool();
   std::puts("all tests passed");
