@@ -32,7 +32,7 @@ def trace(
 ) -> None:
     """Time to trace and lower one optimizer step, from cold caches.
 
-    Beside our step stand optax.adamw with apply_updates, and an identity on
+    Beside our step stand optax.adamw with apply_updates, and one barrier on
     the same buffers: what jax.jit itself takes for so many leaves.
     """
     trace_bench.run(leaves, repeats, json, Console())
