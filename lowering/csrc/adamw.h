@@ -206,7 +206,7 @@ void UpdateLoop(const Slice& slice, int64_t n, const C* const in[], C* const out
 
 template <typename C>
 void UpdateAs(const Slice& slice, DType compute) {
-  constexpr int64_t kBlock = 512;
+  constexpr int64_t kBlock = 256;
   alignas(64) C scratch[kNumKinds][kBlock];
   bool direct = true;
   for (int k = 0; k < kNumKinds; ++k) {
