@@ -1,0 +1,257 @@
+"""Checks on eight devices; ``test_sharding.py`` runs each in a process that has them.
+
+Run one by hand: ``XLA_FLAGS=--xla_force_host_platform_device_count=8 python
+tests/sharded_checks.py NAME``.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+import adamw_xla as ax
+
+CONFIG = ax.AdamW(learning_rate=0.01, amsgrad=True, use_ema=True)
+SPECS = {"w": P("x", "y"), "u": P(None, "x"), "b": P("y"), "s": P()}
+SHAPES = {"w": (8, 16), "u": (3, 8), "b": (4,), "s": ()}
+COLLECTIVES = r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+
+
+def mesh(kind: AxisType) -> Any:
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+
+
+def tree(seed: int) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    return {k: rng.standard_normal(s).astype(np.float32) for k, s in SHAPES.items()}
+
+
+def put(values: Any, where: Any, specs: Any = SPECS) -> Any:
+    return {k: jax.device_put(x, NamedSharding(where, specs[k])) for k, x in values.items()}
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """Manual axes that ``x`` varies over; has no public reader in jax 0.10."""
+    return jax.typeof(x).mat.varying
+
+
+def expected(params: Any, grads: Any, config: ax.AdamW = CONFIG) -> Any:
+    state = ax.adamw_init(params, config)
+    return ax.adamw_step(params, grads, state, config)
+
+
+def close(a: Any, b: Any) -> None:
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-6, atol=3e-8)
+
+
+def fields(state: ax.AdamWState) -> list[Any]:
+    return [x for x in (state.m, state.v, state.v_max, state.ema) if x is not None]
+
+
+def auto() -> None:
+    where = mesh(AxisType.Auto)
+    params, grads = put(tree(0), where), put(tree(1), where)
+    state = jax.jit(functools.partial(ax.adamw_init, config=CONFIG))(params)
+    state = jax.device_put(state, state_shardings(where))
+    step = jax.jit(lambda p, g, s: ax.adamw_step(p, g, s, CONFIG), donate_argnums=(0, 2))
+    text = step.lower(params, grads, state).compile().as_text()
+    assert not re.search(COLLECTIVES, text), re.findall(COLLECTIVES, text)
+    want = {k: x.sharding for k, x in params.items()}
+    new, new_state = step(params, grads, state)
+    for kept in (new, *fields(new_state)):
+        for k, x in kept.items():
+            assert x.sharding.is_equivalent_to(want[k], x.ndim), (k, x.sharding)
+    close((new, new_state), expected(tree(0), tree(1)))
+
+
+def state_shardings(where: Any) -> Any:
+    """The params' tree of shardings serves for the state's."""
+    shardings = {k: NamedSharding(where, spec) for k, spec in SPECS.items()}
+    whole = NamedSharding(where, P())
+    return ax.AdamWState(whole, shardings, shardings, shardings, shardings)
+
+
+def state_takes_the_params_shardings() -> None:
+    where = mesh(AxisType.Auto)
+    params = put(tree(0), where)
+    state = ax.adamw_init(params, CONFIG)
+    for field in fields(state):
+        for k, x in field.items():
+            assert x.sharding.is_equivalent_to(params[k].sharding, x.ndim), (k, x.sharding)
+    out = jax.jit(
+        functools.partial(ax.adamw_init, config=CONFIG), out_shardings=state_shardings(where)
+    )(params)
+    assert all(f["w"].sharding.spec == P("x", "y") for f in fields(out))
+
+
+def global_norm_reduces_scalars_only() -> None:
+    where = mesh(AxisType.Auto)
+    config = ax.AdamW(global_clipnorm=0.5)
+    params, grads = put(tree(0), where), put(tree(1), where)
+    state = ax.adamw_init(params, config)
+    step = jax.jit(lambda p, g, s: ax.adamw_step(p, g, s, config))
+    text = step.lower(params, grads, state).compile().as_text()
+    assert not re.search(r"all-gather|all-to-all", text)
+    close(step(params, grads, state), expected(tree(0), tree(1), config))
+
+
+def explicit() -> None:
+    with jax.set_mesh(mesh(AxisType.Explicit)) as _:
+        where = jax.sharding.get_mesh()
+        params, grads = put(tree(0), where), put(tree(1), where)
+
+        @jax.jit
+        def step(params: Any, grads: Any) -> Any:
+            state = ax.adamw_init(params, CONFIG)
+            new, state = ax.adamw_step(params, grads, state, CONFIG)
+            for kept in (new, *fields(state)):
+                for k, x in kept.items():
+                    assert jax.typeof(x).sharding == jax.typeof(params[k]).sharding, k
+            return new, state
+
+        new, state = step(params, grads)
+        assert new["w"].sharding.spec == P("x", "y")
+        close((new, state), expected(tree(0), tree(1)))
+        text = step.lower(params, grads).compile().as_text()
+        assert not re.search(COLLECTIVES, text)
+
+
+def explicit_vmap() -> None:
+    with jax.set_mesh(mesh(AxisType.Explicit)) as _:
+        where = jax.sharding.get_mesh()
+        many = jax.device_put(np.ones((4, 8), np.float32), NamedSharding(where, P("x", "y")))
+        one = jax.device_put(np.ones(8, np.float32), NamedSharding(where, P("y")))
+        config = ax.AdamW()
+
+        def f(p: Any, g: Any) -> Any:
+            return ax.adamw_step(p, g, ax.adamw_init(p, config), config)[0]
+
+        new = jax.jit(jax.vmap(f))(many, many)
+        assert jax.typeof(new).sharding.spec == P("x", "y"), jax.typeof(new)
+        shared = jax.jit(jax.vmap(f, in_axes=(None, 0)))(one, many)
+        assert jax.typeof(shared).sharding.spec == P("x", "y"), jax.typeof(shared)
+
+
+def explicit_mismatch_names_the_operand() -> None:
+    with jax.set_mesh(mesh(AxisType.Explicit)) as _:
+        where = jax.sharding.get_mesh()
+        params = put(tree(0), where)
+        grads = put(tree(1), where, SPECS | {"w": P("y", "x")})
+        step = jax.jit(lambda p, g: ax.adamw_step(p, g, ax.adamw_init(p, CONFIG), CONFIG))
+        # "w" is the last of the four leaves
+        with pytest.raises((TypeError, ValueError), match=r"(grads\[3\]|'w'\]).*sharding"):
+            step(params, grads)
+
+
+def manual(varying: bool) -> None:
+    """``shard_map(check_vma=True)``: each result varies as its operands do."""
+    where = mesh(AxisType.Auto)
+    spec = P("x") if varying else P()
+    params, grads = np.linspace(-1, 1, 16, dtype=np.float32), np.ones(16, np.float32)
+    config = ax.AdamW(learning_rate=0.1)
+
+    def step(p: Any, g: Any) -> Any:
+        state = ax.adamw_init(p, config)
+        new, state = ax.adamw_step(p, g, state, config)
+        want = {"x"} if varying else set()
+        assert varying_axes(new) == want, jax.typeof(new)
+        assert varying_axes(state.m) == want
+        assert varying_axes(state.count) == set()
+        return new, state.m
+
+    mapped = jax.shard_map(step, mesh=where, in_specs=(spec, spec), out_specs=(spec, spec))
+    new, m = jax.jit(mapped)(params, grads)
+    want, state = expected(params, grads, config)
+    close((new, m), (want, state.m))
+
+
+def manual_sharded() -> None:
+    manual(varying=True)
+
+
+def manual_replicated() -> None:
+    manual(varying=False)
+
+
+def manual_union() -> None:
+    """A replicated param with a gradient that varies: the results vary over both axes."""
+    where = mesh(AxisType.Auto)
+    config = ax.AdamW(learning_rate=0.1)
+
+    def step(p: Any, g: Any) -> Any:
+        new, state = ax.adamw_step(p, g, ax.adamw_init(p, config), config)
+        assert varying_axes(new) == {"x", "y"}, jax.typeof(new)
+        assert varying_axes(state.v) == {"x", "y"}
+        return new
+
+    mapped = jax.shard_map(step, mesh=where, in_specs=(P("x"), P("y")), out_specs=P(("x", "y")))
+    new = jax.jit(mapped)(np.ones(8, np.float32), np.ones(4, np.float32))
+    assert new.shape == (16,)
+
+    def claims_too_little(p: Any, g: Any) -> Any:
+        return ax.adamw_step(p, g, ax.adamw_init(p, config), config)[0]
+
+    wrong = jax.shard_map(claims_too_little, mesh=where, in_specs=(P(), P("y")), out_specs=P())
+    with pytest.raises(ValueError, match="y"):
+        jax.jit(wrong)(np.ones(4, np.float32), np.ones(8, np.float32))
+
+
+def manual_options() -> None:
+    """All options together type-check, in the branches of accumulation too."""
+    where = mesh(AxisType.Auto)
+    config = ax.AdamW(
+        amsgrad=True,
+        use_ema=True,
+        ema_overwrite_frequency=2,
+        clipvalue=1.0,
+        gradient_accumulation_steps=2,
+        loss_scale_factor=2.0,
+    )
+
+    def step(p: Any, g: Any) -> Any:
+        state = ax.adamw_init(p, config)
+        for _ in range(2):
+            p, state = ax.adamw_step(p, g, state, config)
+        return p
+
+    mapped = jax.shard_map(step, mesh=where, in_specs=(P("x"), P("x")), out_specs=P("x"))
+    ones = np.ones(8, np.float32)
+    want = jax.jit(step)(ones, ones)
+    close(jax.jit(mapped)(ones, ones), want)
+
+
+CHECKS = {
+    f.__name__: f
+    for f in (
+        auto,
+        state_takes_the_params_shardings,
+        global_norm_reduces_scalars_only,
+        explicit,
+        explicit_vmap,
+        explicit_mismatch_names_the_operand,
+        manual_sharded,
+        manual_replicated,
+        manual_union,
+        manual_options,
+    )
+}
+
+if __name__ == "__main__":
+    assert jnp.arange(jax.device_count()).size == 8
+    for name in sys.argv[1:] or CHECKS:
+        try:
+            CHECKS[name]()
+        except Exception as error:  # report every check, then go on
+            print(f"FAILED {name}: {type(error).__name__}: {error}".replace("\n", "\n  "))
+        else:
+            print(f"passed {name}")
