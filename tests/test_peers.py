@@ -199,7 +199,9 @@ def test_the_oracle_with_default_rates() -> None:
     ours, ours_state = run_ours(params, grads, ax.AdamW())
     close(ours, exact)
     close(ours_state.m, state.m)
-    close(ours_state.v, state.v)
+    # float32(0.999) is 1.3e-8 too large, and each step multiplies v by it.
+    too_large = float(np.float32(0.999)) / 0.999 - 1
+    close(ours_state.v, state.v, CLOSE + STEPS * too_large)
 
 
 def test_bfloat16_trains_here_and_not_in_stock_keras() -> None:
