@@ -164,10 +164,7 @@ def table(results: Sequence[Result], repeats: int) -> Table:
 def ratios(result: Result) -> str:
     """How many times as long optax takes, in one line."""
     plain, above = (result.ratio(above_floor=x) for x in (False, True))
-    return (
-        f"{result.leaves} leaves: optax / {OURS} = {plain:.1f}; "
-        f"{above:.1f} above the barrier"
-    )
+    return f"{result.leaves} leaves: optax / {OURS} = {plain:.1f}; {above:.1f} above the barrier"
 
 
 def _spread(seconds: Sequence[float]) -> str:
