@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from jax.extend.mlir import ir, lower_with_sharding_in_types
+from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 import numpy as np
 
@@ -23,6 +24,9 @@ MAX_BUCKET_LEAVES = 32
 
 MAX_BUCKET_BYTES = 16 << 20
 """A bucket's gradients all live until its call; 16 MB take milliseconds to update."""
+
+MIN_WITNESSED_BYTES = 1 << 16
+"""Smaller operands may be copied: that costs less than knowing that they need not be."""
 
 
 def lower(
@@ -64,19 +68,23 @@ def _lower_native(
     results: list[Sequence[ir.Value]] = []
     calls = 0
     for bucket in _buckets(avals.leaves):
+        args = [*operands[: spec.num_scalars], *join_leaves([values.leaves[i] for i in bucket])]
         avals_in = [
             *ctx.avals_in[: spec.num_scalars],
             *join_leaves([avals.leaves[i] for i in bucket]),
         ]
         avals_out = join_leaves([outs[i] for i in bucket])
+        aliases = _aliases(spec, len(bucket), avals_in, avals_out)
+        large = [args[i] for i in aliases if _bytes(avals_in[i]) >= MIN_WITNESSED_BYTES]
+        earlier = _earlier_reads(large)
         call = jax.ffi.ffi_lowering(
             native.TARGET_NAME,
-            operand_output_aliases=_aliases(spec, len(bucket), avals_in, avals_out),
+            operand_output_aliases=aliases,
         )
         flat = call(
-            ctx.replace(avals_in=avals_in, avals_out=avals_out),
-            *operands[: spec.num_scalars],
-            *join_leaves([values.leaves[i] for i in bucket]),
+            ctx.replace(avals_in=[*avals_in, *[_WITNESS] * len(earlier)], avals_out=avals_out),
+            *args,
+            *earlier,
             leaves=np.array(bucket, np.int64),
             groups=np.array([spec.groups[i] for i in bucket], np.int64),
             batch_rank=np.int64(spec.batch_rank),
@@ -97,7 +105,7 @@ def _buckets(leaves: Sequence[Sequence[Any]]) -> Iterator[list[int]]:
     bucket: list[int] = []
     filled = 0
     for leaf, (_, grads, *_) in enumerate(leaves):
-        size = math.prod(grads.shape) * grads.dtype.itemsize
+        size = _bytes(grads)
         if bucket and (len(bucket) == MAX_BUCKET_LEAVES or filled + size > MAX_BUCKET_BYTES):
             yield bucket
             bucket, filled = [], 0
@@ -118,6 +126,51 @@ def _aliases(
         for leaf in range(leaves)
     }
     return {i: o for i, o in pairs.items() if avals_in[i].shape == avals_out[o].shape}
+
+
+_WITNESS = jax.core.ShapedArray((), np.float32)
+"""Stands for an operand that is only waited for; its dtype may be another."""
+
+_VIEWS = frozenset(
+    f"stablehlo.{name}" for name in ("broadcast_in_dim", "convert", "reshape", "transpose")
+)
+
+
+def _earlier_reads(overwritten: Sequence[ir.Value]) -> list[ir.Value]:
+    """A scalar out of each computation that last read one of these values.
+
+    XLA copies what a call overwrites, unless every other reader is known to come
+    before the call. Backpropagation through a layer reads the layer's params, but their
+    gradients do not depend on it; so the call asks for an element of its result too.
+    """
+    block = ir.InsertionPoint.current.block
+    readers: dict[ir.Operation, ir.Value] = {}
+    for value in overwritten:
+        while (use := next(iter(value.uses), None)) is not None:  # the last one comes first
+            reader = use.owner.operation
+            if reader.block != block or not reader.results:
+                break
+            value = reader.results[0]
+            if reader.name not in _VIEWS:
+                readers[reader] = value
+                break
+    return [x for value in readers.values() if (x := _element(value)) is not None]
+
+
+def _element(value: ir.Value) -> ir.Value | None:
+    """The first element of a tensor; None if there is none."""
+    if not isinstance(value.type, ir.RankedTensorType):
+        return None
+    kind = ir.RankedTensorType(value.type)
+    if not kind.has_static_shape or 0 in kind.shape:
+        return None
+    low, high = ([n] * kind.rank for n in (0, 1))
+    first = hlo.slice(value, *(mlir.dense_int_array(x) for x in (low, high, high)))
+    return hlo.reshape(ir.RankedTensorType.get([], kind.element_type), first)
+
+
+def _bytes(aval: Any) -> int:
+    return math.prod(aval.shape) * int(aval.dtype.itemsize)
 
 
 def _columns(flat: Sequence[Any], n: int) -> list[Sequence[Any]]:

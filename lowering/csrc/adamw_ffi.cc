@@ -46,7 +46,8 @@ ffi::Error UpdateLeaves(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rema
   if (amsgrad) kinds.push_back(kVMax);
   if (ema) kinds.push_back(kEma);
   const std::size_t n = leaves.size(), first = 1 + leaf_scale;
-  if (groups.size() != n || args.size() != first + n * kinds.size() ||
+  // Operands behind the leaves are only waited for: see cpu.py.
+  if (groups.size() != n || args.size() < first + n * kinds.size() ||
       rets.size() != n * (kinds.size() - 1)) {
     return ffi::Error::InvalidArgument("adamw_xla: the operands do not fit the attributes");
   }

@@ -15,7 +15,7 @@ import jax.export
 import numpy as np
 import pytest
 
-from adamw_xla_lowering import NativeUnavailableError, UpdateResult, adamw_update, native
+from adamw_xla_lowering import NativeUnavailableError, UpdateResult, adamw_update, cpu, native
 
 TARGET = native.TARGET_NAME
 
@@ -149,6 +149,34 @@ def test_the_call_is_in_place_when_donated() -> None:
     assert memory.alias_size_in_bytes == replaced
     assert memory.temp_size_in_bytes < 1000
     assert " copy(" not in compiled.as_text()
+
+
+@pytest.mark.usefixtures("with_native")
+def test_a_train_step_copies_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backpropagation reads the weights too; all of it must come before the call."""
+    monkeypatch.setattr(cpu, "MAX_BUCKET_BYTES", 1 << 20)
+    size, layers = 256, 8
+    weights = [jax.ShapeDtypeStruct((size, size), np.float32)] * layers
+
+    def loss(weights: Any, x: Any) -> Any:
+        for w in weights:
+            x = jax.nn.relu(x @ w.T)
+        return (x * x).mean()
+
+    def step(p: Any, m: Any, v: Any, x: Any, implementation: Any) -> Any:
+        grads = jax.grad(loss)(p, x)
+        return adamw_update(hyper(), p, grads, m, v, implementation=implementation)[:3]
+
+    def compiled(implementation: Any) -> Any:
+        jitted = jax.jit(step, donate_argnums=(0, 1, 2), static_argnums=4)
+        x = jax.ShapeDtypeStruct((16, size), np.float32)
+        return jitted.lower(weights, weights, weights, x, implementation).compile()
+
+    native, xla = compiled("native"), compiled("xla")
+    assert f"f32[{size},{size}]{{1,0}} copy(" not in native.as_text()
+    peaks = [c.memory_analysis().temp_size_in_bytes for c in (native, xla)]
+    in_flight = 1 << 20  # a bucket's gradients
+    assert peaks[0] <= peaks[1] + in_flight
 
 
 @pytest.mark.usefixtures("with_native")

@@ -1,0 +1,142 @@
+"""What the options do: schedules, overrides, skipping, accumulation, average, loss scale."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import optax
+import pytest
+from runs import close, run, same, tree
+
+import adamw_xla as ax
+
+# ----------------------------------------------------------------- schedules, overrides
+
+SCHEDULES = {
+    "optax": optax.exponential_decay(0.1, 2, 0.5),
+    "keras": keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5),
+    "callable": lambda count: 0.1 * 0.5 ** (count / 2),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_schedules(schedule: Any) -> None:
+    scheduled, _ = run(ax.AdamW(learning_rate=schedule, weight_decay=0.5), 4)
+    params = tree()
+    state = ax.adamw_init(params, ax.AdamW())
+    for k in range(4):
+        config = ax.AdamW(learning_rate=0.1 * 0.5 ** (k / 2), weight_decay=0.5)
+        params, state = ax.adamw_step(params, tree(k + 1), state, config)
+    close(scheduled, params)
+
+
+def test_a_schedule_counts_calls_under_accumulation() -> None:
+    seen = []
+
+    def schedule(count: Any) -> Any:
+        jax.debug.callback(lambda c: seen.append(int(c)), count)
+        return 0.1
+
+    run(ax.AdamW(learning_rate=schedule, gradient_accumulation_steps=2), 5)
+    jax.effects_barrier()
+    assert sorted(set(seen)) == [0, 1, 2, 3, 4]
+
+
+def test_a_decay_schedule() -> None:
+    scheduled, _ = run(ax.AdamW(weight_decay=lambda count: jnp.where(count < 1, 0.5, 0.0)))
+    close(scheduled, run(ax.AdamW(weight_decay=0.5))[0])
+
+
+@pytest.mark.parametrize("value", [0.25, np.float32(0.25), jnp.float32(0.25), lambda count: 0.25])
+def test_overrides(value: Any) -> None:
+    close(run(ax.AdamW(), learning_rate=value)[0], run(ax.AdamW(learning_rate=0.25))[0])
+    close(run(ax.AdamW(), weight_decay=value)[0], run(ax.AdamW(weight_decay=0.25))[0])
+
+
+@pytest.mark.parametrize("rate", [1, np.float32(1), np.int64(1), jnp.float32(1), jnp.bfloat16(1)])
+def test_any_real_scalar_is_a_rate(rate: Any) -> None:
+    close(run(ax.AdamW(learning_rate=rate))[0], run(ax.AdamW(learning_rate=1.0))[0])
+
+
+# --------------------------------------------- skipping, accumulation, average, loss scale
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "extra", [{}, {"global_clipnorm": 1.0}, {"clipnorm": 1.0}, {"clipvalue": 1.0}]
+)
+def test_skip_leaves_every_bit(bad: float, extra: dict[str, Any]) -> None:
+    config = ax.AdamW(skip_nonfinite=True, amsgrad=True, use_ema=True, **extra)
+    params, state = run(config, 2)
+    grads = tree(9)
+    grads["b"][0] = grads["b"][0].at[1].set(bad)
+    step = jax.jit(lambda p, g, s: ax.adamw_step(p, g, s, config))
+    new, new_state = step(params, grads, state)
+    same(new, params)
+    same(dataclasses.replace(new_state, skipped=state.skipped), state)
+    assert int(new_state.skipped) == 1
+    after, after_state = step(new, tree(9), new_state)
+    same(after, step(params, tree(9), state)[0])
+    assert (int(after_state.count), int(after_state.skipped)) == (3, 1)
+    text = step.lower(params, grads, state).compile().as_text()
+    assert not any(word in text for word in ("callback", "outfeed", "infeed", "send("))
+
+
+def test_skip_under_accumulation() -> None:
+    config = ax.AdamW(skip_nonfinite=True, gradient_accumulation_steps=2, use_ema=True)
+    params, state = run(config, 3)
+    bad = jax.tree.map(lambda g: g * jnp.nan, tree(9))
+    new, new_state = ax.adamw_step(params, bad, state, config)
+    same(new, params)
+    same(dataclasses.replace(new_state, skipped=state.skipped), state)
+    assert int(new_state.skipped) == 1
+
+
+def test_without_skip_a_bad_gradient_goes_through() -> None:
+    params, grads = tree(), jax.tree.map(lambda g: g * jnp.nan, tree())
+    config = ax.AdamW()
+    new, _ = ax.adamw_step(params, grads, ax.adamw_init(params, config), config)
+    assert bool(jnp.all(jnp.isnan(new["w"])))
+
+
+def test_accumulation_is_one_step_with_the_mean() -> None:
+    config = ax.AdamW(gradient_accumulation_steps=4, clipvalue=0.1)
+    between, state = run(config, 3)
+    same(between, tree())
+    assert (int(state.count), int(state.micro_step)) == (0, 3)
+    params, state = run(config, 4)
+    mean = jax.tree.map(lambda *g: sum(g) / 4, *(tree(k) for k in (1, 2, 3, 4)))
+    one = ax.AdamW(clipvalue=0.1)
+    close(params, ax.adamw_step(tree(), mean, ax.adamw_init(tree(), one), one)[0])
+    assert (int(state.count), int(state.micro_step)) == (1, 0)
+    assert all(not np.any(x) for x in jax.tree.leaves(state.accumulated))
+
+
+def test_finalize() -> None:
+    config = ax.AdamW(use_ema=True, ema_momentum=0.5, learning_rate=0.1)
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), tree())
+    params, state = run(config, 3, params)
+    final = ax.adamw_finalize(params, state, config)
+    for p, e in zip(jax.tree.leaves(final), jax.tree.leaves(state.ema), strict=True):
+        assert p.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(p, e.astype(jnp.bfloat16))
+    assert not np.array_equal(final["w"], params["w"])
+    plain = ax.AdamW()
+    same(ax.adamw_finalize(tree(), ax.adamw_init(tree(), plain), plain), tree())
+
+
+def test_loss_scale() -> None:
+    scaled, plain = ax.AdamW(loss_scale_factor=1024.0), ax.AdamW()
+    loss = jnp.float16(0.5)
+    assert ax.scale_loss(loss, scaled) == 512
+    assert ax.scale_loss(loss, scaled).dtype == jnp.float16
+    assert ax.scale_loss(loss, plain) is loss
+    params = tree()
+    grads = jax.tree.map(lambda g: 1024 * g, tree(1))
+    new, _ = ax.adamw_step(params, grads, ax.adamw_init(params, scaled), scaled)
+    close(new, run(plain)[0])
