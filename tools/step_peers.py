@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import ctypes
+import os
 from pathlib import Path
 import subprocess
 import tempfile
@@ -19,6 +20,9 @@ import numpy as np
 import optax
 
 import adamw_xla as ax
+
+# OpenMP's threads would spin on into the next peer's turn.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 LEARNING_RATE, WEIGHT_DECAY, EPSILON = 1e-3, 1e-2, 1e-8
 CLIP = 1.0
@@ -103,7 +107,10 @@ def keras_adamw(shapes: list[Any], dtype: str, grads: list[jax.Array], clip: boo
     import keras
 
     optimizer = keras.optimizers.AdamW(
-        LEARNING_RATE, WEIGHT_DECAY, epsilon=EPSILON, global_clipnorm=CLIP if clip else None
+        # OpenMP's threads would spin on into the next peer's turn.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+LEARNING_RATE, WEIGHT_DECAY, epsilon=EPSILON, global_clipnorm=CLIP if clip else None
     )
     variables = [keras.Variable(np.zeros(shape, np.float32), dtype=dtype) for shape in shapes]
     optimizer.build(variables)
