@@ -107,10 +107,7 @@ def keras_adamw(shapes: list[Any], dtype: str, grads: list[jax.Array], clip: boo
     import keras
 
     optimizer = keras.optimizers.AdamW(
-        # OpenMP's threads would spin on into the next peer's turn.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-LEARNING_RATE, WEIGHT_DECAY, epsilon=EPSILON, global_clipnorm=CLIP if clip else None
+        LEARNING_RATE, WEIGHT_DECAY, epsilon=EPSILON, global_clipnorm=CLIP if clip else None
     )
     variables = [keras.Variable(np.zeros(shape, np.float32), dtype=dtype) for shape in shapes]
     optimizer.build(variables)
