@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from jax import export
+from jax.interpreters import ad
 from jax.interpreters import partial_eval as pe
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from small import CONFIG, SHAPES, close, equations, problem, step, tree
 
 import adamw_xla as ax
-from adamw_xla.lowering import UpdateNotDifferentiableError
+from adamw_xla.lowering import UpdateNotDifferentiableError, adamw_update_p
 
 # ------------------------------------------------------------------------- jit and eager
 
@@ -147,6 +148,18 @@ def test_zero_tangents_pass(jit: bool) -> None:
     np.testing.assert_allclose(slope, value / x, rtol=1e-6)
     _, tangent = jax.jvp(lambda x: f(x, params), (x,), (jnp.float32(1),))
     np.testing.assert_allclose(tangent, value / x, rtol=1e-6)
+
+
+def test_the_rule_itself_passes_zeros() -> None:
+    """JAX's tracers never ask it then; transformations that call rules by hand do."""
+    (eqn,) = equations(jax.make_jaxpr(step)(*problem()).jaxpr)
+    primals = [jnp.ones(x.aval.shape, x.aval.dtype) for x in eqn.invars]
+    zeros = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in primals]
+    results, tangents = ad.primitive_jvps[adamw_update_p](primals, zeros, **eqn.params)
+    close(results, adamw_update_p.bind(*primals, **eqn.params))
+    assert all(isinstance(t, ad.Zero) for t in tangents)
+    with pytest.raises(UpdateNotDifferentiableError):
+        ad.primitive_jvps[adamw_update_p](primals, [*zeros[1:], primals[0]], **eqn.params)
 
 
 @pytest.mark.parametrize("argument", ["rate", "params", "grads"])

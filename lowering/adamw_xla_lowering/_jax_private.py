@@ -6,6 +6,9 @@ Read with jax 0.10.0, 0.10.2 and 0.12.0: the same there.
 from collections.abc import Iterable
 from typing import Any
 
+import jax
+from jax.interpreters import ad
+
 
 def reduced_axes(aval: Any) -> frozenset[Any]:
     """Mesh axes over which ``aval`` is a pending sum, or carries a reduced mark.
@@ -55,6 +58,11 @@ def batch_spec(batch: tuple[int, ...], members: Iterable[Any]) -> tuple[Any, ...
         [spec_of(x)[dim] for x in avals if x.shape[dim] == size] for dim, size in enumerate(batch)
     )
     return tuple(next((e for e in found if e is not None), None) for found in entries)
+
+
+def zero_tangent(x: Any) -> ad.Zero:
+    """A symbolic zero for ``x``: the tangent's type has no public constructor."""
+    return ad.Zero(jax.typeof(x).to_tangent_aval())
 
 
 def is_exporting(ctx: Any) -> bool:

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 from jax.extend.core import Primitive
 from jax.interpreters import ad
 
+from ._jax_private import zero_tangent
 from .contract import UPDATE_NAME, UpdateSpec
 
 
@@ -31,7 +32,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, spec: UpdateSpec) -
     from .primitive import adamw_update_p  # the primitive registers this rule
 
     results = adamw_update_p.bind(*primals, spec=spec)
-    return results, [ad.Zero.from_primal_value(x) for x in results]
+    return results, [zero_tangent(x) for x in results]
 
 
 def register(primitive: Primitive) -> None:

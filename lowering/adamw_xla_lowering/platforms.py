@@ -59,9 +59,17 @@ LOWERINGS: dict[str | None, Callable[..., Any]] = {
 }
 
 
+def _lower(ctx: mlir.LoweringRuleContext, *operands: Any, spec: UpdateSpec) -> Any:
+    """The rule of the platform; for a program that must run on several, StableHLO."""
+    platforms = ctx.module_context.platforms
+    rule = LOWERINGS.get(platforms[0]) if len(platforms) == 1 else None
+    return _with_default(rule or LOWERINGS[None])(ctx, *operands, spec=spec)
+
+
 def register(primitive: Primitive) -> None:
-    """Installs each platform's lowering."""
+    """Installs the platforms' lowerings."""
     # A cached lowering goes into a function of its own, where cpu.py could not see what
-    # else reads the operands; a program has one such equation, so nothing is lost.
-    for platform, rule in LOWERINGS.items():
-        mlir.register_lowering(primitive, _with_default(rule), platform=platform, cacheable=False)
+    # else reads the operands; a program has one such equation, so nothing is lost. One rule
+    # for all platforms: jax 0.10.2 cannot lower for several of them at once (jax.export)
+    # what has a rule for each and is not cached.
+    mlir.register_lowering(primitive, _lower, cacheable=False)
