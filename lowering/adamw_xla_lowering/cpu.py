@@ -25,6 +25,12 @@ MAX_BUCKET_LEAVES = 32
 MAX_BUCKET_BYTES = 16 << 20
 """A bucket's gradients all live until its call; 16 MB take milliseconds to update."""
 
+MIN_BUCKET_BYTES = 1 << 18
+"""Smaller buckets cost more calls than they save memory."""
+
+MIN_BUCKETS = 32
+"""So a bucket adds at most a 32nd of the gradients to the peak, but for its last leaf."""
+
 MIN_WITNESSED_BYTES = 1 << 16
 """Smaller operands may be copied: that costs less than knowing that they need not be."""
 
@@ -104,9 +110,10 @@ def _buckets(leaves: Sequence[Sequence[Any]]) -> Iterator[list[int]]:
     """Neighbours in the tree, bounded in number and in bytes of gradients."""
     bucket: list[int] = []
     filled = 0
-    for leaf, (_, grads, *_) in enumerate(leaves):
-        size = _bytes(grads)
-        if bucket and (len(bucket) == MAX_BUCKET_LEAVES or filled + size > MAX_BUCKET_BYTES):
+    sizes = [_bytes(grads) for _, grads, *_ in leaves]
+    bound = min(max(sum(sizes) // MIN_BUCKETS, MIN_BUCKET_BYTES), MAX_BUCKET_BYTES)
+    for leaf, size in enumerate(sizes):
+        if bucket and (len(bucket) == MAX_BUCKET_LEAVES or filled + size > bound):
             yield bucket
             bucket, filled = [], 0
         bucket.append(leaf)
