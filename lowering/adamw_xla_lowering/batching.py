@@ -18,7 +18,8 @@ from .contract import UpdateSpec, split_operands
 Dim = int | None
 
 
-def _to_front(x: jax.Array, dim: Dim) -> jax.Array:
+def to_front(x: jax.Array, dim: Dim) -> jax.Array:
+    """``x`` with its batch in front, of size 1 where it has none."""
     return jax.lax.expand_dims(x, (0,)) if dim is None else jnp.moveaxis(x, dim, 0)
 
 
@@ -28,7 +29,7 @@ def _batch(
     from .primitive import adamw_update_p  # the primitive registers this rule
 
     results = adamw_update_p.bind(
-        *map(_to_front, operands, dims),
+        *map(to_front, operands, dims),
         spec=dataclasses.replace(spec, batch_rank=spec.batch_rank + 1),
     )
     at = split_operands(spec, dims)

@@ -149,10 +149,14 @@ class Operands(NamedTuple):
 
 def split_operands(spec: UpdateSpec, operands: Sequence[Any]) -> Operands:
     """Cuts a flat operand list (or one of avals, or of batch axes) into its parts."""
-    n, first = spec.num_leaves, spec.num_scalars
-    columns = [operands[i : i + n] for i in range(first, len(operands), n)]
     leaf_scale = operands[1] if spec.leaf_scale else None
-    return Operands(operands[0], leaf_scale, list(zip(*columns, strict=True)))
+    leaves = split_leaves(operands[spec.num_scalars :], spec.num_leaves)
+    return Operands(operands[0], leaf_scale, leaves)
+
+
+def split_leaves(flat: Sequence[Any], n: int) -> list[tuple[Any, ...]]:
+    """The flat order of ``n`` leaves -> one tuple per leaf; ``join_leaves`` undoes it."""
+    return list(zip(*(flat[i : i + n] for i in range(0, len(flat), n)), strict=True))
 
 
 def join_leaves(leaves: Sequence[Sequence[Any]]) -> list[Any]:

@@ -5,18 +5,19 @@ where the kernel makes one. What the kernel cannot run goes to StableHLO instead
 """
 
 from collections.abc import Iterator, Sequence
+import dataclasses
 import math
 from typing import Any
 
 import jax
-from jax.extend.mlir import ir, lower_with_sharding_in_types
+from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 import numpy as np
 
 from . import native, stablehlo
 from ._jax_private import devices_hold_whole_operands, is_exporting
-from .contract import UPDATE_NAME, UpdateSpec, join_leaves, split_operands
+from .contract import UPDATE_NAME, UpdateSpec, aliases, join_leaves, split_leaves, split_operands
 from .errors import NativeUnavailableError
 
 MAX_BUCKET_LEAVES = 32
@@ -70,7 +71,7 @@ def _lower_native(
 ) -> Sequence[ir.Value]:
     values, avals = split_operands(spec, operands), split_operands(spec, ctx.avals_in)
     n = spec.num_leaves
-    outs = [ctx.avals_out[leaf::n] for leaf in range(n)]
+    outs = split_leaves(ctx.avals_out, n)
     results: list[Sequence[ir.Value]] = []
     calls = 0
     for bucket in _buckets(avals.leaves):
@@ -80,27 +81,25 @@ def _lower_native(
             *join_leaves([avals.leaves[i] for i in bucket]),
         ]
         avals_out = join_leaves([outs[i] for i in bucket])
-        aliases = _aliases(spec, len(bucket), avals_in, avals_out)
-        large = [args[i] for i in aliases if _bytes(avals_in[i]) >= MIN_WITNESSED_BYTES]
+        groups = tuple(spec.groups[i] for i in bucket)
+        in_place = _aliases(dataclasses.replace(spec, groups=groups), avals_in, avals_out)
+        large = [args[i] for i in in_place if _bytes(avals_in[i]) >= MIN_WITNESSED_BYTES]
         earlier = _earlier_reads(large)
         call = jax.ffi.ffi_lowering(
             native.TARGET_NAME,
-            operand_output_aliases=aliases,
+            operand_output_aliases=in_place,
         )
         flat = call(
             ctx.replace(avals_in=[*avals_in, *[_WITNESS] * len(earlier)], avals_out=avals_out),
             *args,
             *earlier,
             leaves=np.array(bucket, np.int64),
-            groups=np.array([spec.groups[i] for i in bucket], np.int64),
+            groups=np.array(groups, np.int64),
             batch_rank=np.int64(spec.batch_rank),
             **spec.options(),
         )
-        flat = [
-            lower_with_sharding_in_types(ctx, x, aval)
-            for x, aval in zip(flat, avals_out, strict=True)
-        ]
-        results.extend(zip(*_columns(flat, len(bucket)), strict=True))
+        flat = stablehlo.with_shardings(ctx, flat, avals_out)
+        results.extend(split_leaves(flat, len(bucket)))
         calls += 1
     native.logger.debug("%s: %d leaves in %d calls of the CPU kernel", UPDATE_NAME, n, calls)
     return join_leaves(results)
@@ -122,17 +121,9 @@ def _buckets(leaves: Sequence[Sequence[Any]]) -> Iterator[list[int]]:
         yield bucket
 
 
-def _aliases(
-    spec: UpdateSpec, leaves: int, avals_in: Sequence[Any], avals_out: Sequence[Any]
-) -> dict[int, int]:
+def _aliases(spec: UpdateSpec, avals_in: Sequence[Any], avals_out: Sequence[Any]) -> dict[int, int]:
     """Operand -> result that takes its place: all, but what the batch broadcasts."""
-    kinds = [spec.operand_kinds.index(kind) for kind in spec.result_kinds]
-    pairs = {
-        spec.num_scalars + kind * leaves + leaf: r * leaves + leaf
-        for r, kind in enumerate(kinds)
-        for leaf in range(leaves)
-    }
-    return {i: o for i, o in pairs.items() if avals_in[i].shape == avals_out[o].shape}
+    return {i: o for o, i in aliases(spec).items() if avals_in[i].shape == avals_out[o].shape}
 
 
 _WITNESS = jax.core.ShapedArray((), np.float32)
@@ -178,7 +169,3 @@ def _element(value: ir.Value) -> ir.Value | None:
 
 def _bytes(aval: Any) -> int:
     return math.prod(aval.shape) * int(aval.dtype.itemsize)
-
-
-def _columns(flat: Sequence[Any], n: int) -> list[Sequence[Any]]:
-    return [flat[i : i + n] for i in range(0, len(flat), n)]

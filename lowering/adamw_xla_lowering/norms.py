@@ -26,6 +26,7 @@ from ._jax_private import (
     varying_like,
     with_shape_and_spec,
 )
+from .batching import to_front
 from .contract import PARAM_DTYPES, dtype_names
 
 NORM_NAME = "adamw_sum_of_squares"
@@ -85,11 +86,7 @@ def _abstract_eval(scale: Any, *leaves: Any, spec: NormSpec) -> list[Any]:
 def _batch(
     operands: Sequence[jax.Array], dims: Sequence[int | None], *, spec: NormSpec
 ) -> tuple[list[jax.Array], list[int]]:
-    # An operand that is not batched gets size 1, as in batching.py.
-    moved = [
-        jax.lax.expand_dims(x, (0,)) if dim is None else jnp.moveaxis(x, dim, 0)
-        for x, dim in zip(operands, dims, strict=True)
-    ]
+    moved = map(to_front, operands, dims)
     batched = dataclasses.replace(spec, batch_rank=spec.batch_rank + 1)
     return adamw_sum_of_squares_p.bind(*moved, spec=batched), [0]
 

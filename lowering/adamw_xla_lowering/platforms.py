@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 import dataclasses
-import functools
 import os
 from typing import Any
 
@@ -33,16 +32,6 @@ def default_implementation() -> Implementation | None:
             raise ValueError(f"{IMPLEMENTATION_VARIABLE} must be xla or native, got {other!r}")
 
 
-def _with_default(rule: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(rule)
-    def lower(ctx: mlir.LoweringRuleContext, *operands: Any, spec: UpdateSpec) -> Any:
-        if spec.implementation is None:
-            spec = dataclasses.replace(spec, implementation=default_implementation())
-        return rule(ctx, *operands, spec=spec)
-
-    return lower
-
-
 def _stablehlo_only(ctx: mlir.LoweringRuleContext, *operands: Any, spec: UpdateSpec) -> Any:
     if spec.implementation == "native":
         platforms = ctx.module_context.platforms
@@ -62,8 +51,10 @@ LOWERINGS: dict[str | None, Callable[..., Any]] = {
 def _lower(ctx: mlir.LoweringRuleContext, *operands: Any, spec: UpdateSpec) -> Any:
     """The rule of the platform; for a program that must run on several, StableHLO."""
     platforms = ctx.module_context.platforms
-    rule = LOWERINGS.get(platforms[0]) if len(platforms) == 1 else None
-    return _with_default(rule or LOWERINGS[None])(ctx, *operands, spec=spec)
+    key = platforms[0] if len(platforms) == 1 else None
+    if spec.implementation is None:
+        spec = dataclasses.replace(spec, implementation=default_implementation())
+    return LOWERINGS.get(key, LOWERINGS[None])(ctx, *operands, spec=spec)
 
 
 def register(primitive: Primitive) -> None:

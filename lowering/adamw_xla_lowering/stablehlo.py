@@ -15,7 +15,15 @@ from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 import numpy as np
 
-from .contract import COMPOSITE_NAME, UPDATE_NAME, Slot, UpdateSpec, join_leaves, split_operands
+from .contract import (
+    COMPOSITE_NAME,
+    UPDATE_NAME,
+    Slot,
+    UpdateSpec,
+    join_leaves,
+    split_leaves,
+    split_operands,
+)
 
 
 def lower(
@@ -35,7 +43,7 @@ def lower_leaves(
     """Lowers some of the leaves; returns the results of each."""
     _check_static(ctx, spec)
     values, avals = split_operands(spec, operands), split_operands(spec, ctx.avals_in)
-    outs = list(zip(*_columns(ctx.avals_out, spec.num_leaves), strict=True))
+    outs = split_leaves(ctx.avals_out, spec.num_leaves)
     options = {name: ir.BoolAttr.get(on) for name, on in spec.options().items()}
     i64 = ir.IntegerType.get_signless(64)
     rows: dict[int, ir.Value] = {}
@@ -65,21 +73,17 @@ def lower_leaves(
             composite_attributes=ir.DictAttr.get(attributes),
             decomposition=ir.FlatSymbolRefAttr.get(function.name.value),
         )
-        results.append(_with_shardings(ctx, op.results, outs[leaf]))
+        results.append(with_shardings(ctx, op.results, outs[leaf]))
     return results
 
 
-def _with_shardings(
+def with_shardings(
     ctx: mlir.LoweringRuleContext, values: Sequence[ir.Value], avals: Sequence[Any]
 ) -> list[ir.Value]:
     """In explicit mode, the results' shardings are part of their types."""
     if avals[0].sharding.mesh.empty:
         return list(values)
     return [lower_with_sharding_in_types(ctx, x, a) for x, a in zip(values, avals, strict=True)]
-
-
-def _columns(flat: Sequence[Any], n: int) -> list[Sequence[Any]]:
-    return [flat[i : i + n] for i in range(0, len(flat), n)]
 
 
 def _check_static(ctx: mlir.LoweringRuleContext, spec: UpdateSpec) -> None:
