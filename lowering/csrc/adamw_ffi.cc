@@ -42,7 +42,7 @@ ffi::Error UpdateLeaves(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rema
                         Int64s leaves, Int64s groups, std::int64_t batch_rank, bool amsgrad,
                         bool ema, bool ema_overwrite, bool clip_value, bool skip,
                         bool epsilon_root, bool nesterov, bool delta, bool leaf_scale) {
-  if (delta) return ffi::Error::Unimplemented("adamw_xla: updates are left to StableHLO");
+  if (delta) return ffi::Error(ffi::ErrorCode::kUnimplemented, "adamw_xla: no delta form here");
   std::vector<Kind> kinds = {kParams, kGrads, kM, kV};
   if (amsgrad) kinds.push_back(kVMax);
   if (ema) kinds.push_back(kEma);
