@@ -199,7 +199,8 @@ def _partial_sums(x: ir.Value, batch_rank: int) -> ir.Value:
     """[*batch, n] -> [*batch, k] with the same sum and a smaller k, by one kernel."""
     kind = ir.RankedTensorType(x.type)
     *batch, n = kind.shape
-    columns = next((c for c in range(min(n, MAX_ROW), 0, -1) if n % c == 0), 1)
+    longest = min(max(n // MIN_ROWS, MIN_ROW), MAX_ROW)
+    columns = next((c for c in range(longest, 0, -1) if n % c == 0), 1)
     if n <= MAX_ROW or columns < MIN_ROW:
         return x
     rows = ir.RankedTensorType.get([*batch, n // columns, columns], kind.element_type)
@@ -214,6 +215,9 @@ MAX_MERGED_SUMMANDS = 80
 
 MAX_ROW = 8192
 """XLA:GPU splits longer row reductions into two kernels."""
+
+MIN_ROWS = 256
+"""With fewer, XLA:GPU would not fuse what makes the rows: too few blocks for a device."""
 
 MIN_ROW = 256
 """Shorter rows are worse than the compiler's own two stages."""
