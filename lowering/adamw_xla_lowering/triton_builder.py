@@ -19,7 +19,8 @@ import math
 from typing import Any
 
 from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import arith, math as math_dialect, scf
+from jax.extend.mlir.dialects import arith, scf
+from jax.extend.mlir.dialects import math as math_dialect
 from jax.interpreters import mlir
 import numpy as np
 
@@ -393,8 +394,10 @@ class _Choice:
         """Pointers and numbers of the piece among ``low : high`` that has the program."""
         if high - low == 1:
             pointers = [column[self.pieces[low].leaf] for column in self.columns]
-            numbers = zip(self.numbers[low], self.types, self.varies, strict=True)
-            return [*pointers, *(_constant(x, kind) for x, kind, vary in numbers if vary)]
+            first, *numbers = itertools.compress(self.numbers[low], self.varies)
+            kind, *kinds = itertools.compress(self.types, self.varies)
+            values = map(_constant, numbers, kinds)
+            return [*pointers, _pinned(first, kind), *values]
         middle = (low + high) // 2
         kinds = [column[self.pieces[0].leaf].type for column in self.columns]
         kinds += itertools.compress(self.types, self.varies)
@@ -407,6 +410,17 @@ class _Choice:
             with ir.InsertionPoint(block):
                 scf.yield_(self.make(program, *part))
         return list(branch.results)
+
+
+def _pinned(number: int, kind: ir.Type) -> ir.Value:
+    """``number``, by an instruction that the compiler leaves in its branch.
+
+    Without one it turns branches into selections, for which it keeps the pointers of all
+    leaves in registers, and spills them. The number stands in the text: instructions of one
+    text would be made one.
+    """
+    unused = _constant(0, kind)
+    return tt.elementwise_inline_asm([kind], f"mov.u32 $0, {number};", "=r,r", False, 1, [unused])
 
 
 def _is_before(program: ir.Value, first: int) -> ir.Value:
