@@ -32,6 +32,9 @@ LAUNCHES = {
 }
 """By compute capability and later ones: 8 elements per thread. Not measured yet."""
 
+PLATFORM = "cuda"
+"""Whose programs may hold the kernel; tests interpret it in those of another."""
+
 MAX_POINTERS = 4000
 """A kernel may have 32,764 bytes of parameters (compute capability 7.0, CUDA 12.1)."""
 
@@ -55,7 +58,7 @@ def lower(
 
 def refusal(ctx: mlir.LoweringRuleContext, spec: UpdateSpec) -> str | None:
     """Why the kernel cannot run this equation; None if it can."""
-    if tuple(ctx.module_context.platforms) != ("cuda",):
+    if tuple(ctx.module_context.platforms) != (PLATFORM,):
         return "the program is lowered for several platforms at once"
     if not devices_hold_whole_operands(ctx):
         return "the program is partitioned over several devices (outside of shard_map)"

@@ -394,6 +394,8 @@ class _Choice:
         """Pointers and numbers of the piece among ``low : high`` that has the program."""
         if high - low == 1:
             pointers = [column[self.pieces[low].leaf] for column in self.columns]
+            if len(self.pieces) == 1:
+                return pointers
             first, *numbers = itertools.compress(self.numbers[low], self.varies)
             kind, *kinds = itertools.compress(self.types, self.varies)
             values = map(_constant, numbers, kinds)
