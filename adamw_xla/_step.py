@@ -73,7 +73,7 @@ def adamw_step(
         weight_decay=weight_decay,
         backend=Backend(
             functools.partial(adamw_update, implementation=implementation),
-            adamw_sum_of_squares,
+            functools.partial(adamw_sum_of_squares, implementation=implementation),
             do_if,
         ),
     )

@@ -17,13 +17,11 @@ from jax.interpreters import mlir
 import numpy as np
 
 try:
-    from jax._src.interpreters.mlir import JaxIrContext, upstream_dialects
-    from jax._src.lib import triton
-except ImportError as error:  # another jax: StableHLO still works
-    _reason: str | None = f"this jax does not have the Triton dialect where 0.10 has it: {error}"
+    from jaxlib.triton import dialect as tt
+except ImportError as error:  # another jaxlib: StableHLO still works
+    _reason: str | None = f"this jaxlib does not have the Triton dialect where 0.10 has it: {error}"
 else:
     _reason = None
-    tt = triton.dialect
 
 TARGET_NAME = "__gpu$xla.gpu.triton"
 """The custom call that XLA:GPU compiles; only CUDA's was looked at."""
@@ -65,8 +63,7 @@ def build(
 
     ``body`` is called with the parameters, where the kernel's operations are to be put.
     """
-    context = JaxIrContext()
-    context.append_dialect_registry(upstream_dialects)
+    context = mlir.make_ir_context()
     tt.register_dialect(context)
     context.load_all_available_dialects()
     with context, ir.Location.unknown():

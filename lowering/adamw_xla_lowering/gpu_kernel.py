@@ -48,7 +48,10 @@ def lower(
     """Lowers the whole tree to the kernel where it is asked for, or else to StableHLO."""
     if spec.implementation != "native":
         return gpu.lower(ctx, *operands, spec=spec)
-    if (reason := refusal(ctx, spec)) is not None:
+    reason = refusal(ctx)
+    if reason is None and spec.delta:
+        reason = "updates that are yet to be added to the params are better fused by XLA"
+    if reason is not None:
         raise NativeUnavailableError(
             f'{UPDATE_NAME}: implementation="native" cannot run here: {reason}; '
             'use implementation=None (choose for me) or "xla" (StableHLO).'
@@ -56,16 +59,14 @@ def lower(
     return _lower_native(ctx, operands, spec)
 
 
-def refusal(ctx: mlir.LoweringRuleContext, spec: UpdateSpec) -> str | None:
-    """Why the kernel cannot run this equation; None if it can."""
+def refusal(ctx: mlir.LoweringRuleContext) -> str | None:
+    """Why no kernel can run this equation; None if one can."""
     if tuple(ctx.module_context.platforms) != (PLATFORM,):
         return "the program is lowered for several platforms at once"
     if not devices_hold_whole_operands(ctx):
         return "the program is partitioned over several devices (outside of shard_map)"
     if not all(isinstance(size, int) for aval in ctx.avals_in for size in aval.shape):
         return "shapes are symbolic"
-    if spec.delta:
-        return "updates that are yet to be added to the params are better fused by XLA"
     return gpu_call.unavailable_reason()
 
 

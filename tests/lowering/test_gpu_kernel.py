@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from triton_interpreter import Interpreted
 
-from adamw_xla_lowering import NativeUnavailableError, adamw_update, gpu_kernel
+from adamw_xla_lowering import adamw_update, gpu_kernel
 from adamw_xla_lowering.triton_builder import Launch
 
 FLAGS = ("ema_overwrite", "clip_value", "skip", "epsilon_root", "nesterov")
@@ -85,7 +85,9 @@ def mixed(case: dict[str, Any]) -> dict[str, list[Any]]:
     for i, (shape, param, grad) in enumerate(
         zip(case["shapes"], case["param"], case["grad"], strict=True)
     ):
-        one = leaves([shape], param, grad, "float32", case["amsgrad"], case["ema"], case["seed"] + i)
+        one = leaves(
+            [shape], param, grad, "float32", case["amsgrad"], case["ema"], case["seed"] + i
+        )
         for kind, column in one.items():
             tree.setdefault(kind, []).extend(column)
     return tree
