@@ -63,12 +63,12 @@ def run(kernel: gpu_call.Kernel, buffers: Sequence[Buffer]) -> None:
         (function,) = module.body.operations
         (block,) = function.regions[0].blocks
         assert len(block.arguments) == len(buffers)
-        for argument, buffer in zip(block.arguments, buffers, strict=True):
+        for argument, one in zip(block.arguments, buffers, strict=True):
             dtype = re.fullmatch(r"!tt.ptr<(\w+)>", str(argument.type)).group(1)
-            assert buffer.data.dtype == DTYPES[dtype], (buffer.data.dtype, dtype)
+            assert one.data.dtype == DTYPES[dtype], (one.data.dtype, dtype)
         run_block = _compile(block)
     for program in range(kernel.programs):
-        env = {i: Pointer(buffer, np.int64(0)) for i, buffer in enumerate(buffers)}
+        env = {i: Pointer(one, np.int64(0)) for i, one in enumerate(buffers)}
         run_block(env, program, [])
 
 
@@ -274,7 +274,8 @@ def _store(pointer: Pointer, value: Any, mask: Any = True) -> list[Any]:
 # ----------------------------------------------------------------- in a program on the CPU
 
 
-def _buffer(array: Any) -> Buffer:
+def buffer(array: Any) -> Buffer:
+    """Memory that holds a copy of an array."""
     data = np.array(array).reshape(-1)
     return Buffer(data, np.zeros(data.shape, np.int64))
 
@@ -282,18 +283,18 @@ def _buffer(array: Any) -> Buffer:
 def _call_on_host(
     kernel: gpu_call.Kernel, avals_out: Sequence[Any], in_place: dict[int, int], *operands: Any
 ) -> list[np.ndarray]:
-    read = [_buffer(x) for x in operands]
+    read = [buffer(x) for x in operands]
     taken = {result: read[operand] for operand, result in in_place.items()}
     written = [
-        taken[i] if i in taken else _buffer(np.full(aval.shape, np.nan, aval.dtype))
+        taken[i] if i in taken else buffer(np.full(aval.shape, np.nan, aval.dtype))
         for i, aval in enumerate(avals_out)
     ]
     with np.errstate(all="ignore"):
         run(kernel, [*read, *written])
-    for buffer in read:
-        assert any(buffer is x for x in written) or not buffer.writes.any(), "an operand is written"
-    for buffer in written:
-        assert (buffer.writes == 1).all(), "an element is not written once"
+    for one in read:
+        assert any(one is x for x in written) or not one.writes.any(), "an operand is written"
+    for one in written:
+        assert (one.writes == 1).all(), "an element is not written once"
     return [x.data.reshape(aval.shape) for x, aval in zip(written, avals_out, strict=True)]
 
 

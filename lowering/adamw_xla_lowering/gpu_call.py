@@ -17,10 +17,12 @@ from jax.interpreters import mlir
 import numpy as np
 
 try:
-    from jaxlib.triton import dialect as tt
+    from jaxlib.triton import dialect
 except ImportError as error:  # another jaxlib: StableHLO still works
+    tt: Any = None
     _reason: str | None = f"this jaxlib does not have the Triton dialect where 0.10 has it: {error}"
 else:
+    tt = dialect
     _reason = None
 
 TARGET_NAME = "__gpu$xla.gpu.triton"

@@ -23,7 +23,8 @@ from .contract import (
     split_operands,
 )
 from .errors import NativeUnavailableError
-from .triton_builder import Kind, Launch, Leaf, update_kernel
+from .gpu_pieces import Kind, Launch, Leaf
+from .triton_builder import update_kernel
 
 LAUNCHES = {
     80: Launch(block=1024, num_warps=4),

@@ -13,7 +13,8 @@ from jax.interpreters import mlir
 
 from . import gpu_call
 from .gpu_kernel import MAX_POINTERS, launch_shape, refusal
-from .triton_builder import Kind, Leaf, norm_kernel
+from .gpu_pieces import Kind, Leaf
+from .triton_builder import norm_kernel
 
 MAX_SUMS = 4096
 """About how many programs there are in a large tree; XLA:GPU adds 8,192 in one kernel."""
