@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from triton_interpreter import Interpreted, buffer, run
 
-from adamw_xla_lowering import adamw_update, gpu_kernel
-from adamw_xla_lowering.gpu_pieces import Launch
+from adamw_xla_lowering import NativeUnavailableError, adamw_update, gpu_call, gpu_kernel
+from adamw_xla_lowering.gpu_pieces import Kind, Launch, Leaf, cut
+from adamw_xla_lowering.triton_builder import norm_kernel
 
 FLAGS = ("ema_overwrite", "clip_value", "skip")
 KINDS = ("params", "m", "v", "v_max", "ema")
