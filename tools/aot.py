@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import os
 from pathlib import Path
+import sys
 import time
 from typing import Any
 
@@ -18,11 +20,26 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5e-4")
 os.environ.setdefault("TPU_MIN_LOG_LEVEL", "4")
 os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "4")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
 
-import jax  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
-from jax.sharding import SingleDeviceSharding  # noqa: E402
+
+@contextlib.contextmanager
+def _native_stderr_to_nowhere() -> Iterator[None]:
+    """The plugins' libraries report missing devices before any log level is looked at."""
+    sys.stderr.flush()
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+with _native_stderr_to_nowhere():
+    import jax
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
 
 DESCRIPTIONS = Path(__file__).parent / "targets"
 
@@ -92,16 +109,19 @@ def device(target: Target) -> Any:
     jax.config.update("jax_platforms", "cpu")
     if target.platform == "cpu":
         return jax.devices("cpu")[0]
+    with _native_stderr_to_nowhere():
+        return _topology(target).devices[0]
+
+
+def _topology(target: Target) -> Any:
     if target.platform == "tpu":
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=target.topology)
-    else:
-        topology = topologies.get_topology_desc(
-            target.name.upper(),
-            platform="cuda",
-            target_config=(DESCRIPTIONS / f"{target.name}.txtpb").read_text(),
-            topology="1x1x1",
-        )
-    return topology.devices[0]
+        return topologies.get_topology_desc(platform="tpu", topology_name=target.topology)
+    return topologies.get_topology_desc(
+        target.name.upper(),
+        platform="cuda",
+        target_config=(DESCRIPTIONS / f"{target.name}.txtpb").read_text(),
+        topology="1x1x1",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+import os
 from typing import Any
 
 import jax
-import optax
 
 import adamw_xla as ax
 
@@ -42,7 +42,7 @@ class Options:
     accumulate: int | None = None
 
 
-def ours(options: Options = Options(), implementation: Any = None) -> tuple[Init, Step]:  # noqa: B008
+def ours(options: Options = Options(), implementation: Any = None) -> tuple[Init, Step]:
     """This package."""
     config = ax.AdamW(
         LEARNING_RATE,
@@ -64,8 +64,10 @@ def ours(options: Options = Options(), implementation: Any = None) -> tuple[Init
     return init, step
 
 
-def optax_adamw(options: Options = Options()) -> tuple[Init, Step]:  # noqa: B008
+def optax_adamw(options: Options = Options()) -> tuple[Init, Step]:
     """``optax.adamw`` and ``apply_updates``."""
+    import optax
+
     if options.ema or options.clip == "leaf":
         what = "moving average of the params" if options.ema else "clipping by each leaf's norm"
         raise NotOfferedError(f"optax.adamw has no {what}")
@@ -90,12 +92,13 @@ def optax_adamw(options: Options = Options()) -> tuple[Init, Step]:  # noqa: B00
     return optimizer.init, step
 
 
-def keras_adamw(options: Options = Options()) -> tuple[Init, Step]:  # noqa: B008
+def keras_adamw(options: Options = Options()) -> tuple[Init, Step]:
     """Keras' ``stateless_apply``; its state is a list of the optimizer's variables.
 
     The optimizer is built anew wherever it is used, also under a trace, so that nothing of
     a model's size is ever allocated for a program that is only compiled.
     """
+    os.environ.setdefault("KERAS_BACKEND", "jax")  # read when keras is imported
     import keras
 
     def build(params: Any) -> Any:
