@@ -283,7 +283,7 @@ def _operands(opcode: str, inside: str) -> tuple[str, ...]:
         return (inside.strip(),)
     if "%" in inside:
         return tuple(re.findall(r"%([\w.\-]+)", inside))
-    words = (part.split() for part in _COMMENT.sub("", inside).split(","))
+    words = (part.split() for part in _TYPE.sub("", _COMMENT.sub("", inside)).split(","))
     return tuple(word[-1] for word in words if word)
 
 
@@ -350,6 +350,7 @@ _OPCODE = re.compile(r" ([a-z][a-z0-9\-]*)\(")
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([^\]]*)\](\{[^}]*\})?")
 _SPACE = re.compile(r"(?:\s|,|/\*[^*]*\*/)*")
 _COMMENT = re.compile(r"/\*[^*]*\*/")
+_TYPE = re.compile(r"\([^)]*\)|\[[^\]]*\]|\{[^}]*\}")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[()\[\]{}]')
 _KEY = re.compile(r"([\w.]+)=")

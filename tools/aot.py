@@ -109,10 +109,9 @@ def device(target: Target) -> Any:
     check(target)
     # A device that happens to be there must not be taken for the target.
     jax.config.update("jax_platforms", "cpu")
-    if target.platform == "cpu":
-        return jax.devices("cpu")[0]
     with _native_stderr_to_nowhere():
-        return _topology(target).devices[0]
+        (own, *_) = jax.devices("cpu")  # loads the plugins, with all that they have to say
+        return own if target.platform == "cpu" else _topology(target).devices[0]
 
 
 def _topology(target: Target) -> Any:

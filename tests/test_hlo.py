@@ -1,0 +1,443 @@
+"""``adamw_xla.hlo`` on what the three compilers wrote (tests/hlo_goldens), and on fresh programs.
+
+Counts are taken a second time in the manner of ``grep``, and bytes by hand.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+import json
+import math
+from pathlib import Path
+import re
+import textwrap
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import adamw_xla as ax
+from adamw_xla.hlo import HloSyntaxError, Report, report
+
+GOLDENS = Path(__file__).parent / "hlo_goldens"
+NAMES = sorted(path.stem for path in GOLDENS.glob("*.hlo"))
+STEP = {"a": (256, 128), "b": (256, 128), "c": (128,), "d": (128,), "e": (3, 5, 7)}
+TRAIN = {"embed": (64, 32), "layers.b": (4, 32), "layers.w": (4, 32, 32)}
+SCALARS = 1024
+"""More bytes than the numbers of a step and the partial sums of a norm here have."""
+
+
+def golden(name: str) -> str:
+    return (GOLDENS / f"{name}.hlo").read_text()
+
+
+def elements(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+# ------------------------------------------------------------------------------- the goldens
+
+
+class Expected(NamedTuple):
+    """Read in the text by a person: launches of the program, of the update and the norm."""
+
+    platform: str
+    program: int
+    update: int
+    norm: int
+    by_kind: dict[str, int]
+
+
+EXPECTED = {
+    "cpu.step": Expected("cpu", 4, 2, 0, {"fusion": 2, "custom-call": 2}),
+    "cpu.clip": Expected("cpu", 10, 2, 5, {"fusion": 8, "custom-call": 2}),
+    "cpu.train": Expected("cpu", 50, 1, 3, {"fusion": 40, "copy": 7, "dot": 2, "custom-call": 1}),
+    "h100.step": Expected("cuda", 4, 3, 0, {"fusion": 4}),
+    "h100.clip": Expected("cuda", 7, 3, 3, {"fusion": 7}),
+    "h100.train": Expected("cuda", 35, 3, 2, {"fusion": 33, "copy": 2}),
+    "h100.accumulate": Expected("cuda", 55, 3, 0, {"copy": 41, "fusion": 14}),
+    "v5e.step": Expected("tpu", 5, 5, 0, {"async-copy": 24, "scalar": 14, "fusion": 5}),
+    "v5e.clip": Expected("tpu", 10, 5, 5, {"async-copy": 31, "scalar": 23, "fusion": 10}),
+    "v5e.train": Expected(
+        "tpu",
+        30,
+        4,
+        3,
+        {
+            "scalar": 31,
+            "fusion": 23,
+            "async-copy": 20,
+            "copy": 3,
+            "broadcast": 2,
+            "convert": 1,
+            "dynamic-update-slice": 1,
+        },
+    ),
+    "v5e.accumulate": Expected(
+        "tpu", 15, 5, 0, {"async-copy": 37, "scalar": 19, "fusion": 5, "add": 5, "broadcast": 5}
+    ),
+}
+
+
+def test_every_golden_is_expected():
+    assert sorted(EXPECTED) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_counts(name):
+    found, expected = report(golden(name)), EXPECTED[name]
+    assert found.platform == expected.platform
+    counts = (found.program.count, found.update.count, found.norm.count)
+    assert counts == (expected.program, expected.update, expected.norm)
+    assert found.program.by_kind == expected.by_kind
+
+
+NO_LAUNCH = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier")
+NO_LAUNCH += ("while", "conditional", "copy-done", "slice-done")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_counts_as_grep_sees_them(name):
+    text = golden(name)
+    called = set(
+        re.findall(r"(?:body|condition|true_computation|false_computation)=%([\w.-]+)", text)
+    )
+    for names in re.findall(r"branch_computations={([^}]*)}", text):
+        called |= {x.strip(" %") for x in names.split(",")}
+    opcodes: Counter[str] = Counter()
+    for block in re.split(r"\n}\n", text):
+        head = re.search(r"^(ENTRY )?%([\w.-]+) \(", block, re.MULTILINE)
+        if head is not None and (head[1] or head[2] in called):
+            # The first word behind the shape that stands before a bracket.
+            body = block[head.end() :].split("{\n", 1)[1]
+            opcodes.update(re.findall(r" = .*?[\])}] ([a-z-]+)\(", body))
+    for opcode in NO_LAUNCH:
+        opcodes.pop(opcode, None)
+    views = text.count('custom_call_target="ConcatBitcast"')
+    views += text.count('custom_call_target="AllocateBuffer"')
+    assert sum(opcodes.values()) - views == len(report(text).program.kernels)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_update_reads_and_writes_what_adamw_must(name):
+    found = report(golden(name))
+    params = elements(TRAIN if "train" in name else STEP)
+    assert found.parameters == params
+    update = found.update
+    # Gradient, param, m and v come; param, m and v go. What a TPU still has in its vector
+    # memory is not read again, and in a branch all of it may be there.
+    moved = update.read + update.written
+    assert update.written <= 12 * params + SCALARS
+    assert moved <= 28 * params + SCALARS
+    assert moved - SCALARS <= update.least_bytes <= moved
+    if not name.startswith("v5e"):
+        assert update.read >= 16 * params
+        assert update.written == 12 * params
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_leaves_land_where_they_are_read(name):
+    text = golden(name)
+    found = report(text)
+    shapes = TRAIN if "train" in name else STEP
+    assert [leaf.name for leaf in found.leaves] == [f"params['{key}']" for key in shapes]
+    for leaf in found.leaves:
+        assert leaf.elements == math.prod(shapes[leaf.name[8:-2]])
+        assert leaf.in_place
+        assert len(leaf.kernels) == 1
+        (line,) = re.findall(
+            rf"^ *(?:ROOT )?%{re.escape(leaf.kernels[0])} = .*", text, re.MULTILINE
+        )
+        assert " fusion(" in line or "adamw_xla_update_cpu" in line
+    merged = Counter(leaf.kernels[0] for leaf in found.leaves)
+    assert len(merged) == len({k.name for k in found.update.kernels if k.kind in _COMPUTING})
+
+
+_COMPUTING = ("fusion", "custom-call")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lines_are_those_of_the_kernels(name):
+    text = golden(name)
+    lines = text.splitlines()
+    for kernel in report(text).program.kernels:
+        assert lines[kernel.line - 1].lstrip().removeprefix("ROOT ").startswith(f"%{kernel.name} =")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs(name):
+    found = report(golden(name))
+    assert found.undonated == ()
+    kept = {x.name for x in found.inputs} - {x.name for x in found.in_place}
+    shapes = TRAIN if "train" in name else STEP
+    assert kept == ({"tokens"} if "train" in name else {f"grads['{key}']" for key in shapes})
+    sizes = {x.name: (x.shape, x.bytes) for x in found.inputs}
+    key, shape = next(iter(shapes.items()))
+    dims = ",".join(map(str, shape))
+    assert sizes[f"state.m['{key}']"] == (f"f32[{dims}]", 4 * math.prod(shape))
+
+
+def test_loops():
+    found = report(golden("h100.train"))
+    # Two loops over four layers; all else runs once.
+    inside = [k for k in found.program.kernels if k.times == 4]
+    assert {k.times for k in found.program.kernels} == {1, 4}
+    assert found.program.launches == found.program.count + 3 * len(inside)
+    assert all(k.computation.startswith("region") for k in inside)
+    unknown = report(golden("v5e.train")).program
+    assert unknown.launches is None
+
+
+def test_estimated_cycles():
+    text = golden("v5e.clip")
+    by_grep = sum(int(n) for n in re.findall(r'"estimated_cycles":"(\d+)"', text))
+    assert report(text).program.estimated_cycles == by_grep > 0
+    assert report(golden("h100.clip")).program.estimated_cycles is None
+
+
+def test_json_and_words():
+    found = report(golden("h100.clip"))
+    data = json.loads(json.dumps(found.to_json()))
+    assert data["program"]["count"] == 7
+    assert len(data["inputs"]) == 21
+    assert len(data["leaves"]) == 5
+    words = str(found)
+    assert "7 kernels (7 fusion)" in words
+    assert "28.0 bytes per param, 28.0 at least" in words
+    assert "donated, but not in place: none" in words
+    assert "params['a'] f32[256,128] and 1 more" in words
+
+
+# --------------------------------------------------------------------------- small texts by hand
+
+
+def module(body: str, *, header: str = "", extra: str = "") -> str:
+    head = f"HloModule m, is_scheduled=true{header}, entry_computation_layout={{()->()}}\n\n"
+    return f"{head}{textwrap.dedent(extra)}ENTRY %main () -> f32[] {{\n{textwrap.dedent(body)}}}\n"
+
+
+def test_bytes_of_slices_and_of_updates_in_place():
+    extra = """\
+        %fused (p0: f32[8,100], p1: s32[]) -> f32[1,100] {
+          %p0 = f32[8,100]{1,0} parameter(0)
+          %p1 = s32[] parameter(1)
+          %z = s32[] constant(0)
+          ROOT %s = f32[1,100]{1,0} dynamic-slice(%p0, %p1, %z), dynamic_slice_sizes={1,100}
+        }
+
+        %fused.1 (q0: f32[8,100], q1: f32[1,100], q2: s32[]) -> f32[8,100] {
+          %q0 = f32[8,100]{1,0} parameter(0)
+          %q1 = f32[1,100]{1,0} parameter(1)
+          %q2 = s32[] parameter(2)
+          %z.1 = s32[] constant(0)
+          ROOT %u = f32[8,100]{1,0} dynamic-update-slice(%q0, %q1, %q2, %z.1)
+        }
+
+        """
+    body = """\
+          %x = f32[8,100]{1,0} parameter(0)
+          %i = s32[] parameter(1)
+          %row = f32[1,100]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused
+          ROOT %new = f32[8,100]{1,0} fusion(%x, %row, %i), kind=kLoop, calls=%fused.1
+        """
+    row, new = report(module(body, extra=extra)).program.kernels
+    assert (row.read, row.written) == (400 + 4, 400)
+    assert (new.read, new.written) == (400 + 4, 400)
+
+
+def test_asynchronous_pairs_count_once():
+    body = """\
+          %x = f32[1024]{0} parameter(0)
+          %start = (f32[1024]{0}, f32[1024]{0}, u32[]) copy-start(%x)
+          ROOT %done = f32[1024]{0} copy-done(%start)
+        """
+    (copy,) = report(module(body), platform="cuda").program.kernels
+    assert (copy.kind, copy.read, copy.written) == ("copy", 4096, 4096)
+    to_vector_memory = module(body.replace("(f32[1024]{0}, ", "(f32[1024]{0:S(1)}, "))
+    (prefetch,) = report(to_vector_memory, platform="tpu").program.kernels
+    assert (prefetch.kind, prefetch.read, prefetch.written) == ("async-copy", 4096, 0)
+    assert not prefetch.counted
+
+
+def test_text_with_types_at_the_operands_and_no_percent_signs():
+    body = """\
+          x = bf16[3,2]{1,0} parameter(0), metadata={op_name="p[\\'(w) = {\\']"}
+          ROOT y = bf16[3,2]{1,0} negate(bf16[3,2]{1,0} x), metadata={op_name="jit(f)/neg"}
+        """
+    found = report(module(body))
+    (kernel,) = found.program.kernels
+    assert (kernel.name, kernel.kind, kernel.read, kernel.written) == ("y", "negate", 12, 12)
+    assert found.inputs[0].name == "p['(w) = {']"
+
+
+def test_a_function_that_is_called_like_the_update_is_not_it():
+    body = """\
+          %x = f32[8]{0} parameter(0)
+          %y = f32[8]{0} negate(%x), metadata={op_name="jit(adamw_update)/my_adamw_update/neg"}
+          ROOT %z = f32[8]{0} negate(%y), metadata={op_name="jit(adamw_update)/vmap()/adamw_update"}
+        """
+    assert [k.name for k in report(module(body)).update.kernels] == ["z"]
+
+
+REFUSED = {
+    "module @jit_f {\n}\n": "no line that begins with HloModule",
+    "HloModule m, num_partitions=1\n\nENTRY %main () -> f32[] {\n}\n": "not scheduled",
+    "HloModule m, is_scheduled=true\n\n%a () -> f32[] {\n}\n": "no ENTRY computation",
+    module("  %x = f32[2] what is this\n"): "line 4 cannot be read",
+    module("  nothing at all\n"): "line 4 is no instruction",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_refuses_what_is_no_compiled_program(text):
+    with pytest.raises(HloSyntaxError, match=REFUSED[text]):
+        report(text)
+
+
+def test_refuses_other_arguments():
+    text = golden("cpu.step")
+    with pytest.raises(TypeError, match=r"must be a compiled program or its text, got int"):
+        report(3)
+    with pytest.raises(ValueError, match="platform must be one of"):
+        report(text, platform="gpu")
+    with pytest.raises(ValueError, match="donated has 1 entries, and the program has 21"):
+        report(text, donated=[True])
+
+
+# ------------------------------------------------------------------------- fresh programs, on cpu
+
+
+def params_and_state(config: ax.AdamW) -> tuple[Any, Any]:
+    rng = np.random.default_rng(0)
+    params = {
+        "dense": {"kernel": jnp.asarray(rng.standard_normal((64, 32)), jnp.float32)},
+        "scale": jnp.ones(32),
+    }
+    return params, ax.adamw_init(params, config)
+
+
+def loss_fn(params: Any, x: jax.Array) -> jax.Array:
+    return jnp.mean((jnp.tanh(x @ params["dense"]["kernel"]) * params["scale"]) ** 2)
+
+
+def train(config: ax.AdamW, donate: tuple[int, ...], **options: Any) -> Report:
+    def train_step(params: Any, state: Any, x: Any) -> Any:
+        loss, grads = jax.value_and_grad(loss_fn)(params, x)
+        return *ax.adamw_step(params, grads, state, config, **options), loss
+
+    params, state = params_and_state(config)
+    jitted = jax.jit(train_step, donate_argnums=donate)
+    return report(jitted.lower(params, state, jnp.ones((8, 64))).compile())
+
+
+def test_a_train_step():
+    found = train(ax.AdamW(global_clipnorm=1.0), (0, 1), implementation="xla")
+    # XLA:CPU makes one loop for each result.
+    assert found.update.count == 6
+    assert found.norm.count >= 2
+    assert found.program.count > found.update.count + found.norm.count
+    assert [leaf.name for leaf in found.leaves] == ["params['dense']['kernel']", "params['scale']"]
+    assert [len(leaf.kernels) for leaf in found.leaves] == [3, 3]
+    assert found.undonated == ()
+    assert {x.name for x in found.inputs if not x.donated} == {"x"}
+    assert found.temporary_bytes is not None
+    assert found.peak_bytes > 12 * 64 * 32
+    moved = found.update.read + found.update.written
+    assert found.per_parameter(moved) > found.per_parameter(found.update.least_bytes) >= 28
+
+
+@pytest.mark.skipif(not ax.native_available(), reason="the CPU kernel is not built")
+def test_a_train_step_on_the_cpu_kernel():
+    found = train(ax.AdamW(), (0, 1), implementation="native")
+    assert "custom-call" in {kernel.kind for kernel in found.update.kernels}
+    assert found.undonated == ()
+    assert all(leaf.in_place for leaf in found.leaves)
+
+
+def test_nothing_donated():
+    found = train(ax.AdamW(), (), implementation="xla")
+    assert found.in_place == found.undonated == ()
+    assert not any(leaf.in_place for leaf in found.leaves)
+    assert len(found.leaves) == 2
+
+
+def test_names_donated_inputs_that_are_not_in_place():
+    config = ax.AdamW()
+
+    def step(params: Any, grads: Any, state: Any, unused: Any, scale: Any) -> Any:
+        params, new = ax.adamw_step(params, grads, state, config, implementation="xla")
+        return jax.tree.map(lambda p: p.astype(jnp.bfloat16), params), new.m, scale + 1
+
+    params, state = params_and_state(config)
+    jitted = jax.jit(step, donate_argnums=(0, 2, 3, 4))
+    with pytest.warns(UserWarning, match="donated buffers were not usable"):
+        compiled = jitted.lower(params, params, state, jnp.ones(5), jnp.ones(3)).compile()
+    found = report(compiled)
+    # Of param, m and v, one finds a float32 result of its size, for each leaf.
+    names = [x.name for x in found.undonated]
+    assert len(names) == 2 * 2 + 1
+    assert "state.count" in names
+    assert "scale" not in names
+    assert "unused" not in {x.name for x in found.inputs}
+    assert {x.name for x in found.inputs if not x.donated} == {
+        "grads['dense']['kernel']",
+        "grads['scale']",
+    }
+    assert all(name in str(found) for name in names)
+    # The text alone knows those that the compiler was told of.
+    assert {x.name for x in report(compiled.as_text()).undonated} <= set(names)
+
+
+def test_donation_may_be_said():
+    text = golden("cpu.step")
+    found = report(text, donated=[True] * 21)
+    assert {x.name for x in found.undonated} == {f"grads['{key}']" for key in STEP}
+
+
+def test_steps_in_a_loop():
+    config = ax.AdamW()
+    params, state = params_and_state(config)
+
+    def train_steps(carry: Any, xs: Any) -> Any:
+        def one(carry: Any, x: Any) -> Any:
+            params, state = carry
+            grads = jax.grad(loss_fn)(params, x)
+            return ax.adamw_step(params, grads, state, config, implementation="xla"), None
+
+        return jax.lax.scan(one, carry, xs)[0]
+
+    jitted = jax.jit(train_steps, donate_argnums=0)
+    found = report(jitted.lower((params, state), jnp.ones((5, 8, 64))).compile())
+    assert found.update.count >= 2
+    assert all(kernel.times == 5 for kernel in found.update.kernels)
+    assert found.update.launches == 5 * found.update.count
+    assert [leaf.name for leaf in found.leaves] == [
+        "carry[0]['dense']['kernel']",
+        "carry[0]['scale']",
+    ]
+
+
+def test_a_program_without_an_update():
+    found = report(jax.jit(lambda x: jnp.sum(x * 2)).lower(jnp.ones((100, 100))).compile())
+    assert found.update.kernels == found.norm.kernels == ()
+    assert found.leaves == ()
+    assert found.program.count >= 1
+    assert found.per_parameter(found.program.read) is None
+    assert "the update" not in str(found)
+
+
+def test_optax_moments_are_leaves_too():
+    optax = pytest.importorskip("optax")
+    optimizer = optax.adamw(1e-3)
+
+    def step(params: Any, grads: Any, state: Any) -> Any:
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, _ = params_and_state(ax.AdamW())
+    compiled = jax.jit(step, donate_argnums=(0, 2)).lower(params, params, optimizer.init(params))
+    found = report(compiled.compile())
+    assert [leaf.name for leaf in found.leaves] == ["params['dense']['kernel']", "params['scale']"]
+    assert found.update.kernels == ()
