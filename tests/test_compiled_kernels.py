@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from typing import Any, NamedTuple
 
 import aot
@@ -41,11 +42,13 @@ BOUNDS = {
 
 
 def target(name: str) -> aot.Target:
-    """The target; skips the test where its compiler is not installed."""
+    """The target; skips the test where its compiler is neither installed nor required."""
     found = aot.TARGETS[name]
     try:
         aot.check(found)
     except aot.UnavailableError as error:
+        if os.environ.get("ADAMW_XLA_REQUIRE_COMPILERS"):
+            raise
         pytest.skip(str(error))
     return found
 
@@ -129,10 +132,11 @@ def test_the_bounds_notice_a_flattened_tree():
     assert found.report.temporary_bytes > 1e9
 
 
-def test_undonated_buffers_are_noticed():
+def test_donation_in_vain_is_noticed():
     on = target("h100")
-    case = step(OURS, "gpt2-small", "none")
-    found = inspect_cases.inspect(dataclasses.replace(case, donate=(2,)), on).report
-    # The params' buffers are not there to be reused, so their results take those of m.
-    assert len(found.in_place) == 2 * 148 + 1
-    assert not all(x.donated for x in found.inputs if x.name.startswith("params"))
+    case = dataclasses.replace(step(OURS, "gpt2-small", "none"), donate=(0, 1, 2))
+    with pytest.warns(UserWarning, match="donated buffers were not usable"):
+        found = inspect_cases.inspect(case, on).report
+    # Three results for four buffers: jax hands them out in order, and v's are left.
+    assert {x.name.split("[")[0] for x in found.undonated} == {"state.v"}
+    assert len(found.undonated) == 148

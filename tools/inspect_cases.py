@@ -57,7 +57,7 @@ class Inspected:
             "trace_seconds": self.program.trace_seconds,
             "compile_seconds": self.program.compile_seconds,
         }
-        return {"name": self.name, "target": self.target, **seconds, **self.report.to_json()}
+        return {**self.report.to_json(), **seconds, "name": self.name, "target": self.target}
 
 
 def load_shapes(model: str) -> shapes.Shapes:

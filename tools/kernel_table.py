@@ -36,7 +36,7 @@ HEADS = (
 )
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-messages = Console(stderr=True, highlight=False, soft_wrap=True)
+messages = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True)
