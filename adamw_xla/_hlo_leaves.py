@@ -66,7 +66,7 @@ class Leaf:
     in_place: bool
 
 
-def inputs_of(module: Module, donated: Sequence[bool] | None) -> list[Input]:
+def inputs_of(module: Module, donated: Sequence[bool | None] | None) -> list[Input]:
     """All arguments of the program; ``donated`` has one entry for each, or is None."""
     found = []
     for parameter in module.entry.parameters:
@@ -97,35 +97,49 @@ def _is_copied(entry: Computation, parameter: Instruction) -> bool:
     return isinstance(parameter.shape, Array) and bool(parameter.shape.dims) and 0 in spaces
 
 
-def donated_inputs(compiled: Any, module: Module) -> list[bool] | None:
+def donated_inputs(compiled: Any, module: Module) -> list[bool | None] | None:
     """Which of the program's parameters were donated, as the call's signature says.
 
     JAX leaves unused arguments out of the program, so the two lists are matched in order, by
-    shape and by path. None if they cannot be.
+    shape and by path: as early as can be, and as late. Where these disagree nothing is known
+    (None), and nothing at all where there is no such match.
     """
     info = getattr(compiled, "args_info", None)
     if info is None:
         return None
     flat, _ = jax.tree_util.tree_flatten_with_path(info)
-    arguments = iter(flat)
+    # Paths begin with (args, kwargs) and the argument's position or name.
+    arguments = [(jax.tree_util.keystr(path[2:]), argument) for path, argument in flat]
+    parameters = module.entry.parameters
+    early = _matched(parameters, arguments)
+    late = _matched(parameters[::-1], arguments[::-1])
+    if early is None or late is None:
+        return None
+    return [a if a == b else None for a, b in zip(early, late[::-1], strict=True)]
+
+
+def _matched(
+    parameters: Sequence[Instruction], arguments: Sequence[tuple[str, Any]]
+) -> list[bool] | None:
+    """For each parameter whether the first argument behind the last one's that fits is donated."""
+    rest = iter(arguments)
     donated = []
-    for parameter in module.entry.parameters:
-        for path, argument in arguments:
-            # Paths begin with (args, kwargs) and the argument's position or name.
-            if _is_same(parameter, jax.tree_util.keystr(path[2:]), argument):
-                donated.append(bool(argument.donated))
-                break
-        else:
+    for parameter in parameters:
+        found = next((x for path, x in rest if _is_same(parameter, path, x)), None)
+        if found is None:
             return None
+        donated.append(bool(found.donated))
     return donated
 
 
 def _is_same(parameter: Instruction, path: str, argument: Any) -> bool:
-    if not isinstance(parameter.shape, Array):
+    if not isinstance(parameter.shape, Array) or not parameter.op_name.endswith(path):
         return False
-    named = not parameter.op_name or parameter.op_name.endswith(path)
     # Sharded, the program's shapes are those of one device.
-    return named and len(parameter.shape.dims) == len(argument.shape)
+    dims, whole = parameter.shape.dims, tuple(argument.shape)
+    return len(dims) == len(whole) and all(
+        d == n or (d and n % d == 0) for d, n in zip(dims, whole, strict=True)
+    )
 
 
 # ------------------------------------------------------------------------------------ leaves

@@ -200,7 +200,9 @@ def report(
     platform = platform or platform_of(module, text)
     kernels = kernels_of(module, platform)
     parts = {part: [kernel for kernel in kernels if kernel.part == part] for part in (UPDATE, NORM)}
-    known = list(donated) if donated is not None else donated_inputs(compiled, module)
+    known: Sequence[bool | None] | None = (
+        donated if donated is not None else donated_inputs(compiled, module)
+    )
     inputs = inputs_of(module, known)
     temporary, peak = _memory(compiled)
     return Report(

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import adamw_xla as ax
 
 runner = CliRunner()
-SHAPES = {"w": [64, 32], "b": [32], "<odd & 'name'>": [3]}
+SHAPES = {"w": [64, 32], "b": [32], "<odd & name>": [3]}
 
 
 @pytest.fixture
@@ -44,6 +44,12 @@ def test_json_holds_the_reports(model, tmp_path):
     assert ours["undonated"] == optax["undonated"] == []
     assert [leaf["shape"] for leaf in ours["leaves"]] == ["f32[3]", "f32[32]", "f32[64,32]"]
     assert ours["compile_seconds"] > 0
+    for found in (ours, optax):
+        kept = [x["name"] for x in found["inputs"] if not x["donated"]]
+        assert kept == [f"grads[{name!r}]" for name in sorted(SHAPES)]
+    run("--model", model, "--against", "optax", "--json", str(out))
+    for clipped, plain in zip((ours, optax), json.loads(out.read_text()), strict=True):
+        assert clipped["program"]["count"] > plain["program"]["count"]
 
 
 def test_keras_and_every_common_option(model):
@@ -104,7 +110,7 @@ def test_dump(model, tmp_path):
         assert leaf.name in page.words
         lines = {kernel.line for kernel in found.program.kernels if kernel.name in leaf.kernels}
         assert all(f"#k{line}" in page.links and f"#l{line}" in page.links for line in lines)
-    assert "<odd & 'name'>" in page.words
+    assert "<odd & name>" in page.words
     assert "<odd" not in files["cpu.adamw_xla.html"]
 
 

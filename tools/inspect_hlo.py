@@ -72,7 +72,7 @@ def main(
     Kernels are launches by the platform's own rule, see adamw_xla.hlo. Nothing is run: figures
     are the compiler's, and cycles are its estimate. For a GPU or a TPU:
 
-    pip install -e '.[inspect,gpu-compile,tpu-compile]'
+    pip install -e '.\\[inspect,gpu-compile,tpu-compile]'
 
     Examples:
 

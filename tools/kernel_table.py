@@ -75,7 +75,7 @@ def main(
     """Print the README's table: kernels, temporaries, undonated inputs, compile seconds, cycles.
 
     Each figure stands for this package / optax / keras. Compiled, not run: cycles are TPU's
-    compilers' own estimate. Needs: pip install -e '.[inspect,peers,gpu-compile,tpu-compile]'.
+    compilers' own estimate. Needs: pip install -e '.\\[inspect,peers,gpu-compile,tpu-compile]'.
     """
     try:
         for name in targets:
