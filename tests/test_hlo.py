@@ -301,6 +301,19 @@ def test_copies_are_of_those_whom_they_serve():
     assert found.update.read + found.update.written == 2 * 32 + 3 * 32 + 2 * 32
 
 
+def test_a_scalar_that_is_made_of_a_leaf_does_not_update_it():
+    body = """\
+          %p = f32[8]{0} parameter(0), metadata={op_name="p[\'w\']"}
+          %m = f32[8]{0} parameter(1), metadata={op_name="s.m[\'w\']"}
+          %v = f32[8]{0} parameter(2), metadata={op_name="s.v[\'w\']"}
+          %first = f32[1]{0} slice(%p), slice={[0:1]}, metadata={op_name="jit(f)/adamw_update"}
+          %mv = f32[8]{0} add(%m, %v), metadata={op_name="jit(f)/adamw_update"}
+          ROOT %new = f32[8]{0} add(%p, %mv), metadata={op_name="jit(f)/adamw_update"}
+        """
+    (leaf,) = report(module(body)).leaves
+    assert (leaf.name, leaf.kernels, leaf.in_place) == ("p['w']", ("new", "mv"), False)
+
+
 REFUSED = {
     "module @jit_f {\n}\n": "no line that begins with HloModule",
     "HloModule m, num_partitions=1\n\nENTRY %main () -> f32[] {\n}\n": "not scheduled",
@@ -376,7 +389,6 @@ def test_a_train_step():
 def test_a_train_step_on_the_cpu_kernel():
     found = train(ax.AdamW(), (0, 1), implementation="native")
     calls = {kernel.name for kernel in found.update.kernels if kernel.kind == "custom-call"}
-    # Scalars that are made of a leaf, to be waited for, do not update it.
     assert {name for leaf in found.leaves for name in leaf.kernels} == calls
     assert len(found.update.kernels) > len(calls)
     assert found.undonated == ()
