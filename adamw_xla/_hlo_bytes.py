@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from adamw_xla._hlo_text import Array, Computation, Instruction, Module, Shape, Tuple, arrays
+from adamw_xla._hlo_shapes import Array, Shape, Tuple, arrays
+from adamw_xla._hlo_text import Computation, Instruction, Module
 
 _SLICES = frozenset({"dynamic-slice", "gather", "slice"})
 _SLICE_STARTS = frozenset({"dynamic-slice-start", "slice-start"})

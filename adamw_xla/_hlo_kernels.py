@@ -27,7 +27,8 @@ import re
 from typing import Literal
 
 from adamw_xla._hlo_bytes import reads, writes
-from adamw_xla._hlo_text import Computation, Instruction, Module, arrays
+from adamw_xla._hlo_shapes import arrays
+from adamw_xla._hlo_text import Computation, Instruction, Module
 from adamw_xla_lowering import UPDATE_NAME
 from adamw_xla_lowering.native import TARGET_NAME
 from adamw_xla_lowering.norms import NORM_NAME

@@ -13,7 +13,8 @@ from typing import Any
 import jax
 
 from adamw_xla._hlo_kernels import Kernel
-from adamw_xla._hlo_text import Array, Computation, Instruction, Module, Tuple, arrays
+from adamw_xla._hlo_shapes import Array, Tuple, arrays
+from adamw_xla._hlo_text import Computation, Instruction, Module
 
 _MOMENTS = (("m", "v"), ("mu", "nu"))
 """How states call their two moments: here, and in optax."""

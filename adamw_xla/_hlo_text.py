@@ -12,71 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 import dataclasses
 import functools
-import math
 import re
+
+from adamw_xla._hlo_shapes import Shape, ints, read_shape
 
 
 class HloSyntaxError(ValueError):
     """The text is not an HLO module that this reader understands."""
-
-
-# ---------------------------------------------------------------------------------- shapes
-
-
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """The shape of an array.
-
-    Attributes:
-      dtype: as HLO writes it, such as ``f32`` or ``pred``.
-      dims: the sizes.
-      space: the memory space in the layout; 0 is the device's main memory. On TPU 1 is
-        VMEM, 2 are flags and 6 is SMEM; 5 is the host.
-    """
-
-    dtype: str
-    dims: tuple[int, ...]
-    space: int = 0
-
-    @property
-    def elements(self) -> int:
-        """How many elements there are."""
-        return math.prod(self.dims)
-
-    @property
-    def bytes(self) -> int:
-        """The elements' bytes; a layout's padding is not counted."""
-        return -(-self.elements * _bits(self.dtype) // 8)
-
-    def __str__(self) -> str:
-        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
-
-
-@dataclasses.dataclass(frozen=True)
-class Tuple:
-    """The shape of a tuple."""
-
-    parts: tuple[Shape, ...]
-
-
-Shape = Array | Tuple
-
-
-def arrays(shape: Shape) -> Iterator[Array]:
-    """All arrays in a shape, in order."""
-    if isinstance(shape, Array):
-        yield shape
-    else:
-        for part in shape.parts:
-            yield from arrays(part)
-
-
-def _bits(dtype: str) -> int:
-    """``bf16`` -> 16, ``f8e4m3fn`` -> 8, ``c64`` -> 64; tokens and opaques have none."""
-    if dtype == "pred":
-        return 8
-    digits = re.match(r"(?:bf|f|s|u|c)(\d+)", dtype)
-    return int(digits[1]) if digits else 0
 
 
 # ------------------------------------------------------------------------- the module's parts
@@ -199,7 +141,7 @@ class Module:
         """Entry parameter -> index path of the output that takes its buffer."""
         text = _balanced(self.header, "input_output_alias=")
         pairs = re.findall(r"\{([\d, ]*)\}: \((\d+),", text)
-        return {int(number): _ints(output) for output, number in pairs}
+        return {int(number): ints(output) for output, number in pairs}
 
     @functools.cached_property
     def donors(self) -> frozenset[int]:
@@ -257,7 +199,7 @@ def _instruction(line: str, number: int) -> Instruction:
     if found is None:
         raise HloSyntaxError(f"hlo: line {number} is no instruction: {line.strip()[:80]!r}")
     try:
-        shape, at = _shape(line, found.end())
+        shape, at = read_shape(line, found.end())
         opcode = _OPCODE.match(line, at)
         if opcode is None:
             raise ValueError
@@ -285,24 +227,6 @@ def _operands(opcode: str, inside: str) -> tuple[str, ...]:
         return tuple(re.findall(r"%([\w.\-]+)", inside))
     words = (part.split() for part in _TYPE.sub("", _COMMENT.sub("", inside)).split(","))
     return tuple(word[-1] for word in words if word)
-
-
-def _shape(line: str, at: int) -> tuple[Shape, int]:
-    """The shape that begins at ``at``, and where it ends."""
-    at = _SPACE.match(line, at).end()  # type: ignore[union-attr]
-    if line[at] != "(":
-        found = _ARRAY.match(line, at)
-        if found is None:
-            raise ValueError
-        space = re.search(r"S\((\d+)\)", found[3] or "")
-        return Array(found[1], _ints(found[2]), int(space[1]) if space else 0), found.end()
-    parts: list[Shape] = []
-    at = _SPACE.match(line, at + 1).end()  # type: ignore[union-attr]
-    while line[at] != ")":
-        part, at = _shape(line, at)
-        parts.append(part)
-        at = _SPACE.match(line, at).end()  # type: ignore[union-attr]
-    return Tuple(tuple(parts)), at + 1
 
 
 def _closing(text: str, at: int) -> int:
@@ -339,16 +263,9 @@ def _pairs(tail: str) -> Iterator[tuple[str, str]]:
         at = end
 
 
-def _ints(text: str) -> tuple[int, ...]:
-    """``3,<=4`` -> ``(3, 4)``: a dynamic dimension is as large as it may get."""
-    return tuple(int(number) for number in re.findall(r"\d+", text))
-
-
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+)\s*\(.*\{\s*$")
 _HEAD = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r" ([a-z][a-z0-9\-]*)\(")
-_ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([^\]]*)\](\{[^}]*\})?")
-_SPACE = re.compile(r"(?:\s|,|/\*[^*]*\*/)*")
 _COMMENT = re.compile(r"/\*[^*]*\*/")
 _TYPE = re.compile(r"\([^)]*\)|\[[^\]]*\]|\{[^}]*\}")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from adamw_xla._hlo_bytes import reads, writes
 from adamw_xla._hlo_kernels import Kernel
-from adamw_xla._hlo_text import Computation, Module, arrays
+from adamw_xla._hlo_shapes import arrays
+from adamw_xla._hlo_text import Computation, Module
 
 Value = tuple[str, int | None]
 """The name of an instruction, and which element of its tuple; None: the whole result."""
