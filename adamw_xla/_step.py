@@ -216,35 +216,20 @@ class _Step:
         factor = self.config.loss_scale_factor
         return 1.0 if factor is None else 1 / as_scalar(factor, self.dtype)
 
-    def sum_of_squares(
-        self, grads: list[jax.Array], scale: Scalar, *, per_leaf: bool = False
-    ) -> jax.Array:
-        factor = jnp.asarray(scale, self.dtype)
-        return self.backend.sum_of_squares(factor, grads, per_leaf=per_leaf)
-
     def update_with(
         self, params: Any, state: AdamWState, grads: list[jax.Array], scale: Scalar
     ) -> tuple[Any, AdamWState]:
         """A real update with ``scale`` times ``grads``."""
         c, take = self.config, self.leaves.take
-        leaf_scale: jax.Array | None = None
-        squares: Any = None
-        if c.global_clipnorm is not None:
-            squares = self.sum_of_squares(grads, scale)
-            scale = scale * _clipping.global_factor(jnp.sqrt(squares), c.global_clipnorm)
-        elif c.clipnorm is not None:
-            squares = self.sum_of_squares(grads, scale, per_leaf=True)
-            leaf_scale = _clipping.leaf_factors(jnp.sqrt(squares), c.clipnorm)
-        elif c.skip_nonfinite:
-            squares = self.sum_of_squares(grads, scale)
+        clip = _clipping.scales(c, grads, scale, self.dtype, self.backend.sum_of_squares)
         # A NaN or an infinity anywhere is one in the sum.
-        apply = jnp.all(jnp.isfinite(squares)) if c.skip_nonfinite else None
+        apply = jnp.all(jnp.isfinite(clip.squares)) if c.skip_nonfinite else None
         hyper = hyper_rows(
             c,
             state.count,
             learning_rate=self.rates.learning_rate,
             decay=self.rates.decay,
-            grad_scale=scale,
+            grad_scale=clip.tree,
             apply=1.0 if apply is None else apply,
             dtype=self.dtype,
         )
@@ -256,7 +241,7 @@ class _Step:
             take(state.v),
             take(state.v_max) if c.amsgrad else None,
             take(state.ema) if c.use_ema else None,
-            leaf_scale,
+            clip.per_leaf,
             groups=self.leaves.groups,
             ema_overwrite=c.ema_overwrite_frequency is not None,
             clip_value=c.clipvalue is not None,
@@ -306,7 +291,7 @@ class _Step:
         last = jnp.asarray(micro_step + 1 >= steps)
         if not self.config.skip_nonfinite:
             return jax.lax.cond(last, real, between, total)
-        finite = jnp.isfinite(self.sum_of_squares(total, 1.0))
+        finite = jnp.isfinite(self.backend.sum_of_squares(jnp.ones((), self.dtype), total))
         branch = jnp.where(finite, last.astype(jnp.int32), 2)
         return jax.lax.switch(branch, [between, real, skipped], total)
 
