@@ -122,6 +122,8 @@ class Step:
         return [*_chain(old.values()), *idle, *total]
 
     def _idle_averaged(self) -> Arrays:
+        if not self._idle:
+            return []
         params = [variable.value for variable, _ in self._idle]
         averages = [average.value for _, average in self._idle]
         return _chain(zip(*self._averaged(params, averages), strict=True))
