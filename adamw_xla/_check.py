@@ -30,11 +30,13 @@ def config(c: "AdamW") -> None:
     for name in ("beta_1", "beta_2"):
         _scalar(name, getattr(c, name), lambda x: 0 <= x < 1, "in [0, 1)")
     _scalar("epsilon", c.epsilon, lambda x: x >= 0, "at least 0")
+    if c.epsilon_root is not None:
+        _scalar("epsilon_root", c.epsilon_root, lambda x: x >= 0, "at least 0, or None for none")
     _scalar("ema_momentum", c.ema_momentum, lambda x: 0 <= x <= 1, "in [0, 1]")
     for name in (*_CLIPS, "loss_scale_factor"):
         if getattr(c, name) is not None:
             _scalar(name, getattr(c, name), lambda x: x > 0, "above 0, or None for none")
-    for name in ("amsgrad", "use_ema", "epsilon_hat", "skip_nonfinite"):
+    for name in ("amsgrad", "use_ema", "epsilon_hat", "skip_nonfinite", "nesterov"):
         flag(name, getattr(c, name))
     _count("ema_overwrite_frequency", c.ema_overwrite_frequency, 1)
     _count("gradient_accumulation_steps", c.gradient_accumulation_steps, 2)

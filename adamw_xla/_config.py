@@ -11,6 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 import numpy as np
 
 from adamw_xla import _check
+from adamw_xla_lowering import compute_dtype
 
 Schedule: TypeAlias = Callable[[jax.Array], ArrayLike]
 ScalarOrSchedule: TypeAlias = ArrayLike | Schedule
@@ -97,6 +98,11 @@ class AdamW:
       skip_nonfinite: a step whose gradient has a NaN or an infinity, or whose squared norm
         overflows (so that ``v`` would never recover), leaves params, state and count as they
         were, and is counted in ``state.skipped``. Decided on the device.
+      epsilon_root: a constant added to (the corrected) ``v`` under the root, optax's
+        ``eps_root``: it bounds the root's derivative, where steps are differentiated. None:
+        none, and no addition.
+      nesterov: step along :math:`\beta_1 m_t / (1-\beta_1^{t+1}) + (1-\beta_1) g_t /
+        (1-\beta_1^t)` in place of :math:`m_t / (1-\beta_1^t)` (Dozat 2016, as in optax).
       state_dtype: dtype of the optimizer's state; None: float32, or float64 for float64
         params. A 16-bit dtype is for ``m`` alone: a 16-bit ``v`` would never decay, since
         beta_2 = 0.999 moves it by less than half a unit in its last place.
@@ -121,6 +127,8 @@ class AdamW:
       <https://arxiv.org/abs/1711.05101>`_, 2019, Algorithm 2 (there the decay is not
       multiplied by the learning rate, only by its schedule; here, as in Keras, optax
       and PyTorch, it is);
+      Dozat, `Incorporating Nesterov Momentum into Adam
+      <https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ>`_, 2016;
       Reddi et al., `On the Convergence of Adam and Beyond
       <https://openreview.net/forum?id=ryQu7f-RZ>`_, 2018, Algorithm 2.
     """
@@ -144,6 +152,8 @@ class AdamW:
     epsilon_hat: bool = True
     weight_decay_mask: Any = None
     skip_nonfinite: bool = False
+    epsilon_root: ArrayLike | None = None
+    nesterov: bool = False
     state_dtype: DTypeLike | None = None
 
     _NUMBERS: ClassVar[tuple[str, ...]] = (
@@ -157,6 +167,7 @@ class AdamW:
         "global_clipnorm",
         "ema_momentum",
         "loss_scale_factor",
+        "epsilon_root",
     )
     _CHOICES: ClassVar[tuple[str, ...]] = (
         "amsgrad",
@@ -166,6 +177,7 @@ class AdamW:
         "name",
         "epsilon_hat",
         "skip_nonfinite",
+        "nesterov",
         "state_dtype",
     )
 
@@ -206,13 +218,9 @@ class AdamW:
 
     def dtype_of_m(self, param_dtype: Any) -> np.dtype[Any]:
         """The dtype of ``m`` for a param of this dtype."""
-        return np.dtype(self.state_dtype or _wide(param_dtype))
+        return np.dtype(self.state_dtype or compute_dtype(param_dtype))
 
     def dtype_of_state(self, param_dtype: Any) -> np.dtype[Any]:
         """The dtype of all other state: never below float32."""
         dtype = self.dtype_of_m(param_dtype)
-        return dtype if dtype.itemsize >= 4 else np.dtype(_wide(param_dtype))
-
-
-def _wide(param_dtype: Any) -> type[np.floating[Any]]:
-    return np.float64 if param_dtype == np.float64 else np.float32
+        return dtype if dtype.itemsize >= 4 else np.dtype(compute_dtype(param_dtype))

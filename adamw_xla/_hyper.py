@@ -72,23 +72,15 @@ def hyper_rows(
     update = increment(count)
     t = lax.convert_element_type(update, dtype)
     beta_1, beta_2 = as_scalar(config.beta_1, dtype), as_scalar(config.beta_2, dtype)
-    bias_1, bias_2 = _one_minus_power(beta_1, t), lax.sqrt(_one_minus_power(beta_2, t))
-    step_size: Scalar = lax.div(_array(learning_rate, dtype), bias_1)
-    v_correction: Scalar = 1.0
-    if config.epsilon_hat:
-        step_size = lax.mul(step_size, bias_2)
-    else:
-        v_correction = lax.div(np.ones((), dtype), bias_2)
     slots: dict[Slot, Scalar] = {
         Slot.GRAD_SCALE: grad_scale,
-        Slot.STEP_SIZE: step_size,
-        Slot.V_CORRECTION: v_correction,
         Slot.BETA_1: beta_1,
         Slot.ONE_MINUS_BETA_1: 1 - beta_1,
         Slot.BETA_2: beta_2,
         Slot.ONE_MINUS_BETA_2: 1 - beta_2,
         Slot.EPSILON: as_scalar(config.epsilon, dtype),
         Slot.APPLY: apply,
+        **_step_slots(config, _array(learning_rate, dtype), t, beta_1, beta_2),
         **_clip_slots(config, dtype),
         **ema_slots(config, update, dtype),
     }
@@ -103,6 +95,28 @@ def _one_minus_power(beta: Scalar, t: jax.Array) -> jax.Array:
     else:
         log_beta = lax.log(beta)
     return lax.neg(lax.expm1(lax.mul(t, log_beta)))
+
+
+def _step_slots(
+    config: AdamW, learning_rate: Any, t: jax.Array, beta_1: Scalar, beta_2: Scalar
+) -> dict[Slot, Scalar]:
+    """How far to go along ``m`` (and the gradient), and what to divide by."""
+    dtype = t.dtype
+    bias_2 = _one_minus_power(beta_2, t)
+    root_2 = lax.sqrt(bias_2)
+    slots: dict[Slot, Any] = {Slot.STEP_SIZE: lax.div(learning_rate, _one_minus_power(beta_1, t))}
+    if config.nesterov:
+        slots[Slot.GRAD_STEP_SIZE] = lax.mul(slots[Slot.STEP_SIZE], _array(1 - beta_1, dtype))
+        next_bias_1 = _one_minus_power(beta_1, lax.add(t, np.ones((), dtype)))
+        slots[Slot.STEP_SIZE] = lax.mul(lax.div(learning_rate, next_bias_1), _array(beta_1, dtype))
+    if config.epsilon_hat:
+        slots = {slot: lax.mul(size, root_2) for slot, size in slots.items()}
+    slots[Slot.V_CORRECTION] = 1.0 if config.epsilon_hat else lax.div(np.ones((), dtype), root_2)
+    if config.epsilon_root is not None:
+        # v / bias_2 + epsilon_root = (v + epsilon_root * bias_2) / bias_2
+        root: Any = _array(as_scalar(config.epsilon_root, dtype), dtype)
+        slots[Slot.EPSILON_ROOT] = root if config.epsilon_hat else lax.mul(root, bias_2)
+    return slots
 
 
 def _clip_slots(config: AdamW, dtype: DTypeLike) -> dict[Slot, Scalar]:

@@ -21,6 +21,7 @@ from adamw_xla_lowering import (
     UpdateResult,
     adamw_sum_of_squares,
     adamw_update,
+    compute_dtype,
 )
 
 
@@ -165,8 +166,13 @@ def run_step(
     learning_rate: ScalarOrSchedule | None,
     weight_decay: ScalarOrSchedule | None,
     backend: Backend,
+    delta: bool = False,
 ) -> tuple[Any, AdamWState]:
-    """``adamw_step`` on any backend; ``reference`` brings its own."""
+    """``adamw_step`` on any backend; ``reference`` brings its own.
+
+    With ``delta``, the first result is what to add to the params, in the dtype of the
+    arithmetic, and None where the gradient is.
+    """
     _check.is_config(config)
     leaves, treedef = jax.tree.flatten(params)
     _check.params(params, leaves)
@@ -188,7 +194,8 @@ def run_step(
     calls = _calls(state, config)
     lr = evaluate(config.learning_rate if learning_rate is None else learning_rate, calls, dtype)
     wd = evaluate(config.weight_decay if weight_decay is None else weight_decay, calls, dtype)
-    step = _Step(config, chosen, backend, dtype, _Rates(lr, tuple(wd if k else 0.0 for k in kinds)))
+    rates = _Rates(lr, tuple(wd if k else 0.0 for k in kinds))
+    step = _Step(config, chosen, backend, dtype, rates, delta)
     live_grads = [flat[i] for i in live]
     if config.gradient_accumulation_steps is None:
         return step.update_with(params, state, live_grads, step.unscale)
@@ -209,6 +216,7 @@ class _Step:
     backend: Backend
     dtype: Any
     rates: _Rates
+    delta: bool
 
     @property
     def unscale(self) -> Scalar:
@@ -246,9 +254,12 @@ class _Step:
             ema_overwrite=c.ema_overwrite_frequency is not None,
             clip_value=c.clipvalue is not None,
             skip=c.skip_nonfinite,
+            epsilon_root=c.epsilon_root is not None,
+            nesterov=c.nesterov,
+            delta=self.delta,
         )
         put = self.leaves.put
-        return put(params, new.params), dataclasses.replace(
+        return self._results(params, new.params), dataclasses.replace(
             state,
             count=increment(state.count, apply),
             m=put(state.m, new.m),
@@ -281,12 +292,12 @@ class _Step:
             return new_params, self._counted(new_state, zeros, jnp.zeros_like(micro_step))
 
         def between(total: list[jax.Array]) -> tuple[Any, AdamWState]:
-            return params, self._counted(state, total, micro_step + 1)
+            return self._unmoved(params), self._counted(state, total, micro_step + 1)
 
         def skipped(total: list[jax.Array]) -> tuple[Any, AdamWState]:
             del total
             count = increment(state.skipped)
-            return params, dataclasses.replace(state, skipped=count)
+            return self._unmoved(params), dataclasses.replace(state, skipped=count)
 
         last = jnp.asarray(micro_step + 1 >= steps)
         if not self.config.skip_nonfinite:
@@ -294,6 +305,20 @@ class _Step:
         finite = jnp.isfinite(self.backend.sum_of_squares(jnp.ones((), self.dtype), total))
         branch = jnp.where(finite, last.astype(jnp.int32), 2)
         return jax.lax.switch(branch, [between, real, skipped], total)
+
+    def _results(self, params: Any, new: Sequence[jax.Array]) -> Any:
+        """The new params; or their changes, where there are any, in the params' tree."""
+        if not self.delta:
+            return self.leaves.put(params, new)
+        nothing = self.leaves.treedef.unflatten([None] * self.leaves.treedef.num_leaves)
+        return self.leaves.put(nothing, new)
+
+    def _unmoved(self, params: Any) -> Any:
+        """What a call without an update returns in place of new params."""
+        if not self.delta:
+            return params
+        live = self.leaves.take(params)
+        return self._results(params, [jnp.zeros_like(p, compute_dtype(p.dtype)) for p in live])
 
     def _counted(
         self, state: AdamWState, accumulated: list[jax.Array], micro_step: jax.Array

@@ -10,12 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from adamw_xla._config import AdamW, ScalarOrSchedule
 from adamw_xla._state import AdamWState
 from adamw_xla._step import Backend, run_step
-from adamw_xla_lowering import Slot, UpdateResult
+from adamw_xla_lowering import Slot, UpdateResult, compute_dtype
 
 Leaves = Sequence[jax.Array]
 
@@ -75,6 +74,9 @@ def adamw_update(
     ema_overwrite: bool = False,
     clip_value: bool = False,
     skip: bool = False,
+    epsilon_root: bool = False,
+    nesterov: bool = False,
+    delta: bool = False,
 ) -> UpdateResult:
     """Updates all leaves; see ``adamw_xla_lowering.contract`` for the equations."""
     n = len(params)
@@ -84,7 +86,7 @@ def adamw_update(
     for i in range(n):
         old = {kind: (column or nothing)[i] for kind, column in columns.items()}
         row = hyper[0 if groups is None else groups[i]]
-        dtype = np.float64 if params[i].dtype == np.float64 else np.float32
+        dtype = compute_dtype(params[i].dtype)
         leaf = _update_leaf(
             row.astype(dtype),
             grads[i],
@@ -92,12 +94,18 @@ def adamw_update(
             {k: x.astype(dtype) for k, x in old.items() if x is not None},
             clip_value=clip_value,
             ema_overwrite=ema_overwrite,
+            epsilon_root=epsilon_root,
+            nesterov=nesterov,
         )
+        if delta:
+            before = params[i].astype(dtype)
+            leaf["params"] = leaf["params"] - before
+            old["params"] = jnp.zeros_like(before)
         for kind, column in new.items():
-            before = old[kind]
-            assert before is not None
-            after = leaf[kind].astype(before.dtype)
-            column.append(jnp.where(row[Slot.APPLY] != 0, after, before) if skip else after)
+            kept = old[kind]
+            assert kept is not None
+            after = leaf[kind].astype(kept.dtype)
+            column.append(jnp.where(row[Slot.APPLY] != 0, after, kept) if skip else after)
     return UpdateResult(new["params"], new["m"], new["v"], new.get("v_max"), new.get("ema"))
 
 
@@ -109,6 +117,8 @@ def _update_leaf(
     *,
     clip_value: bool,
     ema_overwrite: bool,
+    epsilon_root: bool,
+    nesterov: bool,
 ) -> dict[str, jax.Array]:
     g = grad.astype(row.dtype) * row[Slot.GRAD_SCALE]
     if scale is not None:
@@ -118,9 +128,13 @@ def _update_leaf(
     m = row[Slot.BETA_1] * x["m"] + row[Slot.ONE_MINUS_BETA_1] * g
     v = row[Slot.BETA_2] * x["v"] + row[Slot.ONE_MINUS_BETA_2] * g * g
     w = jnp.maximum(x["v_max"], v) if "v_max" in x else v
-    denominator = _sqrt(w) * row[Slot.V_CORRECTION] + row[Slot.EPSILON]
+    square = w + row[Slot.EPSILON_ROOT] if epsilon_root else w
+    denominator = _sqrt(square) * row[Slot.V_CORRECTION] + row[Slot.EPSILON]
+    step = row[Slot.STEP_SIZE] * m
+    if nesterov:
+        step = step + row[Slot.GRAD_STEP_SIZE] * g
     p = x["params"]
-    p = p - (row[Slot.DECAY_RATE] * p + row[Slot.STEP_SIZE] * m / denominator)
+    p = p - (row[Slot.DECAY_RATE] * p + step / denominator)
     new = {"params": p, "m": m, "v": v, "v_max": w}
     if "ema" in x:
         momentum, rest = row[Slot.EMA_MOMENTUM], row[Slot.ONE_MINUS_EMA_MOMENTUM]

@@ -48,6 +48,8 @@ def hyper(
         Slot.ONE_MINUS_EMA_MOMENTUM: 0.1,
         Slot.EMA_OVERWRITE: 1.0,
         Slot.APPLY: 1.0,
+        Slot.EPSILON_ROOT: 0.02,
+        Slot.GRAD_STEP_SIZE: 0.01,
     }
     rows = np.zeros((*batch, groups, NUM_SLOTS), dtype)
     vary = 1 + 0.05 * np.arange(rows[..., 0].size).reshape(rows.shape[:-1])
@@ -91,6 +93,8 @@ def expected(
     clip_value: bool = False,
     ema_overwrite: bool = False,
     skip: bool = False,
+    epsilon_root: bool = False,
+    nesterov: bool = False,
 ) -> dict[str, Any]:
     """The new leaf, in float64."""
     s = {slot: float(row[slot]) for slot in Slot}
@@ -104,7 +108,9 @@ def expected(
         m = s[Slot.BETA_1] * x["m"] + s[Slot.ONE_MINUS_BETA_1] * g
         v = s[Slot.BETA_2] * x["v"] + s[Slot.ONE_MINUS_BETA_2] * g**2
         w = np.maximum(x["v_max"], v) if "v_max" in x else v
-        step = s[Slot.STEP_SIZE] * m / (np.sqrt(w) * s[Slot.V_CORRECTION] + s[Slot.EPSILON])
+        square = w + s[Slot.EPSILON_ROOT] if epsilon_root else w
+        along = s[Slot.STEP_SIZE] * m + (s[Slot.GRAD_STEP_SIZE] * g if nesterov else 0.0)
+        step = along / (np.sqrt(square) * s[Slot.V_CORRECTION] + s[Slot.EPSILON])
         p = x["params"] - s[Slot.DECAY_RATE] * x["params"] - step
         new = {"params": p, "m": m, "v": v}
         if "v_max" in x:

@@ -38,6 +38,8 @@ class Options:
     epsilon_hat: bool = True
     mask: tuple[bool, ...] | None = None
     skip_nonfinite: bool = False
+    epsilon_root: float | None = None
+    nesterov: bool = False
 
 
 @dataclasses.dataclass
@@ -149,17 +151,23 @@ def step(
         if o.amsgrad:
             new.v_max[i] = w = np.maximum(state.v_max[i], w)
             terms.v_max[i] = term_w = np.maximum(state.v_max[i], term_w)
+        root = o.epsilon_root or 0.0
         if o.epsilon_hat:
-            rate = lr * np.sqrt(bias_2) / bias_1
-            denominator = np.sqrt(w) + o.epsilon
+            rate = lr * np.sqrt(bias_2)
+            denominator = np.sqrt(w + root) + o.epsilon
         else:
-            rate = lr / bias_1
-            denominator = np.sqrt(w / bias_2) + o.epsilon
+            rate = lr
+            denominator = np.sqrt(w / bias_2 + root) + o.epsilon
+        direction, term = new.m[i] / bias_1, terms.m[i] / bias_1
+        if o.nesterov:
+            following = 1 - o.beta_1 ** (t + 1)
+            direction = o.beta_1 * new.m[i] / following + (1 - o.beta_1) * g[i] / bias_1
+            term = o.beta_1 * terms.m[i] / following + (1 - o.beta_1) * size[i] / bias_1
         decay = lr * wd * p if decays else np.zeros_like(p)
-        result[i] = p - decay - rate * new.m[i] / denominator
+        result[i] = p - decay - rate * direction / denominator
         # To first order an error of w is half of it in the root.
-        inside = np.abs(new.m[i]) * np.divide(term_w, w, out=np.ones_like(w), where=w > 0)
-        enters = rate * np.maximum(terms.m[i], inside) / denominator
+        inside = np.abs(direction) * np.divide(term_w, w, out=np.ones_like(w), where=w > 0)
+        enters = rate * np.maximum(term, inside) / denominator
         terms.step[i] = enters
         terms.params[i] = np.maximum.reduce([np.abs(p), np.abs(decay), enters])
         if o.use_ema:

@@ -6,6 +6,7 @@ its options, one private function per kind of leaf, and the arithmetic in its or
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import pytest
 
 import adamw_xla as ax
+from adamw_xla.lowering import NUM_SLOTS, adamw_update
 
 GOLDENS = Path(__file__).parent / "filecheck"
 
@@ -35,6 +37,14 @@ def lowered(**options: Any) -> str:
         return ax.adamw_step(params, grads, state, config, implementation="xla")
 
     return jax.jit(step).lower(PARAMS, PARAMS, state).as_text()
+
+
+def lowered_delta() -> str:
+    """What a GradientTransformation returns: nothing is rounded to the params' dtype."""
+    zeros = [jnp.zeros(p.shape) for p in PARAMS.values()]
+    step = functools.partial(adamw_update, delta=True, implementation="xla")
+    params = list(PARAMS.values())
+    return jax.jit(step).lower(struct(1, NUM_SLOTS), params, params, zeros, zeros).as_text()
 
 
 def lowered_batch() -> str:
@@ -63,6 +73,9 @@ CASES = {
     "clipnorm": lambda: lowered(clipnorm=0.5),
     "global_clipnorm": lambda: lowered(global_clipnorm=0.5),
     "skip": lambda: lowered(skip_nonfinite=True),
+    "epsilon_root": lambda: lowered(epsilon_root=1e-3),
+    "nesterov": lambda: lowered(nesterov=True),
+    "delta": lowered_delta,
     "batched": lowered_batch,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ import pytest
 from runs import close, run, same, tree
 
 import adamw_xla as ax
+from adamw_xla._step import Backend, run_step
+from adamw_xla_lowering import adamw_sum_of_squares, adamw_update
 
 # ----------------------------------------------------------------- schedules, overrides
 
@@ -140,3 +143,53 @@ def test_loss_scale() -> None:
     grads = jax.tree.map(lambda g: 1024 * g, tree(1))
     new, _ = ax.adamw_step(params, grads, ax.adamw_init(params, scaled), scaled)
     close(new, run(plain)[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"nesterov": True, "epsilon_root": 1e-4},
+        {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 2},
+        {"skip_nonfinite": True},
+        {"gradient_accumulation_steps": 2, "skip_nonfinite": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", ["primitive", "reference"])
+def test_changes_add_up_to_the_step(options: dict[str, Any], backend: str) -> None:
+    """Added in float32 and rounded last, the changes are the step; a frozen leaf has none."""
+    config = ax.AdamW(learning_rate=0.1, **options)
+    params: Any = {
+        "a": jnp.linspace(-1, 1, 7),
+        "b": jnp.linspace(1, 2, 5).astype(jnp.bfloat16),
+        "frozen": jnp.ones(2),
+    }
+    backends = {
+        "primitive": Backend(adamw_update, adamw_sum_of_squares),
+        "reference": Backend(ax.reference.adamw_update, ax.reference.sum_of_squares),
+    }
+    step = functools.partial(
+        run_step, learning_rate=None, weight_decay=None, backend=backends[backend]
+    )
+    state = ax.adamw_init(params, config)
+    for k in range(5):
+        bad = jnp.nan if k == 3 and config.skip_nonfinite else 0.5 * (k - 1)
+        grads = {"a": jnp.sin(params["a"]) + bad, "b": params["b"] * 0.5, "frozen": None}
+        want, new_state = ax.adamw_step(params, grads, state, config)
+        updates, delta_state = step(params, grads, state, config, delta=True)
+        assert updates["frozen"] is None
+        assert {k: updates[k].dtype.name for k in "ab"} == {"a": "float32", "b": "float32"}
+        for name in "ab":
+            p = params[name]
+            got = (p.astype(jnp.float32) + updates[name]).astype(p.dtype)
+            np.testing.assert_allclose(
+                np.asarray(got, np.float64), np.asarray(want[name], np.float64), rtol=2e-6
+            )
+        assert_states_agree(new_state, delta_state)
+        params, state = want, new_state
+
+
+def assert_states_agree(a: Any, b: Any) -> None:
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-6, atol=1e-7)

@@ -44,6 +44,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "loss_scale": {"loss_scale_factor": 24.0},
     "accumulation": {"gradient_accumulation_steps": 3},
     "pytorch_epsilon": {"epsilon_hat": False},
+    "nesterov": {"nesterov": True},
+    "epsilon_root": {"epsilon_root": 1e-3},
     "mask": {"weight_decay_mask": [True, False, True, False, True, False]},
     "skip": {"skip_nonfinite": True},
     "schedules": {

@@ -8,6 +8,7 @@ from .contract import UPDATE_NAME as UPDATE_NAME
 from .contract import Implementation as Implementation
 from .contract import Slot as Slot
 from .contract import UpdateSpec as UpdateSpec
+from .contract import compute_dtype as compute_dtype
 from .contract import dtype_names as dtype_names
 from .native import native_available as native_available
 from .norms import adamw_sum_of_squares as adamw_sum_of_squares

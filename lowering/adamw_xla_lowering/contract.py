@@ -8,10 +8,13 @@ params, float32 for all others), written with the slots of ``hyper`` in capitals
     m  <- BETA_1*m + ONE_MINUS_BETA_1*g
     v  <- BETA_2*v + ONE_MINUS_BETA_2*g*g
     w  <- max(v_max, v), v_max <- w                              (amsgrad; else w = v)
-    p  <- p - (DECAY_RATE*p + STEP_SIZE*m / (sqrt(w)*V_CORRECTION + EPSILON))
+    w  <- w + EPSILON_ROOT                                       (epsilon_root)
+    s  <- STEP_SIZE*m + GRAD_STEP_SIZE*g                         (nesterov; else STEP_SIZE*m)
+    p  <- p - (DECAY_RATE*p + s / (sqrt(w)*V_CORRECTION + EPSILON))
     e  <- EMA_MOMENTUM*e + ONE_MINUS_EMA_MOMENTUM*p              (ema)
     p  <- e where EMA_OVERWRITE != 0                             (ema_overwrite)
     all results <- what they replace where APPLY == 0            (skip)
+    the first result is p's change, in the compute dtype         (delta; else p)
 
 The complements have slots of their own because ``1 - float32(0.999)`` is wrong in
 the fifth digit. The decay is a rate that is subtracted and not a factor
@@ -67,6 +70,8 @@ class Slot(enum.IntEnum):
     ONE_MINUS_EMA_MOMENTUM = 11
     EMA_OVERWRITE = 12
     APPLY = 13
+    EPSILON_ROOT = 14
+    GRAD_STEP_SIZE = 15
 
 
 NUM_SLOTS = len(Slot)
@@ -83,6 +88,9 @@ class UpdateSpec:
       ema_overwrite: the EMA_OVERWRITE slot is looked at.
       clip_value: the CLIP_VALUE slot is looked at.
       skip: the APPLY slot is looked at.
+      epsilon_root: the EPSILON_ROOT slot is looked at.
+      nesterov: the GRAD_STEP_SIZE slot is looked at.
+      delta: the first result is what to add to the param, not the new param.
       leaf_scale: an operand ``leaf_scale`` of shape [leaves] follows ``hyper``.
       batch_rank: how many leading batch dimensions every operand has. An operand
         that does not vary along one of them has size 1 there.
@@ -95,6 +103,9 @@ class UpdateSpec:
     ema_overwrite: bool = False
     clip_value: bool = False
     skip: bool = False
+    epsilon_root: bool = False
+    nesterov: bool = False
+    delta: bool = False
     leaf_scale: bool = False
     batch_rank: int = 0
     implementation: Implementation | None = None
@@ -112,17 +123,35 @@ class UpdateSpec:
     @property
     def operand_kinds(self) -> tuple[str, ...]:
         """What each leaf brings, in operand order."""
-        return ("params", "grads", *self.result_kinds[1:])
+        return ("params", "grads", "m", "v", *self._optional)
 
     @property
     def result_kinds(self) -> tuple[str, ...]:
         """What each leaf gets back, in result order."""
-        optional = ("v_max",) * self.amsgrad + ("ema",) * self.ema
-        return ("params", "m", "v", *optional)
+        return ("updates" if self.delta else "params", "m", "v", *self._optional)
+
+    @property
+    def replaced_kinds(self) -> tuple[str, ...]:
+        """What each result takes the place of: of its shape, and but for updates its dtype."""
+        return ("grads" if self.delta else "params", "m", "v", *self._optional)
+
+    @property
+    def _optional(self) -> tuple[str, ...]:
+        return ("v_max",) * self.amsgrad + ("ema",) * self.ema
 
     def options(self) -> dict[str, bool]:
         """The choices that a reader of a dump wants to see."""
-        names = ("amsgrad", "ema", "ema_overwrite", "clip_value", "skip", "leaf_scale")
+        names = (
+            "amsgrad",
+            "ema",
+            "ema_overwrite",
+            "clip_value",
+            "skip",
+            "epsilon_root",
+            "nesterov",
+            "delta",
+            "leaf_scale",
+        )
         return {name: getattr(self, name) for name in names}
 
     def __repr__(self) -> str:
@@ -177,10 +206,15 @@ def operand_name(spec: UpdateSpec, index: int) -> str:
     return f"{spec.operand_kinds[kind]}[{leaf}]"
 
 
+def compute_dtype(param_dtype: Any) -> np.dtype[Any]:
+    """The dtype of the arithmetic on a param of this dtype."""
+    return np.dtype(np.float64 if param_dtype == np.float64 else np.float32)
+
+
 def aliases(spec: UpdateSpec) -> dict[int, int]:
-    """Result index -> index of the operand that it replaces."""
+    """Result index -> index of the operand that it replaces, if their types are the same."""
     n = spec.num_leaves
-    kinds = [spec.operand_kinds.index(kind) for kind in spec.result_kinds]
+    kinds = [spec.operand_kinds.index(kind) for kind in spec.replaced_kinds]
     return {
         r * n + leaf: spec.num_scalars + kind * n + leaf
         for r, kind in enumerate(kinds)

@@ -63,6 +63,10 @@ def _refusal(ctx: mlir.LoweringRuleContext, spec: UpdateSpec) -> str | None:
         return "the program is partitioned over several devices (outside of shard_map)"
     if not all(isinstance(size, int) for aval in ctx.avals_in for size in aval.shape):
         return "shapes are symbolic"
+    if spec.delta:
+        # The caller's addition would be a second pass over memory behind the call; XLA fuses
+        # it into the loop that makes the change, and so moves no more bytes.
+        return "updates that are yet to be added to the params are better fused by XLA"
     return native.unavailable_reason()
 
 

@@ -18,6 +18,7 @@ from .contract import (
     UPDATE_NAME,
     Implementation,
     UpdateSpec,
+    compute_dtype,
     dtype_names,
     join_leaves,
     num_operands,
@@ -52,6 +53,9 @@ def adamw_update(
     ema_overwrite: bool = False,
     clip_value: bool = False,
     skip: bool = False,
+    epsilon_root: bool = False,
+    nesterov: bool = False,
+    delta: bool = False,
     implementation: Implementation | None = None,
 ) -> UpdateResult:
     """Updates all leaves as one operation. ``contract.py`` has the equations.
@@ -69,10 +73,14 @@ def adamw_update(
       ema_overwrite: look at the EMA_OVERWRITE slot.
       clip_value: look at the CLIP_VALUE slot.
       skip: look at the APPLY slot.
+      epsilon_root: look at the EPSILON_ROOT slot.
+      nesterov: look at the GRAD_STEP_SIZE slot.
+      delta: return the params' changes, unrounded, instead of the new params.
       implementation: "xla", "native", or None to let the platform choose.
 
     Returns:
-      The new leaves, each of the shape, dtype and sharding of what it replaces.
+      The new leaves, each of the shape, dtype and sharding of what it replaces; with
+      ``delta``, ``params`` holds the changes, in float32 (float64 for float64 params).
 
     Raises:
       TypeError: an operand's shape or dtype does not fit; the message names it.
@@ -93,6 +101,9 @@ def adamw_update(
         ema_overwrite=ema_overwrite,
         clip_value=clip_value,
         skip=skip,
+        epsilon_root=epsilon_root,
+        nesterov=nesterov,
+        delta=delta,
         leaf_scale=leaf_scale is not None,
         implementation=implementation,
     )
@@ -101,10 +112,9 @@ def adamw_update(
     scalars = [hyper] if leaf_scale is None else [hyper, leaf_scale]
     leaves = [x for column in given.values() for x in column]
     results = adamw_update_p.bind(*scalars, *leaves, spec=spec) if n else []
-    lists = {kind: list(results[i * n : (i + 1) * n]) for i, kind in enumerate(spec.result_kinds)}
-    return UpdateResult(
-        lists["params"], lists["m"], lists["v"], lists.get("v_max"), lists.get("ema")
-    )
+    first, *rest = (list(results[i * n : (i + 1) * n]) for i in range(len(spec.result_kinds)))
+    lists = dict(zip(spec.result_kinds[1:], rest, strict=True))
+    return UpdateResult(first, lists["m"], lists["v"], lists.get("v_max"), lists.get("ema"))
 
 
 # ----------------------------------------------------------------- abstract evaluation
@@ -159,11 +169,13 @@ def _leaf_results(spec: UpdateSpec, leaf: int, scalars: Sequence[Any], row: Any)
         shapes = [aval.shape[:r] for aval in members]
         raise TypeError(f"{UPDATE_NAME}: leaf {leaf} has batches {shapes}") from None
     results = []
-    for kind in spec.result_kinds:
+    for kind in spec.replaced_kinds:
         replaced = row[spec.operand_kinds.index(kind)]
         shape = (*batch, *replaced.shape[r:])
         partition = (*batch_spec(batch, members), *spec_of(replaced)[r:])
         aval = with_shape_and_spec(replaced, shape, partition)
+        if kind == "grads":
+            aval = aval.update(dtype=compute_dtype(row[0].dtype))
         results.append(varying_like(aval.update(weak_type=False), members))
     return results
 

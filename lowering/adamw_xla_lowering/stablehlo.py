@@ -20,6 +20,7 @@ from .contract import (
     UPDATE_NAME,
     Slot,
     UpdateSpec,
+    compute_dtype,
     join_leaves,
     split_leaves,
     split_operands,
@@ -59,7 +60,8 @@ def lower_leaves(
         args = [*scalars, *values.leaves[leaf]]
         key = tuple((aval.shape, aval.dtype) for aval in avals.leaves[leaf])
         if key not in functions:
-            functions[key] = _decomposition(ctx, spec, [a.type for a in args], outs[leaf])
+            types = [a.type for a in args]
+            functions[key] = _decomposition(ctx, spec, types, avals.leaves[leaf][0], outs[leaf])
         attributes = {
             **options,
             "group": ir.IntegerAttr.get(i64, group),
@@ -140,9 +142,10 @@ def _decomposition(
     ctx: mlir.LoweringRuleContext,
     spec: UpdateSpec,
     operand_types: Sequence[ir.Type],
+    params: Any,
     avals_out: Sequence[Any],
 ) -> func.FuncOp:
-    """The private function that computes one leaf: ``(row, [scale], leaf...) -> leaf...``."""
+    """The private function of one leaf: ``(row, [scale], leaf...) -> leaf...``."""
     results = [
         ir.RankedTensorType.get(aval.shape, mlir.dtype_to_ir_type(aval.dtype)) for aval in avals_out
     ]
@@ -150,8 +153,7 @@ def _decomposition(
     with ir.InsertionPoint(module.module.body):
         function = func.FuncOp(UPDATE_NAME, (list(operand_types), results), visibility="private")
     module.symbol_table.insert(function)
-    wide = avals_out[0].dtype == np.float64
-    dtype = ir.F64Type.get() if wide else ir.F32Type.get()
+    dtype = mlir.dtype_to_ir_type(compute_dtype(params.dtype))
     loop = _Loop(tuple(avals_out[0].shape), dtype, spec.batch_rank)
     with ir.InsertionPoint(function.add_entry_block()):
         row, *rest = function.arguments
@@ -190,16 +192,27 @@ def _update(
     m = _mix(slot(Slot.BETA_1), x["m"], slot(Slot.ONE_MINUS_BETA_1), g)
     v = _mix(slot(Slot.BETA_2), x["v"], slot(Slot.ONE_MINUS_BETA_2), hlo.multiply(g, g))
     w = hlo.maximum(x["v_max"], v) if spec.amsgrad else v
-    root = hlo.multiply(hlo.sqrt(w), slot(Slot.V_CORRECTION))
-    step = hlo.divide(hlo.multiply(slot(Slot.STEP_SIZE), m), hlo.add(root, slot(Slot.EPSILON)))
-    p = hlo.subtract(p, hlo.add(hlo.multiply(slot(Slot.DECAY_RATE), p), step))
-    new = {"params": p, "m": m, "v": v, "v_max": w}
+    square = hlo.add(w, slot(Slot.EPSILON_ROOT)) if spec.epsilon_root else w
+    root = hlo.multiply(hlo.sqrt(square), slot(Slot.V_CORRECTION))
+    step = hlo.multiply(slot(Slot.STEP_SIZE), m)
+    if spec.nesterov:
+        step = hlo.add(step, hlo.multiply(slot(Slot.GRAD_STEP_SIZE), g))
+    step = hlo.divide(step, hlo.add(root, slot(Slot.EPSILON)))
+    change = hlo.add(hlo.multiply(slot(Slot.DECAY_RATE), p), step)
+    new = {"m": m, "v": v, "v_max": w}
+    if spec.delta:
+        new["updates"] = hlo.negate(change)
+    if spec.ema or not spec.delta:
+        new["params"] = hlo.subtract(p, change)
     if spec.ema:
-        average = _mix(slot(Slot.EMA_MOMENTUM), x["ema"], slot(Slot.ONE_MINUS_EMA_MOMENTUM), p)
-        new["ema"] = average
+        momentum, rest = slot(Slot.EMA_MOMENTUM), slot(Slot.ONE_MINUS_EMA_MOMENTUM)
+        new["ema"] = average = _mix(momentum, x["ema"], rest, new["params"])
         if spec.ema_overwrite:
             overwrite = _is_set(loop, slot(Slot.EMA_OVERWRITE))
-            new["params"] = hlo.select(overwrite, average, p)
+            kind, there = "params", average
+            if spec.delta:
+                kind, there = "updates", hlo.subtract(average, p)
+            new[kind] = hlo.select(overwrite, there, new[kind])
     return new
 
 
@@ -214,7 +227,7 @@ def _skip(
     apply = _is_set(loop, loop.scalar(row, Slot.APPLY))
     kept = []
     for kind, new in zip(spec.result_kinds, stored, strict=True):
-        old = operands[kind]
+        old = loop.constant(0.0) if kind == "updates" else operands[kind]
         shape = ir.RankedTensorType(new.type).shape
         if ir.RankedTensorType(old.type).shape != shape:
             dims = mlir.dense_int_array(list(range(len(shape))))

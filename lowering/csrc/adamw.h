@@ -4,7 +4,8 @@
 // in float32 for all others. Operands of another dtype pass through a block of scratch
 // that stays in the first-level cache, so the loop itself exists once per compute type,
 // amsgrad and ema. Options that cost nothing in it are data: no clipping is clipping at
-// infinity, no leaf_scale is a scale of one, both exact.
+// infinity, no leaf_scale a scale of one, no nesterov a step of zero along the gradient,
+// all exact.
 //
 // Each instruction set compiles this header into a namespace of its own (ADAMW_ISA).
 // It uses no function of the standard library, for the reason that slice.h gives.
@@ -174,6 +175,7 @@ void UpdateLoop(const Slice& slice, int64_t n, const C* const in[], C* const out
   const C beta_2 = slot(BETA_2), one_minus_beta_2 = slot(ONE_MINUS_BETA_2);
   const C step_size = slot(STEP_SIZE), decay_rate = slot(DECAY_RATE);
   const C v_correction = slot(V_CORRECTION), epsilon = slot(EPSILON);
+  const C epsilon_root = slot(EPSILON_ROOT), grad_step_size = slot(GRAD_STEP_SIZE);
   const C momentum = slot(EMA_MOMENTUM), one_minus_momentum = slot(ONE_MINUS_EMA_MOMENTUM);
   const bool overwrite = slot(EMA_OVERWRITE) != 0;
 
@@ -191,7 +193,8 @@ void UpdateLoop(const Slice& slice, int64_t n, const C* const in[], C* const out
     const C v = beta_2 * v_in[i] + one_minus_beta_2 * (g * g);
     C w = v;
     if constexpr (kAmsgrad) v_max_out[i] = w = Max(v, v_max_in[i]);
-    const C step = step_size * m / (Sqrt(w) * v_correction + epsilon);
+    const C root = Sqrt(w + epsilon_root) * v_correction;
+    const C step = (step_size * m + grad_step_size * g) / (root + epsilon);
     C p = p_in[i] - (decay_rate * p_in[i] + step);
     if constexpr (kWithEma) {
       const C ema = momentum * ema_in[i] + one_minus_momentum * p;

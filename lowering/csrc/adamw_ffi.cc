@@ -41,7 +41,8 @@ Operand OperandOf(const ffi::AnyBuffer& x) {
 ffi::Error UpdateLeaves(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
                         Int64s leaves, Int64s groups, std::int64_t batch_rank, bool amsgrad,
                         bool ema, bool ema_overwrite, bool clip_value, bool skip,
-                        bool leaf_scale) {
+                        bool epsilon_root, bool nesterov, bool delta, bool leaf_scale) {
+  if (delta) return ffi::Error(ffi::ErrorCode::kUnimplemented, "adamw_xla: no delta form here");
   std::vector<Kind> kinds = {kParams, kGrads, kM, kV};
   if (amsgrad) kinds.push_back(kVMax);
   if (ema) kinds.push_back(kEma);
@@ -62,6 +63,8 @@ ffi::Error UpdateLeaves(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rema
   scalars.skip = skip;
   scalars.clip_value = clip_value;
   scalars.ema_overwrite = ema_overwrite;
+  scalars.epsilon_root = epsilon_root;
+  scalars.nesterov = nesterov;
   if (leaf_scale) {
     scalars.leaf_scale = OperandOf(arg(1));
     scalars.leaves = arg(1).dimensions()[batch_rank];
@@ -121,6 +124,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(AdamWXlaUpdate, adamw::UpdateLeaves,
                                   .Attr<bool>("ema_overwrite")
                                   .Attr<bool>("clip_value")
                                   .Attr<bool>("skip")
+                                  .Attr<bool>("epsilon_root")
+                                  .Attr<bool>("nesterov")
+                                  .Attr<bool>("delta")
                                   .Attr<bool>("leaf_scale"));
 
 // The slots of hyper in this library's order, for native.py to compare with its own.

@@ -14,7 +14,8 @@ namespace adamw {
 #define ADAMW_SLOTS(X)                                                          \
   X(GRAD_SCALE) X(STEP_SIZE) X(V_CORRECTION) X(DECAY_RATE) X(BETA_1)            \
   X(ONE_MINUS_BETA_1) X(BETA_2) X(ONE_MINUS_BETA_2) X(EPSILON) X(CLIP_VALUE)    \
-  X(EMA_MOMENTUM) X(ONE_MINUS_EMA_MOMENTUM) X(EMA_OVERWRITE) X(APPLY)
+  X(EMA_MOMENTUM) X(ONE_MINUS_EMA_MOMENTUM) X(EMA_OVERWRITE) X(APPLY)           \
+  X(EPSILON_ROOT) X(GRAD_STEP_SIZE)
 
 #define ADAMW_ENUMERATOR(name) name,
 enum Slot { ADAMW_SLOTS(ADAMW_ENUMERATOR) kNumSlots };

@@ -149,6 +149,8 @@ bool Tree::SetScalars(const Leaf& leaf, std::int64_t row, Slice& slice) const {
   }
   if (!scalars_.clip_value) slice.slots[CLIP_VALUE] = std::numeric_limits<double>::infinity();
   if (!scalars_.ema_overwrite) slice.slots[EMA_OVERWRITE] = 0.0;
+  if (!scalars_.epsilon_root) slice.slots[EPSILON_ROOT] = 0.0;
+  if (!scalars_.nesterov) slice.slots[GRAD_STEP_SIZE] = 0.0;
   if (!scalars_.skip) return true;
   // Compared in the dtype of the arithmetic, as the StableHLO path does.
   return leaf.dtype[kParams] == DType::kF64 ? slice.slots[APPLY] != 0

@@ -25,7 +25,17 @@ OPTION_CASES: list[dict[str, bool]] = [
     {"ema": True, "ema_overwrite": True},
     {"clip_value": True},
     {"skip": True},
-    {"amsgrad": True, "ema": True, "ema_overwrite": True, "clip_value": True, "skip": True},
+    {"epsilon_root": True},
+    {"nesterov": True},
+    {
+        "amsgrad": True,
+        "ema": True,
+        "ema_overwrite": True,
+        "clip_value": True,
+        "skip": True,
+        "epsilon_root": True,
+        "nesterov": True,
+    },
 ]
 
 
@@ -187,7 +197,7 @@ def test_a_skipped_step_keeps_every_bit(param: str) -> None:
 
 def test_slots_of_unused_options_are_ignored() -> None:
     tree = leaves([(33,)], ema=True)
-    ignored = {"CLIP_VALUE": np.nan, "EMA_OVERWRITE": 1.0, "APPLY": 0.0}
+    ignored = {"CLIP_VALUE": np.nan, "EMA_OVERWRITE": 1.0, "APPLY": 0.0, "EPSILON_ROOT": 9.0}
     h = hyper(**ignored)
     check_against_oracle(run(h, tree), h, tree)
 
