@@ -13,16 +13,14 @@ from jax.experimental import sparse
 import jax.numpy as jnp
 import numpy as np
 
-from adamw_xla import _check, _clipping
+from adamw_xla import _check
 from adamw_xla._config import AdamW
-from adamw_xla._hyper import as_scalar, ema_slots, hyper_rows
-from adamw_xla._step import Backend
-from adamw_xla_lowering import PARAM_DTYPES, Slot, adamw_sum_of_squares, adamw_update
+from adamw_xla._hyper import as_scalar, ema_slots
+from adamw_xla._update import Backend, Rates, groups_of, hyper_dtype, update_leaves
+from adamw_xla_lowering import PARAM_DTYPES, Slot
 
 Arrays: TypeAlias = list[jax.Array]
 Variables: TypeAlias = list[Any]
-
-BACKEND = Backend(adamw_update, adamw_sum_of_squares)
 
 
 class Step:
@@ -51,8 +49,7 @@ class Step:
             pairs = zip(optimizer._trainable_variables, averages, strict=True)
             # Variables without a gradient are averaged too, but for those without an average.
             self._idle = [(v, e) for v, e in pairs if e is not None and id(v) not in live]
-        wide = any(variable.dtype == "float64" for variable in variables)
-        self._dtype = np.dtype(np.float64 if wide else np.float32)
+        self._dtype = hyper_dtype([variable.dtype for variable in variables])
 
     def run(self, grads: Arrays) -> list[tuple[Any, jax.Array]]:
         """Makes the step: pairs of a variable and its new value."""
@@ -79,34 +76,24 @@ class Step:
     def _updated(self, grads: Arrays, scale: float) -> Arrays:
         """All that an update writes, after a real one with ``scale`` times ``grads``."""
         c, dtype, optimizer = self._config, self._dtype, self._optimizer
-        clip = _clipping.scales(c, grads, scale, dtype, BACKEND.sum_of_squares)
-        decays = [optimizer._use_weight_decay(v) for v in self._variables]
-        groups = sorted(set(decays), reverse=True)
+        groups, kinds = groups_of([optimizer._use_weight_decay(v) for v in self._variables])
+        learning_rate = as_scalar(_value(optimizer.learning_rate), dtype)
         weight_decay = as_scalar(_value(c.weight_decay), dtype)
-        hyper = hyper_rows(
+        new, _ = update_leaves(
             c,
-            self._count,
-            learning_rate=as_scalar(_value(optimizer.learning_rate), dtype),
-            decay=[weight_decay if decayed else 0.0 for decayed in groups],
-            grad_scale=clip.tree,
-            apply=1.0,
-            dtype=dtype,
-        )
-        old = {kind: [x.value for x in column] for kind, column in self._columns.items()}
-        new = BACKEND.update(
-            hyper,
-            old["params"],
+            self._old(),
             grads,
-            old["m"],
-            old["v"],
-            old.get("v_max"),
-            old.get("ema"),
-            clip.per_leaf,
-            groups=[groups.index(decayed) for decayed in decays],
-            ema_overwrite=c.ema_overwrite_frequency is not None,
-            clip_value=c.clipvalue is not None,
+            scale,
+            count=self._count,
+            rates=Rates(learning_rate, tuple(weight_decay if k else 0.0 for k in kinds)),
+            groups=groups,
+            dtype=dtype,
+            backend=Backend(),
         )
         return [*_chain(column for column in new if column is not None), *self._idle_averaged()]
+
+    def _old(self) -> dict[str, Arrays]:
+        return {kind: [x.value for x in column] for kind, column in self._columns.items()}
 
     def _real(self, total: Arrays) -> Arrays:
         steps = self._config.gradient_accumulation_steps
@@ -114,7 +101,7 @@ class Step:
         return [*self._updated(total, 1 / steps), *map(jnp.zeros_like, total)]
 
     def _between(self, total: Arrays) -> Arrays:
-        old = {kind: [x.value for x in column] for kind, column in self._columns.items()}
+        old = self._old()
         idle = [x.value for x in _chain(self._idle)]
         if self._config.use_ema and self._optimizer.ema_at_every_call:
             old["params"], old["ema"] = self._averaged(old["params"], old["ema"])

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from adamw_xla import _check, _clipping
-from adamw_xla._clipping import SumOfSquares
+from adamw_xla import _check
 from adamw_xla._config import AdamW, ScalarOrSchedule
-from adamw_xla._hyper import Scalar, as_scalar, evaluate, hyper_rows, increment
+from adamw_xla._hyper import Scalar, as_scalar, evaluate, increment
 from adamw_xla._state import AdamWState
-from adamw_xla_lowering import (
-    Implementation,
-    UpdateResult,
-    adamw_sum_of_squares,
-    adamw_update,
-    compute_dtype,
-)
+from adamw_xla._update import Backend, Rates, groups_of, hyper_dtype, update_leaves
+from adamw_xla_lowering import Implementation, adamw_update, compute_dtype
 
 
 def adamw_step(
@@ -81,9 +74,7 @@ def adamw_step(
         config,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
-        backend=Backend(
-            functools.partial(adamw_update, implementation=implementation), adamw_sum_of_squares
-        ),
+        backend=Backend(functools.partial(adamw_update, implementation=implementation)),
     )
 
 
@@ -122,20 +113,6 @@ def scale_loss(loss: jax.Array, config: AdamW) -> jax.Array:
 
 
 # ------------------------------------------------------------------------ one step inside
-
-
-class Backend(NamedTuple):
-    """What does the work of a step."""
-
-    update: Callable[..., UpdateResult]
-    sum_of_squares: SumOfSquares
-
-
-class _Rates(NamedTuple):
-    """What is scheduled, evaluated for this step; ``decay`` has one entry per group."""
-
-    learning_rate: Scalar
-    decay: tuple[Scalar, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,15 +163,14 @@ def run_step(
         return params, state
 
     live = tuple(i for i, g in enumerate(flat) if g is not None)
-    kinds = sorted({decays[i] for i in live}, reverse=True)
-    chosen = _Leaves(treedef, live, tuple(kinds.index(decays[i]) for i in live))
-    wide = any(leaves[i].dtype == np.float64 for i in live)
-    dtype = jnp.dtype(np.float64 if wide else np.float32)
+    groups, kinds = groups_of([decays[i] for i in live])
+    chosen = _Leaves(treedef, live, groups)
+    dtype = hyper_dtype([leaves[i].dtype for i in live])
 
     calls = _calls(state, config)
     lr = evaluate(config.learning_rate if learning_rate is None else learning_rate, calls, dtype)
     wd = evaluate(config.weight_decay if weight_decay is None else weight_decay, calls, dtype)
-    rates = _Rates(lr, tuple(wd if k else 0.0 for k in kinds))
+    rates = Rates(lr, tuple(wd if k else 0.0 for k in kinds))
     step = _Step(config, chosen, backend, dtype, rates, delta)
     live_grads = [flat[i] for i in live]
     if config.gradient_accumulation_steps is None:
@@ -215,7 +191,7 @@ class _Step:
     leaves: _Leaves
     backend: Backend
     dtype: Any
-    rates: _Rates
+    rates: Rates
     delta: bool
 
     @property
@@ -229,33 +205,17 @@ class _Step:
     ) -> tuple[Any, AdamWState]:
         """A real update with ``scale`` times ``grads``."""
         c, take = self.config, self.leaves.take
-        clip = _clipping.scales(c, grads, scale, self.dtype, self.backend.sum_of_squares)
-        # A NaN or an infinity anywhere is one in the sum.
-        apply = jnp.all(jnp.isfinite(clip.squares)) if c.skip_nonfinite else None
-        hyper = hyper_rows(
+        trees = {"params": params, "m": state.m, "v": state.v, "v_max": state.v_max}
+        new, apply = update_leaves(
             c,
-            state.count,
-            learning_rate=self.rates.learning_rate,
-            decay=self.rates.decay,
-            grad_scale=clip.tree,
-            apply=1.0 if apply is None else apply,
-            dtype=self.dtype,
-        )
-        new = self.backend.update(
-            hyper,
-            take(params),
+            {k: take(x) for k, x in {**trees, "ema": state.ema}.items() if x is not None},
             grads,
-            take(state.m),
-            take(state.v),
-            take(state.v_max) if c.amsgrad else None,
-            take(state.ema) if c.use_ema else None,
-            clip.per_leaf,
+            scale,
+            count=state.count,
+            rates=self.rates,
             groups=self.leaves.groups,
-            ema_overwrite=c.ema_overwrite_frequency is not None,
-            clip_value=c.clipvalue is not None,
-            skip=c.skip_nonfinite,
-            epsilon_root=c.epsilon_root is not None,
-            nesterov=c.nesterov,
+            dtype=self.dtype,
+            backend=self.backend,
             delta=self.delta,
         )
         put = self.leaves.put
@@ -327,4 +287,4 @@ class _Step:
         return dataclasses.replace(state, accumulated=tree, micro_step=micro_step)
 
 
-__all__ = ["Backend", "adamw_finalize", "adamw_step", "run_step", "scale_loss"]
+__all__ = ["adamw_finalize", "adamw_step", "run_step", "scale_loss"]
