@@ -4,7 +4,6 @@ Nothing here imports Keras: a variable is whatever has a ``value``.
 """
 
 from collections.abc import Sequence
-import functools
 from typing import Any, TypeAlias
 
 import jax
@@ -50,6 +49,9 @@ class Step:
             # Variables without a gradient are averaged too, but for those without an average.
             self._idle = [(v, e) for v, e in pairs if e is not None and id(v) not in live]
         self._dtype = hyper_dtype([variable.dtype for variable in variables])
+        # Updates done before this call, as an int32 scalar.
+        calls, steps = optimizer._iterations.value, config.gradient_accumulation_steps
+        self._count = jnp.asarray(calls if steps is None else calls // steps, np.int32)
 
     def run(self, grads: Arrays) -> list[tuple[Any, jax.Array]]:
         """Makes the step: pairs of a variable and its new value."""
@@ -65,13 +67,6 @@ class Step:
 
     def _of(self, state: Sequence[Any]) -> Variables:
         return [state[self._optimizer._get_variable_index(v)] for v in self._variables]
-
-    @functools.cached_property
-    def _count(self) -> jax.Array:
-        """Updates done before this call; int32 scalar."""
-        calls = self._optimizer._iterations.value
-        steps = self._config.gradient_accumulation_steps
-        return jnp.asarray(calls if steps is None else calls // steps, np.int32)
 
     def _updated(self, grads: Arrays, scale: float) -> Arrays:
         """All that an update writes, after a real one with ``scale`` times ``grads``."""
