@@ -80,3 +80,16 @@ def train_step_jaxpr(model: keras.Model) -> Any:
         metrics_variables=True,
     )
     return jax.make_jaxpr(model.train_step)(state, (x[:BATCH], y[:BATCH]))
+
+
+def varied() -> keras.Model:
+    """A model with a frozen layer, a constraint, a variable without a gradient and a norm."""
+    keras.utils.set_random_seed(7)
+    frozen = keras.layers.Dense(48, activation="relu", name="frozen", trainable=False)
+    bounded = keras.layers.Dense(
+        32, activation="relu", name="bounded", kernel_constraint=keras.constraints.MaxNorm(0.5)
+    )
+    layers = [frozen, bounded, keras.layers.LayerNormalization(name="norm")]
+    return keras.Sequential(
+        [keras.layers.Input((64,)), *layers, keras.layers.Dense(10, name="scores")]
+    )
