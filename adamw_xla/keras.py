@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import jax.numpy as jnp
 import keras
 
 from adamw_xla import _check
@@ -40,6 +41,7 @@ class AdamW(keras.optimizers.AdamW):
     - Under gradient accumulation the calls between two updates only add; the stock class
       makes the update each time and throws it away.
     - Clip norms are float32: in float16, the stock class overflows above 255.
+    - After training with ``use_ema``, ``fit`` may be called again; the stock class fails to.
     - Sparse gradients may be clipped and accumulated.
     - ``learning_rate`` may be any real scalar; betas, epsilon, rates and factors are checked.
 
@@ -161,6 +163,16 @@ class AdamW(keras.optimizers.AdamW):
             known = {k: getattr(reference_variable, k) for k in ("path", "shape", "_layout")}
             reference_variable = SimpleNamespace(**known, dtype="float32")
         return super().add_variable_from_reference(reference_variable, name, initializer)
+
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        """With ``use_ema``, gives the variables the values of their averages."""
+        super().finalize_variable_values(var_list)
+        if self.use_ema:
+            # Stock Keras lets variable and average share an array, which the first step of
+            # another ``fit`` then fails to donate twice.
+            for average in self._model_variables_moving_average:
+                if average is not None:
+                    self.assign(average, jnp.array(average.value, copy=True))
 
     # ------------------------------------------------------------------ one step, inside
 

@@ -119,12 +119,26 @@ def test_excluding_by_identity_and_after_build() -> None:
     assert np.abs(kernel - decayed).max() > 1e-3
 
 
-def test_an_assigned_rate_counts_and_does_not_retrace() -> None:
+def test_an_assigned_rate_counts_and_does_not_retrace(monkeypatch: pytest.MonkeyPatch) -> None:
+    traces = []
+
     def make(cls: Any) -> keras.Model:
+        apply = cls._backend_apply_gradients
+        monkeypatch.setattr(
+            cls, "_backend_apply_gradients", lambda *args: traces.append(cls) or apply(*args)
+        )
         model = fit(cls(1e-3, **BETAS), epochs=1)
+        traces.clear()
         model.optimizer.learning_rate = 1e-2
         x, y = data()
-        model.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0)
+        model.fit(
+            x[: -(len(x) % BATCH)],
+            y[: -(len(x) % BATCH)],
+            batch_size=BATCH,
+            shuffle=False,
+            verbose=0,
+        )
+        assert not traces
         return model
 
     ours, theirs = make(AdamW), make(Stock)
