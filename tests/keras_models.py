@@ -17,8 +17,10 @@ BOUND = 1e-5
 
 @functools.cache
 def data() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Images [22 * BATCH, 64] and labels."""
     train, _ = digits.load()
-    return train.images.reshape(len(train.images), -1), train.labels
+    n = len(train.labels) // BATCH * BATCH
+    return train.images[:n].reshape(n, -1), train.labels[:n]
 
 
 def mlp(dtype: str | None = None, width: int = 32) -> keras.Model:

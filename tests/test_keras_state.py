@@ -22,7 +22,7 @@ OPTIONS: dict[str, Any] = {
     "beta_2": 1 - 2.0**-10,
     "amsgrad": True,
     "use_ema": True,
-    "gradient_accumulation_steps": 5,  # epochs of 23 batches end between updates
+    "gradient_accumulation_steps": 5,  # epochs of 22 batches end between updates
     "clipnorm": 0.5,
 }
 OURS_ONLY = {"float32_state": False, "ema_at_every_call": True}
