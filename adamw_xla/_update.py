@@ -1,4 +1,4 @@
-"""One real update of a flat list of leaves: clip, make the step's numbers, update."""
+"""A flat list of leaves: accumulate; clip, make the step's numbers, update."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,11 +14,25 @@ from adamw_xla._hyper import Scalar, hyper_rows
 from adamw_xla_lowering import UpdateResult, adamw_sum_of_squares, adamw_update
 
 
+def do_if(condition: jax.Array, body: Callable[[Any], Any], x: Any) -> Any:
+    """``body(x)`` where the condition holds, else ``x``; in place, where ``x`` may be written.
+
+    A loop of at most one round. XLA:GPU copies what goes through a conditional (2 GB for
+    GPT-2 small) and updates what a loop carries in place. A loop has no reverse derivative.
+    """
+
+    def once(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        return jnp.zeros_like(carry[0]), body(carry[1])
+
+    return jax.lax.while_loop(lambda carry: carry[0], once, (condition, x))[1]
+
+
 class Backend(NamedTuple):
-    """What does the work of an update."""
+    """What does the work of a step."""
 
     update: Callable[..., UpdateResult] = adamw_update
     sum_of_squares: SumOfSquares = adamw_sum_of_squares
+    do_if: Callable[..., Any] = do_if
 
 
 class Rates(NamedTuple):
@@ -37,6 +51,16 @@ def groups_of(decays: Sequence[bool]) -> tuple[tuple[int, ...], tuple[bool, ...]
 def hyper_dtype(dtypes: Sequence[Any]) -> np.dtype[Any]:
     """The dtype of the numbers of a step on params of these dtypes."""
     return np.dtype(np.float64 if any(dtype == np.float64 for dtype in dtypes) else np.float32)
+
+
+def scaled_like(
+    totals: Sequence[jax.Array], grads: Sequence[jax.Array], scale: Scalar, dtype: np.dtype[Any]
+) -> list[jax.Array]:
+    """``scale`` times the gradients, in the dtypes of ``totals``, to be added to them."""
+    # An array that all leaves read, so that XLA:GPU merges their additions (gpu.py says how).
+    shared = jnp.stack([jnp.asarray(x, dtype) for x in (scale, 0)])
+    factor = jax.lax.optimization_barrier(shared)[0]  # type: ignore[no-untyped-call]
+    return [(g.astype(dtype) * factor).astype(a.dtype) for a, g in zip(totals, grads, strict=True)]
 
 
 def update_leaves(

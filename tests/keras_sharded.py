@@ -1,4 +1,4 @@
-"""Keras' Distribution API on eight devices; ``test_keras_state.py`` runs it in a process of its own.
+"""Keras' Distribution API on eight devices; ``test_keras_state.py`` runs it in a process.
 
 By hand: ``KERAS_BACKEND=jax XLA_FLAGS=--xla_force_host_platform_device_count=8 python
 tests/keras_sharded.py``.
@@ -14,7 +14,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
 import jax
 import keras
-from keras_models import close, fit, mlp, train_step_jaxpr
+from keras_models import close, fit, train_step_jaxpr
 from small import equations
 
 from adamw_xla.keras import AdamW
