@@ -24,12 +24,15 @@ def data() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
 
 
 def mlp(dtype: str | None = None, width: int = 32) -> keras.Model:
-    """The same weights each time, whatever was made before."""
+    """The same weights each time, whatever was made before.
+
+    Smooth: where a relu switches by a rounding error, trainings part by whole steps.
+    """
     keras.utils.set_random_seed(7)
     return keras.Sequential(
         [
             keras.layers.Input((64,)),
-            keras.layers.Dense(width, activation="relu", name="hidden", dtype=dtype),
+            keras.layers.Dense(width, activation="tanh", name="hidden", dtype=dtype),
             keras.layers.Dense(10, name="scores", dtype=dtype),
         ]
     )
@@ -87,9 +90,9 @@ def train_step_jaxpr(model: keras.Model) -> Any:
 def varied() -> keras.Model:
     """A model with a frozen layer, a constraint, a variable without a gradient and a norm."""
     keras.utils.set_random_seed(7)
-    frozen = keras.layers.Dense(48, activation="relu", name="frozen", trainable=False)
+    frozen = keras.layers.Dense(48, activation="tanh", name="frozen", trainable=False)
     bounded = keras.layers.Dense(
-        32, activation="relu", name="bounded", kernel_constraint=keras.constraints.MaxNorm(0.5)
+        32, activation="tanh", name="bounded", kernel_constraint=keras.constraints.MaxNorm(0.5)
     )
     layers = [frozen, bounded, keras.layers.LayerNormalization(name="norm")]
     return keras.Sequential(

@@ -77,7 +77,7 @@ def scaled(cls: Any) -> Any:
 
 
 def several(cls: Any) -> Any:
-    chosen = {"scores/.*": cls(1e-2, **BETAS), "hidden/.*": cls(1e-3, clipnorm=0.1, **BETAS)}
+    chosen = {".*/scores/.*": cls(1e-2, **BETAS), ".*/hidden/.*": cls(1e-3, clipnorm=0.1, **BETAS)}
     other = keras.optimizers.SGD(0.01)
     return keras.optimizers.MultiOptimizer(keras.optimizers.OptimizerMap(other, chosen))
 
