@@ -15,6 +15,7 @@ from pathlib import Path
 import subprocess
 import sys
 import tempfile
+from typing import NamedTuple
 from xml.etree import ElementTree
 
 TESTS = Path(__file__).parent
@@ -44,12 +45,19 @@ BY_DESIGN: dict[str, str] = {}
 """Tests that pass with the stock class and not with ours -> why that is meant."""
 
 
-def passed(modules: Sequence[str], *, ours: bool) -> set[str]:
-    """The names of the tests that pass, run in a process of their own."""
+class Outcome(NamedTuple):
+    """The tests that pass, and what the others fail with; the skipped are left out."""
+
+    passed: set[str]
+    failed: dict[str, str]
+
+
+def run(modules: Sequence[str], *, ours: bool) -> Outcome:
+    """Runs these modules' tests in a process of its own."""
     keras = find_spec("keras")
     assert keras is not None
     assert keras.origin is not None
-    paths = os.pathsep.join([str(TESTS), str(TESTS.parent), *filter(None, sys.path)])
+    paths = os.pathsep.join([str(TESTS), *filter(None, sys.path)])
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
         command = [
@@ -59,18 +67,25 @@ def passed(modules: Sequence[str], *, ours: bool) -> set[str]:
             *("--pyargs", *(f"keras.src.{module}" for module in modules)),
         ]
         environment = {**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": paths}
-        run = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
         if not report.exists():
-            raise RuntimeError(run.stdout + run.stderr)
-        cases = ElementTree.parse(report).iter("testcase")
-        return {f"{c.get('classname')}.{c.get('name')}" for c in cases if len(c) == 0}
+            raise RuntimeError(done.stdout + done.stderr)
+        outcome = Outcome(set(), {})
+        for case in ElementTree.parse(report).iter("testcase"):
+            name = f"{case.get('classname')}.{case.get('name')}"
+            wrong = [x for x in case if x.tag in ("failure", "error")]
+            if wrong:
+                outcome.failed[name] = str(wrong[0].get("message"))
+            elif case.find("skipped") is None:
+                outcome.passed.add(name)
+        return outcome
 
 
 def main() -> None:
     """Prints the counts, and ends with 1 where a test passes with the stock class only."""
     ok = True
     for title, modules in {"optimizers": OPTIMIZERS, "wider": WIDER}.items():
-        stock, ours = (passed(modules, ours=which) for which in (False, True))
+        stock, ours = (run(modules, ours=which).passed for which in (False, True))
         counts = f"{len(stock)} pass with stock, {len(ours)} with ours"
         print(f"{title}, {len(modules)} modules: {counts}")
         for name in sorted(stock - ours):

@@ -129,6 +129,14 @@ def test_variables_have_the_stock_names_and_order() -> None:
     assert named(AdamW) == named(Stock)
 
 
+def test_the_distribution_api() -> None:
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    script = Path(__file__).with_name("keras_sharded.py")
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert run.stdout == "passed\n", run.stderr[-3000:]
+
+
 # ------------------------------------------------------------------------------ configs
 
 
