@@ -37,7 +37,7 @@ def config(c: "AdamW") -> None:
         if getattr(c, name) is not None:
             _scalar(name, getattr(c, name), lambda x: x > 0, "above 0, or None for none")
     for name in ("amsgrad", "use_ema", "epsilon_hat", "skip_nonfinite", "nesterov"):
-        _bool(name, getattr(c, name))
+        flag(name, getattr(c, name))
     _count("ema_overwrite_frequency", c.ema_overwrite_frequency, 1)
     _count("gradient_accumulation_steps", c.gradient_accumulation_steps, 2)
     if not isinstance(c.name, str):
@@ -90,7 +90,8 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, numbers.Real)
 
 
-def _bool(name: str, value: Any) -> None:
+def flag(name: str, value: Any) -> None:
+    """Refuses what is not a bool."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(
             f"AdamW: {name} must be True or False, got {value!r}. It is a choice, not data: it "
@@ -226,6 +227,36 @@ def _same_shape(argument: str, tree: Any, index: int, leaf: Any, param: Any) -> 
         raise ValueError(
             f"{argument}{path}: has shape {leaf.shape}; must be {param.shape}, the shape of "
             f"params{path}."
+        )
+
+
+# ---------------------------------------------------------------------------------- Keras
+
+
+def keras_backend(name: str) -> None:
+    """Refuses every backend but JAX."""
+    if name != "jax":
+        raise RuntimeError(
+            f"adamw_xla.keras.AdamW: Keras runs on the {name} backend; it must run on JAX. Set "
+            "KERAS_BACKEND=jax before Keras is imported, or use keras.optimizers.AdamW."
+        )
+
+
+def keras_variable(variable: Any) -> None:
+    """Refuses a variable that cannot be updated."""
+    if variable.dtype not in {dtype.name for dtype in PARAM_DTYPES}:
+        raise TypeError(
+            f"AdamW: variable {variable.path} has dtype {variable.dtype}; must be "
+            f"{dtype_names()}. Set its trainable=False, or give it another optimizer."
+        )
+
+
+def keras_gradient(variable: Any, grad: Any) -> None:
+    """Refuses a gradient that is not of its variable's shape."""
+    if grad.shape != variable.shape:
+        raise ValueError(
+            f"AdamW: the gradient of variable {variable.path} has shape {grad.shape}; must be "
+            f"{variable.shape}, the variable's."
         )
 
 

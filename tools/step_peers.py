@@ -23,6 +23,7 @@ import adamw_xla as ax
 
 # OpenMP's threads would spin on into the next peer's turn.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("KERAS_BACKEND", "jax")  # Keras reads it when it is imported
 
 LEARNING_RATE, WEIGHT_DECAY, EPSILON = 1e-3, 1e-2, 1e-8
 CLIP = 1.0
