@@ -4,7 +4,7 @@ Each error names the argument (for a leaf, its path), what was found and what to
 The paths are only built once something is wrong.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import math
 import numbers
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -25,11 +25,11 @@ _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 
 def config(c: "AdamW") -> None:
     """Checks every field of a config that is being built."""
-    scalar_or_schedule("learning_rate", c.learning_rate)
-    scalar_or_schedule("weight_decay", c.weight_decay)
-    for name in ("beta_1", "beta_2"):
-        _scalar(name, getattr(c, name), lambda x: 0 <= x < 1, "in [0, 1)")
-    _scalar("epsilon", c.epsilon, lambda x: x >= 0, "at least 0")
+    _coefficients(
+        rates={"learning_rate": c.learning_rate, "weight_decay": c.weight_decay},
+        betas={"beta_1": c.beta_1, "beta_2": c.beta_2},
+        epsilons={"epsilon": c.epsilon},
+    )
     if c.epsilon_root is not None:
         _scalar("epsilon_root", c.epsilon_root, lambda x: x >= 0, "at least 0, or None for none")
     _scalar("ema_momentum", c.ema_momentum, lambda x: 0 <= x <= 1, "in [0, 1]")
@@ -52,20 +52,42 @@ def config(c: "AdamW") -> None:
         )
 
 
+def optax_arguments(
+    *, learning_rate: Any, b1: Any, b2: Any, eps: Any, eps_root: Any, weight_decay: Any
+) -> None:
+    """Checks what optax has names of its own for."""
+    _coefficients(
+        rates={"learning_rate": learning_rate, "weight_decay": weight_decay},
+        betas={"b1": b1, "b2": b2},
+        epsilons={"eps": eps, "eps_root": eps_root},
+    )
+
+
+def _coefficients(
+    rates: Mapping[str, Any], betas: Mapping[str, Any], epsilons: Mapping[str, Any]
+) -> None:
+    for name, value in rates.items():
+        scalar_or_schedule(name, value)
+    for name, value in betas.items():
+        _scalar(name, value, lambda x: 0 <= x < 1, "in [0, 1)")
+    for name, value in epsilons.items():
+        _scalar(name, value, lambda x: x >= 0, "at least 0")
+
+
 def scalar_or_schedule(name: str, value: Any) -> None:
     """Checks a rate: a number at least 0, a scalar array, or a callable."""
     if not callable(value):
         _scalar(name, value, lambda x: x >= 0, "at least 0")
 
 
-def state_dtype(dtype: Any) -> np.dtype[Any]:
+def state_dtype(dtype: Any, name: str = "state_dtype") -> np.dtype[Any]:
     """The dtype, if state may have it."""
     try:
         found = np.dtype(dtype)
     except TypeError:
-        raise TypeError(f"AdamW: state_dtype must be a dtype, got {dtype!r}.") from None
+        raise TypeError(f"AdamW: {name} must be a dtype, got {dtype!r}.") from None
     if found not in PARAM_DTYPES:
-        raise ValueError(f"AdamW: state_dtype must be {dtype_names()}, got {found}.")
+        raise ValueError(f"AdamW: {name} must be {dtype_names()}, got {found}.")
     return found
 
 
@@ -116,6 +138,21 @@ def is_config(value: Any) -> None:
 
     if not isinstance(value, AdamW):
         raise TypeError(f"config must be an adamw_xla.AdamW, got {_kind(value)}.")
+
+
+def optax_call(params: Any, state: Any) -> None:
+    """Checks what is peculiar to a call through optax."""
+    from adamw_xla.optax import AdamWOptState
+
+    if params is None:
+        raise ValueError(
+            "params: is None, but the update depends on them; call update(grads, state, params)."
+        )
+    if not isinstance(state, AdamWOptState):
+        raise TypeError(
+            f"state must be what init(params) of adamw_xla.optax.adamw returned, got "
+            f"{_kind(state)}. (adamw_xla.optax.from_optax_state takes over that of optax.adamw.)"
+        )
 
 
 def params(tree: Any, leaves: Sequence[Any]) -> None:

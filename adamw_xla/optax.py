@@ -1,0 +1,218 @@
+"""``optax.adamw`` as one operation: a drop-in for optax and for all that speaks it.
+
+``adamw`` takes the arguments of ``optax.adamw`` and returns a transformation for
+``optax.chain``, Flax, Equinox and the like. Beside ``optax.apply_updates`` in one
+``jax.jit`` it compiles to what ``adamw_xla.adamw_step`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax.typing import ArrayLike, DTypeLike
+import numpy as np
+import optax
+
+from adamw_xla import _check
+from adamw_xla._config import AdamW, ScalarOrSchedule
+from adamw_xla._state import AdamWState, adamw_init
+from adamw_xla._step import Backend, run_step
+from adamw_xla_lowering import Implementation, adamw_sum_of_squares, adamw_update
+
+
+class AdamWOptState(NamedTuple):
+    """``AdamWState`` under optax's names, which ``optax.tree_utils`` looks for.
+
+    Attributes:
+      count: int32 scalar, updates done.
+      mu: first moments (float32, or ``mu_dtype``).
+      nu: second moments (float32; float64 for float64 params).
+      nu_max: with ``amsgrad``, the running maxima of ``nu``.
+      ema: with ``use_ema``, the average of the params.
+      accumulated: with ``gradient_accumulation_steps``, the sum of the gradients so far.
+      micro_step: with it too, int32 scalar: calls since the last update.
+      skipped: with ``skip_nonfinite``, int32 scalar: calls that were skipped.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax
+    mu: Any
+    nu: Any
+    nu_max: Any = None
+    ema: Any = None
+    accumulated: Any = None
+    micro_step: jax.Array | None = None
+    skipped: jax.Array | None = None
+
+
+def adamw(
+    learning_rate: ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: ScalarOrSchedule = 1e-4,
+    mask: Any | Callable[[Any], Any] | None = None,
+    *,
+    nesterov: bool = False,
+    amsgrad: bool = False,
+    clipnorm: ArrayLike | None = None,
+    clipvalue: ArrayLike | None = None,
+    global_clipnorm: ArrayLike | None = None,
+    use_ema: bool = False,
+    ema_momentum: ArrayLike = 0.99,
+    ema_overwrite_frequency: int | None = None,
+    loss_scale_factor: ArrayLike | None = None,
+    gradient_accumulation_steps: int | None = None,
+    skip_nonfinite: bool = False,
+    updates_like_grads: bool = False,
+    implementation: Implementation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """``optax.adamw``, as one operation for the whole tree.
+
+    Up to ``nesterov`` the arguments, their order and defaults are optax's; the others are
+    those of ``adamw_xla.AdamW``. Different from optax:
+
+    - The state is float32 for 16-bit params. In optax it has their dtype unless
+      ``mu_dtype`` says otherwise, and a bfloat16 second moment never decays.
+    - The updates are not rounded: float32, or float64 for float64 params. Then
+      ``optax.apply_updates`` rounds a 16-bit param once, as ``adamw_step`` does.
+    - ``amsgrad`` compares the raw second moments; ``optax.amsgrad`` the corrected ones.
+    - Params must be given to ``update``, and be of a real floating dtype.
+
+    ``use_ema`` averages what the params become if the updates are added as they are, so
+    nothing that changes updates may follow in the chain.
+
+    Args:
+      learning_rate: a number, a scalar array, or a schedule of the count of calls.
+      b1: decay of the first moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1).
+      eps: the constant in the denominator, outside of the root.
+      eps_root: the constant under the root.
+      mu_dtype: dtype of the first moments; None: float32, or float64 for float64 params.
+      weight_decay: strength of the decoupled decay, times the learning rate; the kinds of
+        ``learning_rate``.
+      mask: a pytree of bools, a prefix of the params' tree, or a callable from params to
+        one: False where there is no decay.
+      nesterov: Nesterov momentum, as ``optax.nadamw``.
+      amsgrad: divide by the running maximum of the second moments.
+      clipnorm: clip each leaf's gradient to this norm.
+      clipvalue: clip each gradient element to [-clipvalue, clipvalue].
+      global_clipnorm: clip the gradient of the whole tree to this norm. It replaces
+        ``optax.clip_by_global_norm`` in front, and reads the gradients in fewer kernels.
+      use_ema: keep an average of the params in ``state.ema``.
+      ema_momentum: its momentum, in [0, 1].
+      ema_overwrite_frequency: replace the params by their average every so many updates.
+      loss_scale_factor: divide the gradients by this factor.
+      gradient_accumulation_steps: make an update of the mean gradient of so many calls;
+        the updates of the calls between are zeros.
+      skip_nonfinite: updates are zeros, and the state stays, where a gradient is NaN or
+        infinite; ``state.skipped`` counts these calls.
+      updates_like_grads: round the updates to the gradients' dtypes, as optax does.
+        Wrappers that return gradients, or zeros like them, in place of updates need it for
+        16-bit gradients: ``optax.apply_if_finite`` and ``optax.conditionally_transform``.
+      implementation: "xla", "native" or None, as in ``adamw_xla.adamw_step``.
+
+    Returns:
+      A transformation, whose state is an ``AdamWOptState``. Gradients that are None have
+      updates that are None, and extra arguments are ignored.
+
+    Raises:
+      TypeError, ValueError: an argument is of the wrong kind or out of its range.
+
+    Example:
+      >>> import adamw_xla.optax, jax, jax.numpy as jnp, optax
+      >>> solver = adamw_xla.optax.adamw(learning_rate=0.1)
+      >>> params = jnp.array([1.0, 2.0, 3.0])
+      >>> state = solver.init(params)
+      >>> grads = jax.grad(lambda x: jnp.sum(x**2))(params)
+      >>> updates, state = solver.update(grads, state, params)
+      >>> print(optax.apply_updates(params, updates))
+      [0.89999 1.89998 2.89997]
+    """
+    _check.optax_arguments(
+        learning_rate=learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        eps_root=eps_root,
+        weight_decay=weight_decay,
+    )
+    config = AdamW(
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        beta_1=b1,
+        beta_2=b2,
+        epsilon=eps,
+        amsgrad=amsgrad,
+        clipnorm=clipnorm,
+        clipvalue=clipvalue,
+        global_clipnorm=global_clipnorm,
+        use_ema=use_ema,
+        ema_momentum=ema_momentum,
+        ema_overwrite_frequency=ema_overwrite_frequency,
+        loss_scale_factor=loss_scale_factor,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        epsilon_hat=False,
+        weight_decay_mask=mask,
+        skip_nonfinite=skip_nonfinite,
+        epsilon_root=None if _is_known_zero(eps_root) else eps_root,
+        nesterov=nesterov,
+    )
+    transform = _Transform(
+        config,
+        None if mu_dtype is None else _check.state_dtype(mu_dtype, "mu_dtype"),
+        updates_like_grads,
+        implementation,
+    )
+    return optax.GradientTransformationExtraArgs(transform.init, transform.update)
+
+
+def _is_known_zero(value: Any) -> bool:
+    return isinstance(value, int | float | np.generic) and value == 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Transform:
+    config: AdamW
+    mu_dtype: DTypeLike | None
+    updates_like_grads: bool
+    implementation: Implementation | None
+
+    def init(self, params: Any) -> AdamWOptState:
+        """The state before the first update."""
+        state = adamw_init(params, self.config)
+        if self.mu_dtype is not None:
+            mu = optax.tree_utils.tree_zeros_like(params, dtype=self.mu_dtype)
+            state = dataclasses.replace(state, m=mu)
+        return _renamed(state)
+
+    def update(
+        self, updates: Any, state: AdamWOptState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, AdamWOptState]:
+        """What to add to ``params``, and the new state; ``updates`` are the gradients."""
+        del extra_args
+        _check.optax_call(params, state)
+        update = functools.partial(adamw_update, implementation=self.implementation)
+        changes, new = run_step(
+            params,
+            updates,
+            AdamWState(*state),
+            self.config,
+            learning_rate=None,
+            weight_decay=None,
+            backend=Backend(update, adamw_sum_of_squares),
+            delta=True,
+        )
+        if self.updates_like_grads:
+            changes = jax.tree.map(lambda x, g: x.astype(g.dtype), changes, updates)
+        return changes, _renamed(new)
+
+
+def _renamed(state: AdamWState) -> AdamWOptState:
+    """The same state under optax's names; ``AdamWState(*state)`` undoes it."""
+    return AdamWOptState(*(getattr(state, f.name) for f in dataclasses.fields(state)))
