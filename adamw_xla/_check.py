@@ -155,6 +155,45 @@ def optax_call(params: Any, state: Any) -> None:
         )
 
 
+def moved(field: str, place: Any, value: Any) -> tuple[list[Any], Any]:
+    """The leaves and structure of a part of the state that goes to ``place`` in another."""
+    name = f"state.{field}"
+    if place is None:
+        raise ValueError(
+            f"{name}: is there, but like has no place for it. Make like with the option that "
+            "it is for, or set it to None first if it may be lost."
+        )
+    treedef: Any
+    wanted, treedef = jax.tree.flatten(place)
+    try:
+        leaves = treedef.flatten_up_to(value)
+    except ValueError:
+        _structure(name, place, value, "like")
+    for i, (x, p) in enumerate(zip(leaves, wanted, strict=True)):
+        _same_shape(name, place, i, x, p, "like")
+    return leaves, treedef
+
+
+def not_one_state(argument: str, kinds: Sequence[type], count: int) -> NoReturn:
+    """Raises for a state in which not just one AdamW is found."""
+    names = " or ".join(kind.__name__ for kind in kinds)
+    raise TypeError(
+        f"{argument}: has {count} states of AdamW in it ({names}); must have one. With several, "
+        "as in optax.multi_transform, move each by itself."
+    )
+
+
+def max_norm(value: Any) -> None:
+    """Checks the bound of a clip."""
+    _scalar("max_norm", value, lambda x: x > 0, "above 0")
+
+
+def updates(tree: Any, leaves: Sequence[Any]) -> None:
+    """Checks gradients by themselves, as ``params``."""
+    for i, leaf in enumerate(leaves):
+        _float_leaf("updates", tree, i, leaf)
+
+
 def params(tree: Any, leaves: Sequence[Any]) -> None:
     """Checks that every leaf is an array of a real floating dtype."""
     for i, leaf in enumerate(leaves):
@@ -217,11 +256,16 @@ def state(params_tree: Any, treedef: Any, leaves: Sequence[Any], value: Any, c: 
             _same_shape(f"state.{field}", params_tree, i, x, p)
 
 
+def is_mask_function(value: Any) -> bool:
+    """Whether a mask is to be called; a tree of bools may be callable too (an Equinox module)."""
+    return callable(value) and not any(isinstance(x, bool) for x in jax.tree.leaves(value))
+
+
 def mask(params_tree: Any, treedef: Any, value: Any) -> list[bool]:
     """For each leaf whether it decays."""
     if value is None:
         return [True] * treedef.num_leaves
-    tree = value(params_tree) if callable(value) else value
+    tree = value(params_tree) if is_mask_function(value) else value
     try:
         full = jax.tree.leaves(
             jax.tree.map(lambda keep, part: jax.tree.map(lambda _: keep, part), tree, params_tree)
@@ -257,33 +301,35 @@ def _float_leaf(argument: str, tree: Any, index: int, leaf: Any) -> None:
         )
 
 
-def _same_shape(argument: str, tree: Any, index: int, leaf: Any, param: Any) -> None:
+def _same_shape(
+    argument: str, tree: Any, index: int, leaf: Any, param: Any, model: str = "params"
+) -> None:
     if leaf.shape != param.shape:
         path = _path(tree, index)
         raise ValueError(
             f"{argument}{path}: has shape {leaf.shape}; must be {param.shape}, the shape of "
-            f"params{path}."
+            f"{model}{path}."
         )
 
 
 # ------------------------------------------------------------------------------ the words
 
 
-def _structure(argument: str, params_tree: Any, tree: Any) -> NoReturn:
-    """Raises for a tree that is not built like params, naming the first difference."""
+def _structure(argument: str, params_tree: Any, tree: Any, model: str = "params") -> NoReturn:
+    """Raises for a tree that is not built like the model's, naming the first difference."""
     wanted, found = _paths(params_tree), _paths(tree)
     missing = [path for path in wanted if path not in set(found)]
     extra = [path for path in found if path not in set(wanted)]
     if missing:
-        what = f"lacks {missing[0] or 'the leaf'}, which params has"
+        what = f"lacks {missing[0] or 'the leaf'}, which {model} has"
     elif extra:
-        what = f"has {extra[0]}, which params lacks"
+        what = f"has {extra[0]}, which {model} lacks"
     else:
         what = (
             f"is built of other containers: {jax.tree.structure(tree)} and not "
             f"{jax.tree.structure(params_tree)}"
         )
-    raise ValueError(f"{argument}: {what}; it must have the tree structure of params.")
+    raise ValueError(f"{argument}: {what}; it must have the tree structure of {model}.")
 
 
 def _paths(tree: Any) -> list[str]:

@@ -2,7 +2,8 @@
 
 ``adamw`` takes the arguments of ``optax.adamw`` and returns a transformation for
 ``optax.chain``, Flax, Equinox and the like. Beside ``optax.apply_updates`` in one
-``jax.jit`` it compiles to what ``adamw_xla.adamw_step`` does.
+``jax.jit`` it compiles to what ``adamw_xla.adamw_step`` does. ``from_optax_state`` and
+``to_optax_state`` move a running training over.
 """
 
 from __future__ import annotations
@@ -10,42 +11,22 @@ from __future__ import annotations
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 import numpy as np
 import optax
 
-from adamw_xla import _check
+from adamw_xla import _check, _clipping
 from adamw_xla._config import AdamW, ScalarOrSchedule
-from adamw_xla._state import AdamWState, adamw_init
+from adamw_xla._optax_state import AdamWOptState as AdamWOptState
+from adamw_xla._optax_state import from_optax_state as from_optax_state
+from adamw_xla._optax_state import to_optax_state as to_optax_state
+from adamw_xla._state import adamw_init
 from adamw_xla._step import Backend, run_step
 from adamw_xla_lowering import Implementation, adamw_sum_of_squares, adamw_update
-
-
-class AdamWOptState(NamedTuple):
-    """``AdamWState`` under optax's names, which ``optax.tree_utils`` looks for.
-
-    Attributes:
-      count: int32 scalar, updates done.
-      mu: first moments (float32, or ``mu_dtype``).
-      nu: second moments (float32; float64 for float64 params).
-      nu_max: with ``amsgrad``, the running maxima of ``nu``.
-      ema: with ``use_ema``, the average of the params.
-      accumulated: with ``gradient_accumulation_steps``, the sum of the gradients so far.
-      micro_step: with it too, int32 scalar: calls since the last update.
-      skipped: with ``skip_nonfinite``, int32 scalar: calls that were skipped.
-    """
-
-    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax
-    mu: Any
-    nu: Any
-    nu_max: Any = None
-    ema: Any = None
-    accumulated: Any = None
-    micro_step: jax.Array | None = None
-    skipped: jax.Array | None = None
 
 
 def adamw(
@@ -102,8 +83,8 @@ def adamw(
       amsgrad: divide by the running maximum of the second moments.
       clipnorm: clip each leaf's gradient to this norm.
       clipvalue: clip each gradient element to [-clipvalue, clipvalue].
-      global_clipnorm: clip the gradient of the whole tree to this norm. It replaces
-        ``optax.clip_by_global_norm`` in front, and reads the gradients in fewer kernels.
+      global_clipnorm: clip the gradient of the whole tree to this norm; as
+        ``clip_by_global_norm`` in front.
       use_ema: keep an average of the params in ``state.ema``.
       ema_momentum: its momentum, in [0, 1].
       ema_overwrite_frequency: replace the params by their average every so many updates.
@@ -189,7 +170,7 @@ class _Transform:
         if self.mu_dtype is not None:
             mu = optax.tree_utils.tree_zeros_like(params, dtype=self.mu_dtype)
             state = dataclasses.replace(state, m=mu)
-        return _renamed(state)
+        return AdamWOptState.of(state)
 
     def update(
         self, updates: Any, state: AdamWOptState, params: Any = None, **extra_args: Any
@@ -201,7 +182,7 @@ class _Transform:
         changes, new = run_step(
             params,
             updates,
-            AdamWState(*state),
+            state.native(),
             self.config,
             learning_rate=None,
             weight_decay=None,
@@ -210,9 +191,42 @@ class _Transform:
         )
         if self.updates_like_grads:
             changes = jax.tree.map(lambda x, g: x.astype(g.dtype), changes, updates)
-        return changes, _renamed(new)
+        return changes, AdamWOptState.of(new)
 
 
-def _renamed(state: AdamWState) -> AdamWOptState:
-    """The same state under optax's names; ``AdamWState(*state)`` undoes it."""
-    return AdamWOptState(*(getattr(state, f.name) for f in dataclasses.fields(state)))
+# ------------------------------------------------------------------------------- clipping
+
+
+def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
+    """``optax.clip_by_global_norm``, which reads the tree in a kernel or two per shape.
+
+    The norm is taken in float32, or in float64 where a gradient is float64. If it is not
+    finite, everything becomes NaN, so that ``optax.apply_if_finite`` behind it sees that.
+
+    Args:
+      max_norm: the largest norm that passes.
+
+    Returns:
+      A transformation without state; updates keep their dtypes.
+
+    Raises:
+      TypeError, ValueError: ``max_norm`` is no number above 0; and when it is used, a
+        gradient is not of a real floating dtype.
+    """
+    _check.max_norm(max_norm)
+    return optax.GradientTransformation(_stateless, functools.partial(_clip, max_norm))
+
+
+def _stateless(params: Any) -> optax.EmptyState:
+    del params
+    return optax.EmptyState()
+
+
+def _clip(max_norm: ArrayLike, updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    del params
+    leaves = jax.tree.leaves(updates)
+    _check.updates(updates, leaves)
+    wide = any(x.dtype == np.float64 for x in leaves)
+    one = jnp.ones((), np.float64 if wide else np.float32)
+    factor = _clipping.global_factor(jnp.sqrt(adamw_sum_of_squares(one, leaves)), max_norm)
+    return jax.tree.map(lambda x: (x.astype(one.dtype) * factor).astype(x.dtype), updates), state
