@@ -103,7 +103,19 @@ def _scalar(name: str, value: Any, fits: Any, expected: str) -> None:
         return
     number = float(value)
     if not (math.isfinite(number) and fits(number)):
-        raise ValueError(f"AdamW: {name} must be finite and {expected}, got {number}.")
+        raise ValueError(
+            f"AdamW: {name} must be finite and {expected}, got {number}.{_rounding(value)}"
+        )
+
+
+def _rounding(value: Any) -> str:
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or dtype.itemsize > 2:
+        return ""
+    return (
+        f" It is of dtype {dtype}; numbers near 1 need float32. (optax.inject_hyperparams gives "
+        "them the params' dtype: pass it hyperparam_dtype=jax.numpy.float32.)"
+    )
 
 
 def _is_real(value: Any) -> bool:

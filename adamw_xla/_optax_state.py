@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
-import optax.tree_utils as otu
 
 from adamw_xla import _check
 from adamw_xla._state import AdamWState
@@ -93,11 +93,27 @@ def _moved(source: Any, like: Any, name: str, targets: tuple[type, ...]) -> Any:
     target = _the_only(like, targets, "like")
     new = _filled(_as_native(target), old)
     filled: Any = new if isinstance(target, AdamWState) else type(target)(*_values(new, target))
-    tree = jax.tree.map(lambda x: filled if x is target else x, like, is_leaf=lambda x: x is target)
-    if otu.tree_get_all_with_path(tree, "count", _is_of_schedule):
-        tree = otu.tree_set(tree, _is_of_schedule, count=new.count)
-    # Copies of the count, so that the state can be donated.
-    return jax.tree.map(lambda x: jnp.array(x) if x is new.count else x, tree)
+    return _exchanged(like, target, filled, new.count)
+
+
+def _exchanged(tree: Any, target: Any, filled: Any, count: jax.Array) -> Any:
+    """``tree`` with ``filled`` for ``target``, and with ``count`` in optax's schedules."""
+    exchange = functools.partial(_exchange, target=target, filled=filled, count=count)
+    return jax.tree.map(exchange, tree, is_leaf=lambda x: x is target or _has_schedule(x))
+
+
+def _exchange(node: Any, target: Any, filled: Any, count: jax.Array) -> Any:
+    if node is target:
+        return filled
+    if not _has_schedule(node):
+        return node
+    fields = {k: _exchanged(x, target, filled, count) for k, x in node._asdict().items()}
+    # A copy: a state that has one array twice cannot be donated.
+    return type(node)(**{**fields, "count": jnp.array(count)})
+
+
+def _has_schedule(node: Any) -> bool:
+    return type(node).__name__ in _SCHEDULES  # some are no public names of optax
 
 
 def _the_only(tree: Any, kinds: tuple[type, ...], name: str) -> Any:
@@ -138,9 +154,3 @@ _SCHEDULES = {
     "WeightDecaySchedule",
     "WrappedScheduleState",
 }
-
-
-def _is_of_schedule(path: Any, value: Any) -> bool:
-    """Whether a ``count`` is one that a schedule of optax looks at."""
-    del value
-    return isinstance(path[-1], otu.NamedTupleKey) and path[-1].tuple_name in _SCHEDULES

@@ -65,7 +65,9 @@ def adamw(
     - ``amsgrad`` compares the raw second moments; ``optax.amsgrad`` the corrected ones.
     - Params must be given to ``update``, and be of a real floating dtype.
 
-    ``use_ema`` averages what the params become if the updates are added as they are, so
+    Under ``optax.inject_hyperparams`` with bfloat16 params pass it
+    ``hyperparam_dtype=jax.numpy.float32``: b2 = 0.999 is 1 in bfloat16, an error here and NaN
+    in optax. ``use_ema`` averages what the params become if the updates are added as they are, so
     nothing that changes updates may follow in the chain.
 
     Args:
