@@ -6,8 +6,6 @@
 ``to_optax_state`` move a running training over.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 import dataclasses
 import functools
@@ -20,7 +18,7 @@ import numpy as np
 import optax
 
 from adamw_xla import _check, _clipping
-from adamw_xla._config import AdamW, ScalarOrSchedule
+from adamw_xla._config import AdamW
 from adamw_xla._optax_state import AdamWOptState as AdamWOptState
 from adamw_xla._optax_state import from_optax_state as from_optax_state
 from adamw_xla._optax_state import to_optax_state as to_optax_state
@@ -30,13 +28,13 @@ from adamw_xla_lowering import Implementation, adamw_sum_of_squares, adamw_updat
 
 
 def adamw(
-    learning_rate: ScalarOrSchedule,
+    learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
     eps_root: ArrayLike = 0.0,
     mu_dtype: DTypeLike | None = None,
-    weight_decay: ScalarOrSchedule = 1e-4,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
     mask: Any | Callable[[Any], Any] | None = None,
     *,
     nesterov: bool = False,
