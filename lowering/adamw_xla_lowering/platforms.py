@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import os
 from typing import Any
 
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from . import cpu, stablehlo
+from . import cpu, gpu, stablehlo
 from .contract import UPDATE_NAME, Implementation, UpdateSpec
 from .errors import NativeUnavailableError as NativeUnavailableError
 
@@ -32,19 +33,21 @@ def default_implementation() -> Implementation | None:
             raise ValueError(f"{IMPLEMENTATION_VARIABLE} must be xla or native, got {other!r}")
 
 
-def _stablehlo_only(ctx: mlir.LoweringRuleContext, *operands: Any, spec: UpdateSpec) -> Any:
+def _no_kernel(lower: Callable[..., Any], ctx: Any, *operands: Any, spec: UpdateSpec) -> Any:
     if spec.implementation == "native":
         platforms = ctx.module_context.platforms
         raise NativeUnavailableError(
             f'{UPDATE_NAME}: implementation="native" has no kernel for {", ".join(platforms)}; '
             'use implementation=None (choose for me) or "xla" (StableHLO).'
         )
-    return stablehlo.lower(ctx, *operands, spec=spec)
+    return lower(ctx, *operands, spec=spec)
 
 
 LOWERINGS: dict[str | None, Callable[..., Any]] = {
     "cpu": cpu.lower,
-    None: _stablehlo_only,  # tpu, cuda, rocm and whatever comes
+    "cuda": functools.partial(_no_kernel, gpu.lower),
+    "rocm": functools.partial(_no_kernel, gpu.lower),
+    None: functools.partial(_no_kernel, stablehlo.lower),  # tpu and whatever comes
 }
 
 

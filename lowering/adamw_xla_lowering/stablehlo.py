@@ -42,41 +42,79 @@ def lower_leaves(
     leaves: Sequence[int],
 ) -> list[list[ir.Value]]:
     """Lowers some of the leaves; returns the results of each."""
-    _check_static(ctx, spec)
-    values, avals = split_operands(spec, operands), split_operands(spec, ctx.avals_in)
-    outs = split_leaves(ctx.avals_out, spec.num_leaves)
-    options = {name: ir.BoolAttr.get(on) for name, on in spec.options().items()}
-    i64 = ir.IntegerType.get_signless(64)
-    rows: dict[int, ir.Value] = {}
-    functions: dict[Any, func.FuncOp] = {}
-    results = []
-    for leaf in leaves:
-        group = spec.groups[leaf]
-        if group not in rows:
-            rows[group] = _row(values.hyper, spec.batch_rank, group)
-        scalars = [rows[group]]
-        if values.leaf_scale is not None:
-            scalars.append(_slice_at(values.leaf_scale, spec.batch_rank, leaf))
-        args = [*scalars, *values.leaves[leaf]]
-        key = tuple((aval.shape, aval.dtype) for aval in avals.leaves[leaf])
-        if key not in functions:
-            types = [a.type for a in args]
-            functions[key] = _decomposition(ctx, spec, types, avals.leaves[leaf][0], outs[leaf])
+    tree = Tree(ctx, operands, spec)
+    return [with_shardings(ctx, tree.composite(leaf), tree.outs[leaf]) for leaf in leaves]
+
+
+class Tree:
+    """One equation being lowered: its parts, and what its leaves share."""
+
+    def __init__(
+        self, ctx: mlir.LoweringRuleContext, operands: Sequence[ir.Value], spec: UpdateSpec
+    ) -> None:
+        _check_static(ctx, spec)
+        self.ctx, self.spec = ctx, spec
+        self.values, self.avals = split_operands(spec, operands), split_operands(spec, ctx.avals_in)
+        self.outs = split_leaves(ctx.avals_out, spec.num_leaves)
+        self._rows: dict[int, ir.Value] = {}
+        self._functions: dict[Any, func.FuncOp] = {}
+
+    def composite(
+        self, leaf: int, values: Sequence[ir.Value] | None = None, anchor: ir.Value | None = None
+    ) -> list[ir.Value]:
+        """The composite of one leaf.
+
+        Args:
+          leaf: its index.
+          values: what stands for its operands, reshaped behind the batch; None: themselves.
+          anchor: an array of ones for the gradient to be multiplied by (``gpu.py`` says why).
+
+        Returns:
+          The results, of the shapes that ``values`` make.
+        """
+        values = self.values.leaves[leaf] if values is None else values
+        scalars = [self._row(self.spec.groups[leaf])]
+        if self.values.leaf_scale is not None:
+            scalars.append(_slice_at(self.values.leaf_scale, leaf))
+        if anchor is not None:
+            scalars.append(anchor)
+        function = self._function(leaf, [*scalars, *values])
+        options = {name: ir.BoolAttr.get(on) for name, on in self.spec.options().items()}
+        i64 = ir.IntegerType.get_signless(64)
         attributes = {
             **options,
-            "group": ir.IntegerAttr.get(i64, group),
+            "group": ir.IntegerAttr.get(i64, self.spec.groups[leaf]),
             "leaf": ir.IntegerAttr.get(i64, leaf),
         }
-        function = functions[key]
         op = hlo.CompositeOp(
             function.type.results,
-            args,
+            [*scalars, *values],
             ir.StringAttr.get(COMPOSITE_NAME),
             composite_attributes=ir.DictAttr.get(attributes),
             decomposition=ir.FlatSymbolRefAttr.get(function.name.value),
         )
-        results.append(with_shardings(ctx, op.results, outs[leaf]))
-    return results
+        return list(op.results)
+
+    def _row(self, group: int) -> ir.Value:
+        if group not in self._rows:
+            self._rows[group] = _row(self.values.hyper, self.spec.batch_rank, group)
+        return self._rows[group]
+
+    def _function(self, leaf: int, args: Sequence[ir.Value]) -> func.FuncOp:
+        """The decomposition for these operands; leaves of the same types share one."""
+        types = tuple(x.type for x in args)
+        rank, outs = self.spec.batch_rank, self.outs[leaf]
+        own = ir.RankedTensorType(types[-1]).shape[rank:]
+        shape = (*outs[0].shape[:rank], *own)
+        if (shape, types) not in self._functions:
+            results = [
+                ir.RankedTensorType.get(shape, mlir.dtype_to_ir_type(aval.dtype)) for aval in outs
+            ]
+            dtype = mlir.dtype_to_ir_type(compute_dtype(self.avals.leaves[leaf][0].dtype))
+            loop = _Loop(shape, dtype, rank)
+            function = _decomposition(self.ctx, self.spec, loop, types, results)
+            self._functions[shape, types] = function
+        return self._functions[shape, types]
 
 
 def with_shardings(
@@ -117,8 +155,8 @@ class _Loop:
         return self._spread(_convert(x, self.dtype), range(len(self.shape)))
 
     def scalar(self, row: ir.Value, slot: int) -> ir.Value:
-        """Column ``slot`` of ``row`` [*batch, slots], for every element."""
-        value = _convert(_slice_at(row, self.batch_rank, slot), self.dtype)
+        """Column ``slot`` of ``row`` [*batch, ..., slots], for every element."""
+        value = _convert(_slice_at(row, slot), self.dtype)
         batch = ir.RankedTensorType(value.type).shape[: self.batch_rank]
         value = hlo.reshape(ir.RankedTensorType.get(batch, self.dtype), value)
         return self._spread(value, range(self.batch_rank))
@@ -141,25 +179,20 @@ class _Loop:
 def _decomposition(
     ctx: mlir.LoweringRuleContext,
     spec: UpdateSpec,
-    operand_types: Sequence[ir.Type],
-    params: Any,
-    avals_out: Sequence[Any],
+    loop: _Loop,
+    operands: Sequence[ir.Type],
+    results: Sequence[ir.Type],
 ) -> func.FuncOp:
-    """The private function of one leaf: ``(row, [scale], leaf...) -> leaf...``."""
-    results = [
-        ir.RankedTensorType.get(aval.shape, mlir.dtype_to_ir_type(aval.dtype)) for aval in avals_out
-    ]
+    """The private function of one leaf: ``(row, [scale], [anchor], leaf...) -> leaf...``."""
     module = ctx.module_context
     with ir.InsertionPoint(module.module.body):
-        function = func.FuncOp(UPDATE_NAME, (list(operand_types), results), visibility="private")
+        kind = (list(operands), list(results))
+        function = func.FuncOp(UPDATE_NAME, kind, visibility="private")
     module.symbol_table.insert(function)
-    dtype = mlir.dtype_to_ir_type(compute_dtype(params.dtype))
-    loop = _Loop(tuple(avals_out[0].shape), dtype, spec.batch_rank)
     with ir.InsertionPoint(function.add_entry_block()):
-        row, *rest = function.arguments
-        scale = rest.pop(0) if spec.leaf_scale else None
-        leaf = dict(zip(spec.operand_kinds, rest, strict=True))
-        new = _update(loop, spec, row, scale, leaf)
+        row, *scales = function.arguments[: -len(spec.operand_kinds)]
+        leaf = dict(zip(spec.operand_kinds, function.arguments[1 + len(scales) :], strict=True))
+        new = _update(loop, spec, row, scales, leaf)
         stored = [
             _convert(new[kind], ir.RankedTensorType(result).element_type)
             for kind, result in zip(spec.result_kinds, results, strict=True)
@@ -174,7 +207,7 @@ def _update(
     loop: _Loop,
     spec: UpdateSpec,
     row: ir.Value,
-    leaf_scale: ir.Value | None,
+    scales: Sequence[ir.Value],
     operands: dict[str, ir.Value],
 ) -> dict[str, ir.Value]:
     """The equations of ``contract.py``, line by line."""
@@ -184,8 +217,8 @@ def _update(
 
     x = {kind: loop.operand(value) for kind, value in operands.items()}
     p, g = x["params"], hlo.multiply(x["grads"], slot(Slot.GRAD_SCALE))
-    if leaf_scale is not None:
-        g = hlo.multiply(g, loop.scalar(leaf_scale, 0))
+    for scale in scales:
+        g = hlo.multiply(g, loop.scalar(scale, 0))
     if spec.clip_value:
         bound = slot(Slot.CLIP_VALUE)
         g = hlo.clamp(hlo.negate(bound), g, bound)
@@ -254,25 +287,20 @@ def _convert(x: ir.Value, dtype: ir.Type) -> ir.Value:
 # ------------------------------------------------------------------------ slices of hyper
 
 
-def _slice_at(x: ir.Value, batch_rank: int, index: int) -> ir.Value:
-    """``x[..., index : index+1]`` of a [*batch, n] tensor."""
+def _slice_at(x: ir.Value, index: int) -> ir.Value:
+    """``x[..., index : index+1]``."""
     shape = list(ir.RankedTensorType(x.type).shape)
-    low = [0] * batch_rank + [index]
-    high = shape[:batch_rank] + [index + 1]
-    return _slice(x, low, high)
+    return _slice(x, [0] * (len(shape) - 1) + [index], [*shape[:-1], index + 1])
 
 
 def _row(x: ir.Value, batch_rank: int, group: int) -> ir.Value:
-    """Row ``group`` of a [*batch, groups, slots] tensor, as [*batch, slots]."""
-    kind = ir.RankedTensorType(x.type)
-    shape = list(kind.shape)
-    if shape[batch_rank] != 1:
-        low = [0] * batch_rank + [group, 0]
-        high = shape[:batch_rank] + [group + 1, shape[-1]]
-        x = _slice(x, low, high)
-    return hlo.reshape(
-        ir.RankedTensorType.get(shape[:batch_rank] + shape[-1:], kind.element_type), x
-    )
+    """Row ``group`` of a [*batch, groups, slots] tensor, as [*batch, 1, slots]."""
+    shape = list(ir.RankedTensorType(x.type).shape)
+    if shape[batch_rank] == 1:
+        return x
+    low = [0] * batch_rank + [group, 0]
+    high = shape[:batch_rank] + [group + 1, shape[-1]]
+    return _slice(x, low, high)
 
 
 def _slice(x: ir.Value, low: list[int], high: list[int]) -> ir.Value:

@@ -1,22 +1,22 @@
 // Eight replicas: hyper and leaves are batched, m is not, and is spread inside the function.
 
 // CHECK-LABEL: func.func public @main(
-// CHECK: stablehlo.composite "adamw_xla.update" {{.*}} {composite_attributes = {amsgrad = false, clip_value = false, delta = false, ema = false, ema_overwrite = false, epsilon_root = false, group = 0 : i64, leaf = 0 : i64, leaf_scale = false, nesterov = false, skip = false}, decomposition = @[[F:[a-z0-9_]+]]} : (tensor<8x16xf32>, tensor<8x2x3xf32>, tensor<8x2x3xf32>, tensor<1x2x3xf32>, tensor<8x2x3xf32>)
+// CHECK: stablehlo.composite "adamw_xla.update" {{.*}} {composite_attributes = {amsgrad = false, clip_value = false, delta = false, ema = false, ema_overwrite = false, epsilon_root = false, group = 0 : i64, leaf = 0 : i64, leaf_scale = false, nesterov = false, skip = false}, decomposition = @[[F:[a-z0-9_]+]]} : (tensor<8x1x16xf32>, tensor<8x2x3xf32>, tensor<8x2x3xf32>, tensor<1x2x3xf32>, tensor<8x2x3xf32>)
 // CHECK-NOT: stablehlo.composite
-// CHECK: func.func private @[[F]](%[[ROW:[a-z0-9_]+]]: tensor<8x16xf32>, %[[P:[a-z0-9_]+]]: tensor<8x2x3xf32>, %[[GRAD:[a-z0-9_]+]]: tensor<8x2x3xf32>, %[[MSHARED:[a-z0-9_]+]]: tensor<1x2x3xf32>, %[[V:[a-z0-9_]+]]: tensor<8x2x3xf32>)
+// CHECK: func.func private @[[F]](%[[ROW:[a-z0-9_]+]]: tensor<8x1x16xf32>, %[[P:[a-z0-9_]+]]: tensor<8x2x3xf32>, %[[GRAD:[a-z0-9_]+]]: tensor<8x2x3xf32>, %[[MSHARED:[a-z0-9_]+]]: tensor<1x2x3xf32>, %[[V:[a-z0-9_]+]]: tensor<8x2x3xf32>)
 // CHECK: %[[M:[a-z0-9_]+]] = stablehlo.broadcast_in_dim %[[MSHARED]], dims = [0, 1, 2] :
 
 // COM: g <- GRAD_SCALE * leaf_scale * g, clamped
-// CHECK: %[[SCALES:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:8, 0:1] :
+// CHECK: %[[SCALES:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:8, 0:1, 0:1] :
 // CHECK: %[[SCALER:[a-z0-9_]+]] = stablehlo.reshape %[[SCALES]] :
 // CHECK: %[[SCALE:[a-z0-9_]+]] = stablehlo.broadcast_in_dim %[[SCALER]], dims = [0] :
 // CHECK: %[[G0:[a-z0-9_]+]] = stablehlo.multiply %[[GRAD]], %[[SCALE]] :
 
 // COM: m <- BETA_1*m + ONE_MINUS_BETA_1*g
-// CHECK: %[[B1S:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:8, 4:5] :
+// CHECK: %[[B1S:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:8, 0:1, 4:5] :
 // CHECK: %[[B1R:[a-z0-9_]+]] = stablehlo.reshape %[[B1S]] :
 // CHECK: %[[B1:[a-z0-9_]+]] = stablehlo.broadcast_in_dim %[[B1R]], dims = [0] :
-// CHECK: %[[C1S:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:8, 5:6] :
+// CHECK: %[[C1S:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:8, 0:1, 5:6] :
 // CHECK: %[[C1R:[a-z0-9_]+]] = stablehlo.reshape %[[C1S]] :
 // CHECK: %[[C1:[a-z0-9_]+]] = stablehlo.broadcast_in_dim %[[C1R]], dims = [0] :
 // CHECK: %[[MA:[a-z0-9_]+]] = stablehlo.multiply %[[B1]], %[[M]] :
@@ -24,10 +24,10 @@
 // CHECK: %[[NEWM:[a-z0-9_]+]] = stablehlo.add %[[MA]], %[[MB]] :
 
 // COM: v <- BETA_2*v + ONE_MINUS_BETA_2*g*g
-// CHECK: %[[B2S:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:8, 6:7] :
+// CHECK: %[[B2S:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:8, 0:1, 6:7] :
 // CHECK: %[[B2R:[a-z0-9_]+]] = stablehlo.reshape %[[B2S]] :
 // CHECK: %[[B2:[a-z0-9_]+]] = stablehlo.broadcast_in_dim %[[B2R]], dims = [0] :
-// CHECK: %[[C2S:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:8, 7:8] :
+// CHECK: %[[C2S:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:8, 0:1, 7:8] :
 // CHECK: %[[C2R:[a-z0-9_]+]] = stablehlo.reshape %[[C2S]] :
 // CHECK: %[[C2:[a-z0-9_]+]] = stablehlo.broadcast_in_dim %[[C2R]], dims = [0] :
 // CHECK: %[[GG:[a-z0-9_]+]] = stablehlo.multiply %[[G0]], %[[G0]] :
@@ -37,20 +37,20 @@
 
 // COM: p <- p - (DECAY_RATE*p + STEP_SIZE*m / (sqrt(w)*V_CORRECTION + EPSILON))
 // CHECK: %[[ROOT:[a-z0-9_]+]] = stablehlo.sqrt %[[NEWV]] :
-// CHECK: %[[VCS:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:8, 2:3] :
+// CHECK: %[[VCS:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:8, 0:1, 2:3] :
 // CHECK: %[[VCR:[a-z0-9_]+]] = stablehlo.reshape %[[VCS]] :
 // CHECK: %[[VC:[a-z0-9_]+]] = stablehlo.broadcast_in_dim %[[VCR]], dims = [0] :
 // CHECK: %[[CORRECTED:[a-z0-9_]+]] = stablehlo.multiply %[[ROOT]], %[[VC]] :
-// CHECK: %[[SSS:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:8, 1:2] :
+// CHECK: %[[SSS:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:8, 0:1, 1:2] :
 // CHECK: %[[SSR:[a-z0-9_]+]] = stablehlo.reshape %[[SSS]] :
 // CHECK: %[[SS:[a-z0-9_]+]] = stablehlo.broadcast_in_dim %[[SSR]], dims = [0] :
 // CHECK: %[[TOP:[a-z0-9_]+]] = stablehlo.multiply %[[SS]], %[[NEWM]] :
-// CHECK: %[[EPSS:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:8, 8:9] :
+// CHECK: %[[EPSS:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:8, 0:1, 8:9] :
 // CHECK: %[[EPSR:[a-z0-9_]+]] = stablehlo.reshape %[[EPSS]] :
 // CHECK: %[[EPS:[a-z0-9_]+]] = stablehlo.broadcast_in_dim %[[EPSR]], dims = [0] :
 // CHECK: %[[BOTTOM:[a-z0-9_]+]] = stablehlo.add %[[CORRECTED]], %[[EPS]] :
 // CHECK: %[[STEP:[a-z0-9_]+]] = stablehlo.divide %[[TOP]], %[[BOTTOM]] :
-// CHECK: %[[DRS:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:8, 3:4] :
+// CHECK: %[[DRS:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:8, 0:1, 3:4] :
 // CHECK: %[[DRR:[a-z0-9_]+]] = stablehlo.reshape %[[DRS]] :
 // CHECK: %[[DR:[a-z0-9_]+]] = stablehlo.broadcast_in_dim %[[DRR]], dims = [0] :
 // CHECK: %[[DECAY:[a-z0-9_]+]] = stablehlo.multiply %[[DR]], %[[P]] :

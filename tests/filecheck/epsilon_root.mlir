@@ -7,19 +7,19 @@
 // CHECK-NOT: stablehlo.composite
 
 // COM: one function for the two leaves that are alike
-// CHECK: func.func private @[[F]](%[[ROW:[a-z0-9_]+]]: tensor<16xf32>, %[[P:[a-z0-9_]+]]: tensor<2x3xf32>, %[[GRAD:[a-z0-9_]+]]: tensor<2x3xf32>, %[[M:[a-z0-9_]+]]: tensor<2x3xf32>, %[[V:[a-z0-9_]+]]: tensor<2x3xf32>)
+// CHECK: func.func private @[[F]](%[[ROW:[a-z0-9_]+]]: tensor<1x16xf32>, %[[P:[a-z0-9_]+]]: tensor<2x3xf32>, %[[GRAD:[a-z0-9_]+]]: tensor<2x3xf32>, %[[M:[a-z0-9_]+]]: tensor<2x3xf32>, %[[V:[a-z0-9_]+]]: tensor<2x3xf32>)
 
 // COM: g <- GRAD_SCALE * leaf_scale * g, clamped
-// CHECK: %[[SCALES:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:1] :
+// CHECK: %[[SCALES:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:1, 0:1] :
 // CHECK: %[[SCALER:[a-z0-9_]+]] = stablehlo.reshape %[[SCALES]] :
 // CHECK: %[[SCALE:[a-z0-9_]+]] = stablehlo.broadcast_in_dim %[[SCALER]], dims = [] :
 // CHECK: %[[G0:[a-z0-9_]+]] = stablehlo.multiply %[[GRAD]], %[[SCALE]] :
 
 // COM: m <- BETA_1*m + ONE_MINUS_BETA_1*g
-// CHECK: %[[B1S:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [4:5] :
+// CHECK: %[[B1S:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:1, 4:5] :
 // CHECK: %[[B1R:[a-z0-9_]+]] = stablehlo.reshape %[[B1S]] :
 // CHECK: %[[B1:[a-z0-9_]+]] = stablehlo.broadcast_in_dim %[[B1R]], dims = [] :
-// CHECK: %[[C1S:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [5:6] :
+// CHECK: %[[C1S:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:1, 5:6] :
 // CHECK: %[[C1R:[a-z0-9_]+]] = stablehlo.reshape %[[C1S]] :
 // CHECK: %[[C1:[a-z0-9_]+]] = stablehlo.broadcast_in_dim %[[C1R]], dims = [] :
 // CHECK: %[[MA:[a-z0-9_]+]] = stablehlo.multiply %[[B1]], %[[M]] :
@@ -27,10 +27,10 @@
 // CHECK: %[[NEWM:[a-z0-9_]+]] = stablehlo.add %[[MA]], %[[MB]] :
 
 // COM: v <- BETA_2*v + ONE_MINUS_BETA_2*g*g
-// CHECK: %[[B2S:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [6:7] :
+// CHECK: %[[B2S:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:1, 6:7] :
 // CHECK: %[[B2R:[a-z0-9_]+]] = stablehlo.reshape %[[B2S]] :
 // CHECK: %[[B2:[a-z0-9_]+]] = stablehlo.broadcast_in_dim %[[B2R]], dims = [] :
-// CHECK: %[[C2S:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [7:8] :
+// CHECK: %[[C2S:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:1, 7:8] :
 // CHECK: %[[C2R:[a-z0-9_]+]] = stablehlo.reshape %[[C2S]] :
 // CHECK: %[[C2:[a-z0-9_]+]] = stablehlo.broadcast_in_dim %[[C2R]], dims = [] :
 // CHECK: %[[GG:[a-z0-9_]+]] = stablehlo.multiply %[[G0]], %[[G0]] :
@@ -39,25 +39,25 @@
 // CHECK: %[[NEWV:[a-z0-9_]+]] = stablehlo.add %[[VA]], %[[VB]] :
 
 // COM: p <- p - (DECAY_RATE*p + STEP_SIZE*m / (sqrt(w)*V_CORRECTION + EPSILON))
-// CHECK: %[[ERS:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [14:15] :
+// CHECK: %[[ERS:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:1, 14:15] :
 // CHECK: %[[ERR:[a-z0-9_]+]] = stablehlo.reshape %[[ERS]] :
 // CHECK: %[[ER:[a-z0-9_]+]] = stablehlo.broadcast_in_dim %[[ERR]], dims = [] :
 // CHECK: %[[SQUARE:[a-z0-9_]+]] = stablehlo.add %[[NEWV]], %[[ER]] :
 // CHECK: %[[ROOT:[a-z0-9_]+]] = stablehlo.sqrt %[[SQUARE]] :
-// CHECK: %[[VCS:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [2:3] :
+// CHECK: %[[VCS:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:1, 2:3] :
 // CHECK: %[[VCR:[a-z0-9_]+]] = stablehlo.reshape %[[VCS]] :
 // CHECK: %[[VC:[a-z0-9_]+]] = stablehlo.broadcast_in_dim %[[VCR]], dims = [] :
 // CHECK: %[[CORRECTED:[a-z0-9_]+]] = stablehlo.multiply %[[ROOT]], %[[VC]] :
-// CHECK: %[[SSS:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [1:2] :
+// CHECK: %[[SSS:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:1, 1:2] :
 // CHECK: %[[SSR:[a-z0-9_]+]] = stablehlo.reshape %[[SSS]] :
 // CHECK: %[[SS:[a-z0-9_]+]] = stablehlo.broadcast_in_dim %[[SSR]], dims = [] :
 // CHECK: %[[TOP:[a-z0-9_]+]] = stablehlo.multiply %[[SS]], %[[NEWM]] :
-// CHECK: %[[EPSS:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [8:9] :
+// CHECK: %[[EPSS:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:1, 8:9] :
 // CHECK: %[[EPSR:[a-z0-9_]+]] = stablehlo.reshape %[[EPSS]] :
 // CHECK: %[[EPS:[a-z0-9_]+]] = stablehlo.broadcast_in_dim %[[EPSR]], dims = [] :
 // CHECK: %[[BOTTOM:[a-z0-9_]+]] = stablehlo.add %[[CORRECTED]], %[[EPS]] :
 // CHECK: %[[STEP:[a-z0-9_]+]] = stablehlo.divide %[[TOP]], %[[BOTTOM]] :
-// CHECK: %[[DRS:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [3:4] :
+// CHECK: %[[DRS:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:1, 3:4] :
 // CHECK: %[[DRR:[a-z0-9_]+]] = stablehlo.reshape %[[DRS]] :
 // CHECK: %[[DR:[a-z0-9_]+]] = stablehlo.broadcast_in_dim %[[DRR]], dims = [] :
 // CHECK: %[[DECAY:[a-z0-9_]+]] = stablehlo.multiply %[[DR]], %[[P]] :

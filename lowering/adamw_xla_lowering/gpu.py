@@ -1,0 +1,108 @@
+"""The update on GPUs: StableHLO that XLA:GPU merges into few kernels.
+
+A kernel launch takes longer than the update of a small leaf, and XLA:GPU makes one
+kernel per leaf unless it is shown how to merge them. Its multi-output fusion joins loops
+over equally many elements that read one *array* in common, up to 96 operands and results
+for each kernel. (Its horizontal fusion, which would join loops of any sizes, does not run
+in jaxlib 0.10: twenty ``2*x + 1`` of different sizes stay twenty kernels.) Hence:
+
+- Leaves are flattened, so that those of one size are one loop whatever their shapes, and
+  groups of equally many such leaves are one kernel's code, which is compiled once.
+- Each group reads an array of its own, the *anchor*: ones, behind an optimization
+  barrier without which they would be folded away. Its values say which group it is, or
+  equal ones would become one and the compiler would cut the groups where it liked.
+- The step's scalars are left to XLA. What is constant becomes part of the code, and what
+  is not is computed by one small kernel, together with the new count; in an array they
+  would be read from memory by every thread, and make a kernel more.
+- A group holds what one kernel may have, and is cut evenly.
+"""
+
+from collections.abc import Iterator, Sequence
+import itertools
+import math
+from typing import Any
+
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo as hlo
+from jax.interpreters import mlir
+import numpy as np
+
+from ._jax_private import devices_hold_whole_operands
+from .contract import UpdateSpec, join_leaves
+from .stablehlo import Tree, with_shardings
+
+MAX_FUSION_OPERANDS = 96
+"""XLA:GPU's limit on the operands and results of one fusion, together."""
+
+MAX_MERGED_ELEMENTS = 1 << 25
+"""Larger leaves are kernels of their own: a launch is nothing beside 0.9 GB of traffic,
+and many streams in one kernel may cost more than it saves. Not measured on a device yet."""
+
+
+def lower(
+    ctx: mlir.LoweringRuleContext, *operands: ir.Value, spec: UpdateSpec
+) -> Sequence[ir.Value]:
+    """Lowers the whole tree, in groups of leaves that XLA:GPU will merge."""
+    tree = Tree(ctx, operands, spec)
+    flatten = devices_hold_whole_operands(ctx)  # elsewhere it could move shards
+    results: list[Sequence[ir.Value]] = [()] * spec.num_leaves
+    for index, group in enumerate(_groups(tree)):
+        anchor = _anchor(index, spec.batch_rank) if len(group) > 1 else None
+        for leaf in group:
+            if flatten:
+                flat = [_reshape(x, _flat(x, spec.batch_rank)) for x in tree.values.leaves[leaf]]
+                new = tree.composite(leaf, flat, anchor)
+                avals = tree.outs[leaf]
+                new = [_reshape(x, a.shape) for x, a in zip(new, avals, strict=True)]
+            else:
+                new = tree.composite(leaf, anchor=anchor)
+            results[leaf] = with_shardings(ctx, new, tree.outs[leaf])
+    return join_leaves(results)
+
+
+def _groups(tree: Tree) -> Iterator[list[int]]:
+    """Leaves that can be one kernel, as many as fit, in groups of even length."""
+    spec = tree.spec
+    alike: dict[Any, list[int]] = {}
+    for leaf, row in enumerate(tree.avals.leaves):
+        key = (tuple((x.dtype, math.prod(x.shape)) for x in row), row[0].sharding.spec)
+        alike.setdefault(key, []).append(leaf)
+    streams = len(spec.operand_kinds) + len(spec.result_kinds)
+    shared = 1 + spec.leaf_scale + _num_traced(tree.values.hyper)
+    longest = max((MAX_FUSION_OPERANDS - shared) // streams, 1)
+    for leaves in alike.values():
+        size = math.prod(tree.avals.leaves[leaves[0]][0].shape)
+        most = 1 if size > MAX_MERGED_ELEMENTS else longest
+        count = -(-len(leaves) // most)
+        cuts = [i * len(leaves) // count for i in range(count + 1)]
+        yield from (leaves[a:b] for a, b in itertools.pairwise(cuts))
+
+
+def _num_traced(x: ir.Value) -> int:
+    """How many of the step's scalars are not known to the compiler, from where they are packed."""
+    owner = x.owner
+    if isinstance(owner, ir.Block):
+        return 1
+    if owner.operation.name == "stablehlo.concatenate":
+        return sum(map(_num_traced, owner.operands))
+    return int(owner.operation.name != "stablehlo.constant")
+
+
+def _anchor(index: int, batch_rank: int) -> ir.Value:
+    """An array of its own for each group; the first element is 1."""
+    array = np.array([1.0, index + 2.0], np.float32).reshape((1,) * batch_rank + (2,))
+    constant = hlo.constant(ir.DenseElementsAttr.get(array))
+    return hlo.OptimizationBarrierOp([constant]).results[0]
+
+
+def _flat(x: ir.Value, batch_rank: int) -> list[int]:
+    """The shape of ``x`` with one dimension behind the batch."""
+    shape = ir.RankedTensorType(x.type).shape
+    return [*shape[:batch_rank], math.prod(shape[batch_rank:])]
+
+
+def _reshape(x: ir.Value, shape: Sequence[int]) -> ir.Value:
+    kind = ir.RankedTensorType(x.type)
+    if list(kind.shape) == list(shape):
+        return x
+    return hlo.reshape(ir.RankedTensorType.get(list(shape), kind.element_type), x)
