@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from adamw_xla import _check, _clipping
-from adamw_xla._clipping import SumOfSquares
+from adamw_xla import _check
 from adamw_xla._config import AdamW, ScalarOrSchedule
-from adamw_xla._hyper import Scalar, as_scalar, evaluate, hyper_rows, increment
+from adamw_xla._run import Backend, do_if, run_step
 from adamw_xla._state import AdamWState
-from adamw_xla_lowering import (
-    Implementation,
-    UpdateResult,
-    adamw_sum_of_squares,
-    adamw_update,
-    compute_dtype,
-)
+from adamw_xla_lowering import Implementation, adamw_sum_of_squares, adamw_update
 
 
 def adamw_step(
@@ -82,7 +72,9 @@ def adamw_step(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         backend=Backend(
-            functools.partial(adamw_update, implementation=implementation), adamw_sum_of_squares
+            functools.partial(adamw_update, implementation=implementation),
+            adamw_sum_of_squares,
+            do_if,
         ),
     )
 
@@ -119,227 +111,3 @@ def scale_loss(loss: jax.Array, config: AdamW) -> jax.Array:
     _check.is_config(config)
     factor = config.loss_scale_factor
     return loss if factor is None else loss * jnp.asarray(factor, loss.dtype)
-
-
-# ------------------------------------------------------------------------ one step inside
-
-
-class Backend(NamedTuple):
-    """What does the work of a step."""
-
-    update: Callable[..., UpdateResult]
-    sum_of_squares: SumOfSquares
-
-
-class _Rates(NamedTuple):
-    """What is scheduled, evaluated for this step; ``decay`` has one entry per group."""
-
-    learning_rate: Scalar
-    decay: tuple[Scalar, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Leaves:
-    """The leaves that have a gradient, and the way back to the whole trees."""
-
-    treedef: Any
-    live: tuple[int, ...]
-    groups: tuple[int, ...]
-
-    def take(self, tree: Any) -> list[Any]:
-        flat = self.treedef.flatten_up_to(tree)
-        return [flat[i] for i in self.live]
-
-    def put(self, tree: Any, new: Sequence[Any]) -> Any:
-        flat = self.treedef.flatten_up_to(tree)
-        for i, x in zip(self.live, new, strict=True):
-            flat[i] = x
-        return self.treedef.unflatten(flat)
-
-
-def run_step(
-    params: Any,
-    grads: Any,
-    state: AdamWState,
-    config: AdamW,
-    *,
-    learning_rate: ScalarOrSchedule | None,
-    weight_decay: ScalarOrSchedule | None,
-    backend: Backend,
-    delta: bool = False,
-) -> tuple[Any, AdamWState]:
-    """``adamw_step`` on any backend; ``reference`` brings its own.
-
-    With ``delta``, the first result is what to add to the params, in the dtype of the
-    arithmetic, and None where the gradient is.
-    """
-    _check.is_config(config)
-    leaves, treedef = jax.tree.flatten(params)
-    _check.params(params, leaves)
-    _check.state(params, treedef, leaves, state, config)
-    flat = _check.grads(params, treedef, leaves, grads)
-    decays = _check.mask(params, treedef, config.weight_decay_mask)
-    for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
-        if value is not None:
-            _check.scalar_or_schedule(name, value)
-    if not leaves:
-        return params, state
-
-    live = tuple(i for i, g in enumerate(flat) if g is not None)
-    kinds = sorted({decays[i] for i in live}, reverse=True)
-    chosen = _Leaves(treedef, live, tuple(kinds.index(decays[i]) for i in live))
-    wide = any(leaves[i].dtype == np.float64 for i in live)
-    dtype = jnp.dtype(np.float64 if wide else np.float32)
-
-    calls = _calls(state, config)
-    lr = evaluate(config.learning_rate if learning_rate is None else learning_rate, calls, dtype)
-    wd = evaluate(config.weight_decay if weight_decay is None else weight_decay, calls, dtype)
-    rates = _Rates(lr, tuple(wd if k else 0.0 for k in kinds))
-    step = _Step(config, chosen, backend, dtype, rates, delta)
-    live_grads = [flat[i] for i in live]
-    if config.gradient_accumulation_steps is None:
-        return step.update_with(params, state, live_grads, step.unscale)
-    return step.accumulate(params, state, live_grads)
-
-
-def _calls(state: AdamWState, config: AdamW) -> jax.Array:
-    """How many calls came before this one, but for skipped ones: what schedules see."""
-    if config.gradient_accumulation_steps is None or state.micro_step is None:
-        return state.count
-    return state.count * config.gradient_accumulation_steps + state.micro_step
-
-
-@dataclasses.dataclass(frozen=True)
-class _Step:
-    config: AdamW
-    leaves: _Leaves
-    backend: Backend
-    dtype: Any
-    rates: _Rates
-    delta: bool
-
-    @property
-    def unscale(self) -> Scalar:
-        """The factor that takes the loss scale out of a gradient."""
-        factor = self.config.loss_scale_factor
-        return 1.0 if factor is None else 1 / as_scalar(factor, self.dtype)
-
-    def sum_of_squares(
-        self, grads: list[jax.Array], scale: Scalar, *, per_leaf: bool = False
-    ) -> jax.Array:
-        factor = jnp.asarray(scale, self.dtype)
-        return self.backend.sum_of_squares(factor, grads, per_leaf=per_leaf)
-
-    def update_with(
-        self, params: Any, state: AdamWState, grads: list[jax.Array], scale: Scalar
-    ) -> tuple[Any, AdamWState]:
-        """A real update with ``scale`` times ``grads``."""
-        c, take = self.config, self.leaves.take
-        leaf_scale: jax.Array | None = None
-        squares: Any = None
-        if c.global_clipnorm is not None:
-            squares = self.sum_of_squares(grads, scale)
-            scale = scale * _clipping.global_factor(jnp.sqrt(squares), c.global_clipnorm)
-        elif c.clipnorm is not None:
-            squares = self.sum_of_squares(grads, scale, per_leaf=True)
-            leaf_scale = _clipping.leaf_factors(jnp.sqrt(squares), c.clipnorm)
-        elif c.skip_nonfinite:
-            squares = self.sum_of_squares(grads, scale)
-        # A NaN or an infinity anywhere is one in the sum.
-        apply = jnp.all(jnp.isfinite(squares)) if c.skip_nonfinite else None
-        hyper = hyper_rows(
-            c,
-            state.count,
-            learning_rate=self.rates.learning_rate,
-            decay=self.rates.decay,
-            grad_scale=scale,
-            apply=1.0 if apply is None else apply,
-            dtype=self.dtype,
-        )
-        new = self.backend.update(
-            hyper,
-            take(params),
-            grads,
-            take(state.m),
-            take(state.v),
-            take(state.v_max) if c.amsgrad else None,
-            take(state.ema) if c.use_ema else None,
-            leaf_scale,
-            groups=self.leaves.groups,
-            ema_overwrite=c.ema_overwrite_frequency is not None,
-            clip_value=c.clipvalue is not None,
-            skip=c.skip_nonfinite,
-            epsilon_root=c.epsilon_root is not None,
-            nesterov=c.nesterov,
-            delta=self.delta,
-        )
-        put = self.leaves.put
-        return self._results(params, new.params), dataclasses.replace(
-            state,
-            count=increment(state.count, apply),
-            m=put(state.m, new.m),
-            v=put(state.v, new.v),
-            v_max=None if new.v_max is None else put(state.v_max, new.v_max),
-            ema=None if new.ema is None else put(state.ema, new.ema),
-            skipped=None if apply is None else increment(state.skipped, ~apply),
-        )
-
-    def accumulate(
-        self, params: Any, state: AdamWState, grads: list[jax.Array]
-    ) -> tuple[Any, AdamWState]:
-        """Adds to the mean gradient; every so many calls, updates with it.
-
-        The calls between do no more than the addition: the update stands in a branch.
-        """
-        steps, micro_step = self.config.gradient_accumulation_steps, state.micro_step
-        assert steps is not None
-        assert micro_step is not None
-        old = self.leaves.take(state.accumulated)
-        unscale = self.unscale
-        total = [
-            a + (g.astype(self.dtype) * unscale).astype(a.dtype)
-            for a, g in zip(old, grads, strict=True)
-        ]
-
-        def real(total: list[jax.Array]) -> tuple[Any, AdamWState]:
-            new_params, new_state = self.update_with(params, state, total, 1 / steps)
-            zeros = [jnp.zeros_like(a) for a in old]
-            return new_params, self._counted(new_state, zeros, jnp.zeros_like(micro_step))
-
-        def between(total: list[jax.Array]) -> tuple[Any, AdamWState]:
-            return self._unmoved(params), self._counted(state, total, micro_step + 1)
-
-        def skipped(total: list[jax.Array]) -> tuple[Any, AdamWState]:
-            del total
-            count = increment(state.skipped)
-            return self._unmoved(params), dataclasses.replace(state, skipped=count)
-
-        last = jnp.asarray(micro_step + 1 >= steps)
-        if not self.config.skip_nonfinite:
-            return jax.lax.cond(last, real, between, total)
-        finite = jnp.isfinite(self.sum_of_squares(total, 1.0))
-        branch = jnp.where(finite, last.astype(jnp.int32), 2)
-        return jax.lax.switch(branch, [between, real, skipped], total)
-
-    def _results(self, params: Any, new: Sequence[jax.Array]) -> Any:
-        """The new params; or their changes, where there are any, in the params' tree."""
-        if not self.delta:
-            return self.leaves.put(params, new)
-        nothing = self.leaves.treedef.unflatten([None] * self.leaves.treedef.num_leaves)
-        return self.leaves.put(nothing, new)
-
-    def _unmoved(self, params: Any) -> Any:
-        """What a call without an update returns in place of new params."""
-        if not self.delta:
-            return params
-        live = self.leaves.take(params)
-        return self._results(params, [jnp.zeros_like(p, compute_dtype(p.dtype)) for p in live])
-
-    def _counted(
-        self, state: AdamWState, accumulated: list[jax.Array], micro_step: jax.Array
-    ) -> AdamWState:
-        tree = self.leaves.put(state.accumulated, accumulated)
-        return dataclasses.replace(state, accumulated=tree, micro_step=micro_step)
-
-
-__all__ = ["Backend", "adamw_finalize", "adamw_step", "run_step", "scale_loss"]

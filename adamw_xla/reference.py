@@ -5,15 +5,15 @@ and to read what the kernels compute. ``adamw_step`` here takes the arguments of
 ``adamw_xla.adamw_step``; ``adamw_update`` those of ``adamw_xla.lowering.adamw_update``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from adamw_xla._config import AdamW, ScalarOrSchedule
+from adamw_xla._run import Backend, run_step
 from adamw_xla._state import AdamWState
-from adamw_xla._step import Backend, run_step
 from adamw_xla_lowering import Slot, UpdateResult, compute_dtype
 
 Leaves = Sequence[jax.Array]
@@ -50,8 +50,13 @@ def adamw_step(
         config,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
-        backend=Backend(adamw_update, sum_of_squares),
+        backend=Backend(adamw_update, sum_of_squares, _do_if),
     )
+
+
+def _do_if(condition: jax.Array, body: Callable[[Any], Any], x: Any) -> Any:
+    """``body(x)`` where the condition holds, else ``x``; differentiable."""
+    return jax.lax.cond(condition, body, lambda x: x, x)
 
 
 def sum_of_squares(scale: jax.Array, leaves: Leaves, *, per_leaf: bool = False) -> jax.Array:

@@ -15,7 +15,7 @@ import pytest
 from runs import close, run, same, tree
 
 import adamw_xla as ax
-from adamw_xla._step import Backend, run_step
+from adamw_xla._run import Backend, do_if, run_step
 from adamw_xla_lowering import adamw_sum_of_squares, adamw_update
 
 # ----------------------------------------------------------------- schedules, overrides
@@ -166,8 +166,8 @@ def test_changes_add_up_to_the_step(options: dict[str, Any], backend: str) -> No
         "frozen": jnp.ones(2),
     }
     backends = {
-        "primitive": Backend(adamw_update, adamw_sum_of_squares),
-        "reference": Backend(ax.reference.adamw_update, ax.reference.sum_of_squares),
+        "primitive": Backend(adamw_update, adamw_sum_of_squares, do_if),
+        "reference": Backend(ax.reference.adamw_update, ax.reference.sum_of_squares, do_if),
     }
     step = functools.partial(
         run_step, learning_rate=None, weight_decay=None, backend=backends[backend]
