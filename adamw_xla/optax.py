@@ -22,8 +22,8 @@ from adamw_xla._config import AdamW
 from adamw_xla._optax_state import AdamWOptState as AdamWOptState
 from adamw_xla._optax_state import from_optax_state as from_optax_state
 from adamw_xla._optax_state import to_optax_state as to_optax_state
+from adamw_xla._run import Backend, do_if, run_step
 from adamw_xla._state import adamw_init
-from adamw_xla._step import Backend, run_step
 from adamw_xla_lowering import Implementation, adamw_sum_of_squares, adamw_update
 
 
@@ -186,7 +186,7 @@ class _Transform:
             self.config,
             learning_rate=None,
             weight_decay=None,
-            backend=Backend(update, adamw_sum_of_squares),
+            backend=Backend(update, adamw_sum_of_squares, do_if),
             delta=True,
         )
         if self.updates_like_grads:

@@ -49,7 +49,9 @@ def lower(
     for index, group in enumerate(_groups(tree)):
         anchor = _anchor(index, spec.batch_rank) if len(group) > 1 else None
         for leaf in group:
-            if flatten:
+            # A leaf by itself gains nothing; and a reshape would keep XLA from making one
+            # sum of the caller's and of that which the average is taken of.
+            if flatten and anchor is not None:
                 flat = [_reshape(x, _flat(x, spec.batch_rank)) for x in tree.values.leaves[leaf]]
                 new = tree.composite(leaf, flat, anchor)
                 avals = tree.outs[leaf]
