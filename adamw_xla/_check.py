@@ -53,14 +53,22 @@ def config(c: "AdamW") -> None:
 
 
 def optax_arguments(
-    *, learning_rate: Any, b1: Any, b2: Any, eps: Any, eps_root: Any, weight_decay: Any
+    *,
+    learning_rate: Any,
+    b1: Any,
+    b2: Any,
+    eps: Any,
+    eps_root: Any,
+    weight_decay: Any,
+    updates_like_grads: Any,
 ) -> None:
-    """Checks what optax has names of its own for."""
+    """Checks what ``adamw_xla.optax`` has names of its own for."""
     _coefficients(
         rates={"learning_rate": learning_rate, "weight_decay": weight_decay},
         betas={"b1": b1, "b2": b2},
         epsilons={"eps": eps, "eps_root": eps_root},
     )
+    _bool("updates_like_grads", updates_like_grads)
 
 
 def _coefficients(

@@ -205,7 +205,7 @@ class _Step:
         old = self.leaves.take(state.accumulated)
         # An array that all leaves read, so that XLA:GPU merges their additions (gpu.py says how).
         shared = jnp.stack([jnp.asarray(x, self.dtype) for x in (self.unscale, 0)])
-        unscale = jax.lax.optimization_barrier(shared)[0]
+        unscale = jax.lax.optimization_barrier(shared)[0]  # type: ignore[no-untyped-call]
         scaled = [
             (g.astype(self.dtype) * unscale).astype(a.dtype)
             for a, g in zip(old, grads, strict=True)

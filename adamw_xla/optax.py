@@ -65,8 +65,10 @@ def adamw(
 
     Under ``optax.inject_hyperparams`` with bfloat16 params pass it
     ``hyperparam_dtype=jax.numpy.float32``: b2 = 0.999 is 1 in bfloat16, an error here and NaN
-    in optax. ``use_ema`` averages what the params become if the updates are added as they are, so
-    nothing that changes updates may follow in the chain.
+    in optax. ``use_ema`` averages what the params become if the updates are added as they
+    are, so nothing that changes updates may follow in the chain. With
+    ``gradient_accumulation_steps`` the calls between return a tree of zeros; natively they
+    return nothing new.
 
     Args:
       learning_rate: a number, a scalar array, or a schedule of the count of calls.
@@ -96,7 +98,9 @@ def adamw(
       updates_like_grads: round the updates to the gradients' dtypes, as optax does.
         Wrappers that return gradients, or zeros like them, in place of updates need it for
         16-bit gradients: ``optax.apply_if_finite`` and ``optax.conditionally_transform``.
-      implementation: "xla", "native" or None, as in ``adamw_xla.adamw_step``.
+      implementation: "xla", "native" or None, as in ``adamw_xla.adamw_step``. There is no
+        kernel that returns updates: XLA makes the update and the sum in one loop, and
+        "native" is an error.
 
     Returns:
       A transformation, whose state is an ``AdamWOptState``. Gradients that are None have
@@ -122,6 +126,7 @@ def adamw(
         eps=eps,
         eps_root=eps_root,
         weight_decay=weight_decay,
+        updates_like_grads=updates_like_grads,
     )
     config = AdamW(
         learning_rate=learning_rate,

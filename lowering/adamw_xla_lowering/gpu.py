@@ -2,7 +2,7 @@
 
 A kernel launch takes longer than the update of a small leaf, and XLA:GPU makes one
 kernel per leaf unless it is shown how to merge them. Its multi-output fusion joins loops
-over equally many elements that read one *array* in common, up to 96 operands and results
+over equally many elements that read one *array* in common, up to 94 operands and results
 for each kernel. (Its horizontal fusion, which would join loops of any sizes, does not run
 in jaxlib 0.10: twenty ``2*x + 1`` of different sizes stay twenty kernels.) Hence:
 
@@ -20,7 +20,7 @@ in jaxlib 0.10: twenty ``2*x + 1`` of different sizes stay twenty kernels.) Henc
 from collections.abc import Iterator, Sequence
 import itertools
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo as hlo
@@ -31,8 +31,10 @@ from ._jax_private import devices_hold_whole_operands
 from .contract import UpdateSpec, join_leaves
 from .stablehlo import Tree, with_shardings
 
-MAX_FUSION_OPERANDS = 96
-"""XLA:GPU's limit on the operands and results of one fusion, together."""
+Item = TypeVar("Item")
+
+MAX_FUSION_OPERANDS = 94
+"""How many operands and results XLA:GPU was seen to let one fusion have, together."""
 
 MAX_MERGED_ELEMENTS = 1 << 25
 """Larger leaves are kernels of their own: a launch is nothing beside 0.9 GB of traffic,
@@ -47,22 +49,24 @@ def lower(
     flatten = devices_hold_whole_operands(ctx)  # elsewhere it could move shards
     results: list[Sequence[ir.Value]] = [()] * spec.num_leaves
     for index, group in enumerate(_groups(tree)):
-        anchor = _anchor(index, spec.batch_rank) if len(group) > 1 else None
+        ones = anchor(index, spec.batch_rank) if len(group) > 1 else None
         for leaf in group:
             # A leaf by itself gains nothing; and a reshape would keep XLA from making one
             # sum of the caller's and of that which the average is taken of.
-            if flatten and anchor is not None:
-                flat = [_reshape(x, _flat(x, spec.batch_rank)) for x in tree.values.leaves[leaf]]
-                new = tree.composite(leaf, flat, anchor)
+            if flatten and ones is not None:
+                flat = [
+                    reshape(x, flat_shape(x, spec.batch_rank)) for x in tree.values.leaves[leaf]
+                ]
+                new = tree.composite(leaf, flat, ones)
                 avals = tree.outs[leaf]
-                new = [_reshape(x, a.shape) for x, a in zip(new, avals, strict=True)]
+                new = [reshape(x, a.shape) for x, a in zip(new, avals, strict=True)]
             else:
-                new = tree.composite(leaf, anchor=anchor)
+                new = tree.composite(leaf, anchor=ones)
             results[leaf] = with_shardings(ctx, new, tree.outs[leaf])
     return join_leaves(results)
 
 
-def _groups(tree: Tree) -> Iterator[list[int]]:
+def _groups(tree: Tree) -> Iterator[Sequence[int]]:
     """Leaves that can be one kernel, as many as fit, in groups of even length."""
     spec = tree.spec
     alike: dict[Any, list[int]] = {}
@@ -74,10 +78,14 @@ def _groups(tree: Tree) -> Iterator[list[int]]:
     longest = max((MAX_FUSION_OPERANDS - shared) // streams, 1)
     for leaves in alike.values():
         size = math.prod(tree.avals.leaves[leaves[0]][0].shape)
-        most = 1 if size > MAX_MERGED_ELEMENTS else longest
-        count = -(-len(leaves) // most)
-        cuts = [i * len(leaves) // count for i in range(count + 1)]
-        yield from (leaves[a:b] for a, b in itertools.pairwise(cuts))
+        yield from cut_evenly(leaves, 1 if size > MAX_MERGED_ELEMENTS else longest)
+
+
+def cut_evenly(items: Sequence[Item], most: int) -> Iterator[Sequence[Item]]:
+    """Cuts into as few runs of at most ``most`` as possible, about equally long."""
+    count = -(-len(items) // most)
+    cuts = [i * len(items) // count for i in range(count + 1)]
+    yield from (items[a:b] for a, b in itertools.pairwise(cuts))
 
 
 def _num_traced(x: ir.Value) -> int:
@@ -90,20 +98,21 @@ def _num_traced(x: ir.Value) -> int:
     return int(owner.operation.name != "stablehlo.constant")
 
 
-def _anchor(index: int, batch_rank: int) -> ir.Value:
+def anchor(index: int, batch_rank: int) -> ir.Value:
     """An array of its own for each group; the first element is 1."""
     array = np.array([1.0, index + 2.0], np.float32).reshape((1,) * batch_rank + (2,))
     constant = hlo.constant(ir.DenseElementsAttr.get(array))
     return hlo.OptimizationBarrierOp([constant]).results[0]
 
 
-def _flat(x: ir.Value, batch_rank: int) -> list[int]:
+def flat_shape(x: ir.Value, batch_rank: int) -> list[int]:
     """The shape of ``x`` with one dimension behind the batch."""
     shape = ir.RankedTensorType(x.type).shape
     return [*shape[:batch_rank], math.prod(shape[batch_rank:])]
 
 
-def _reshape(x: ir.Value, shape: Sequence[int]) -> ir.Value:
+def reshape(x: ir.Value, shape: Sequence[int]) -> ir.Value:
+    """``x`` of another shape; itself if it has that shape."""
     kind = ir.RankedTensorType(x.type)
     if list(kind.shape) == list(shape):
         return x

@@ -5,10 +5,9 @@ that is not finite all need nothing else. As one equation it traces in the time 
 leaf, and a platform can read the tree in fewer kernels than one or two per leaf.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -28,6 +27,8 @@ from ._jax_private import (
 )
 from .batching import to_front
 from .contract import PARAM_DTYPES, dtype_names
+from .gpu import cut_evenly, flat_shape, reshape
+from .stablehlo import slice_at
 
 NORM_NAME = "adamw_sum_of_squares"
 
@@ -122,27 +123,54 @@ def _lower_merged(
     Leaves that are sharded in different ways cannot be added without moving them, so it is
     done only where each device holds whole operands.
     """
-    if spec.per_leaf or not devices_hold_whole_operands(ctx):
+    if not devices_hold_whole_operands(ctx):
         return _lower_by_leaf(ctx, scale, *leaves, spec=spec)
     (aval_out,) = ctx.avals_out
     r = spec.batch_rank
-    groups: dict[tuple[int, ...], list[ir.Value]] = {}
-    for x in leaves:
-        shape = ir.RankedTensorType(x.type).shape
-        flat = (*shape[:r], math.prod(shape[r:]))
-        kind = ir.RankedTensorType.get(flat, ir.RankedTensorType(x.type).element_type)
-        groups.setdefault(flat, []).append(hlo.reshape(kind, x))
+    alike: dict[tuple[ir.Type, ...], list[int]] = {}
+    flat = [reshape(x, flat_shape(x, r)) for x in leaves]
+    for i, x in enumerate(flat):
+        alike.setdefault((x.type,), []).append(i)
+    if spec.per_leaf:
+        return _finish(ctx, _sums_by_leaf(scale, flat, alike.values(), spec, aval_out), spec)
     partial = []
-    for group in groups.values():
-        for start in range(0, len(group), MAX_MERGED_SUMMANDS):
-            squares = [_square(x, scale, r) for x in group[start : start + MAX_MERGED_SUMMANDS]]
+    for group in alike.values():
+        for run in cut_evenly(group, MAX_MERGED_SUMMANDS):
+            squares = [_square(flat[i], scale, r) for i in run]
             partial.append(_partial_sums(functools.reduce(hlo.add, squares), r))
     if r == 0:
         # One reduction of all partial sums, in place of a second stage for each group; the
         # barrier keeps the compiler from merging the stages and splitting them its own way.
-        axis = ir.IntegerAttr.get(ir.IntegerType.get_signless(64), 0)
-        partial = list(hlo.OptimizationBarrierOp([hlo.concatenate(partial, axis)]).results)
+        partial = list(hlo.OptimizationBarrierOp([hlo.concatenate(partial, _axis(0))]).results)
     return _finish(ctx, [_reduce(x, r, aval_out.shape) for x in partial], spec)
+
+
+def _sums_by_leaf(
+    scale: ir.Value,
+    flat: Sequence[ir.Value],
+    alike: Iterable[Sequence[int]],
+    spec: NormSpec,
+    aval_out: Any,
+) -> list[ir.Value]:
+    """A sum for each leaf: leaves of one size are the rows of one table.
+
+    XLA:GPU reads the rows where they are, but for a table of a few 100 KB, which it makes.
+    """
+    r = spec.batch_rank
+    batch = aval_out.shape[:r]
+    sums: dict[int, ir.Value] = {}
+    for run in (run for group in alike for run in cut_evenly(group, MAX_MERGED_SUMMANDS)):
+        rows = []
+        for i in run:
+            x = _square(flat[i], scale, r)
+            shape = ir.RankedTensorType(x.type).shape
+            rows.append(reshape(x, [*shape[:r], 1, shape[r]]))
+        table = _partial_sums(hlo.concatenate(rows, _axis(r)), r + 1)
+        if ir.RankedTensorType(table.type).shape[r + 1] > 1:
+            table = hlo.OptimizationBarrierOp([table]).results[0]
+        row = _reduce(table, r + 1, (*batch, len(run)))
+        sums.update((i, reshape(slice_at(row, k), batch)) for k, i in enumerate(run))
+    return [sums[i] for i in range(len(flat))]
 
 
 def _partial_sums(x: ir.Value, batch_rank: int) -> ir.Value:
@@ -195,13 +223,16 @@ def _reduce(x: ir.Value, batch_rank: int, shape_out: Sequence[int]) -> ir.Value:
     return hlo.broadcast_in_dim(whole, op.results[0], mlir.dense_int_array(list(range(batch_rank))))
 
 
+def _axis(index: int) -> ir.IntegerAttr:
+    return ir.IntegerAttr.get(ir.IntegerType.get_signless(64), index)
+
+
 def _finish(ctx: mlir.LoweringRuleContext, sums: list[ir.Value], spec: NormSpec) -> list[ir.Value]:
     (aval_out,) = ctx.avals_out
     if spec.per_leaf:
         dtype = mlir.dtype_to_ir_type(aval_out.dtype)
         column = ir.RankedTensorType.get([*aval_out.shape[:-1], 1], dtype)
-        rank = ir.IntegerAttr.get(ir.IntegerType.get_signless(64), spec.batch_rank)
-        result = hlo.concatenate([hlo.reshape(column, x) for x in sums], rank)
+        result = hlo.concatenate([hlo.reshape(column, x) for x in sums], _axis(spec.batch_rank))
     else:
         result = functools.reduce(hlo.add, sums)
     return [lower_with_sharding_in_types(ctx, result, aval_out)]

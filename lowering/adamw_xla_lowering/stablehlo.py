@@ -75,7 +75,7 @@ class Tree:
         values = self.values.leaves[leaf] if values is None else values
         scalars = [self._row(self.spec.groups[leaf])]
         if self.values.leaf_scale is not None:
-            scalars.append(_slice_at(self.values.leaf_scale, leaf))
+            scalars.append(slice_at(self.values.leaf_scale, leaf))
         if anchor is not None:
             scalars.append(anchor)
         function = self._function(leaf, [*scalars, *values])
@@ -156,7 +156,7 @@ class _Loop:
 
     def scalar(self, row: ir.Value, slot: int) -> ir.Value:
         """Column ``slot`` of ``row`` [*batch, ..., slots], for every element."""
-        value = _convert(_slice_at(row, slot), self.dtype)
+        value = _convert(slice_at(row, slot), self.dtype)
         batch = ir.RankedTensorType(value.type).shape[: self.batch_rank]
         value = hlo.reshape(ir.RankedTensorType.get(batch, self.dtype), value)
         return self._spread(value, range(self.batch_rank))
@@ -289,7 +289,7 @@ def _convert(x: ir.Value, dtype: ir.Type) -> ir.Value:
 # ------------------------------------------------------------------------ slices of hyper
 
 
-def _slice_at(x: ir.Value, index: int) -> ir.Value:
+def slice_at(x: ir.Value, index: int) -> ir.Value:
     """``x[..., index : index+1]``."""
     shape = list(ir.RankedTensorType(x.type).shape)
     return _slice(x, [0] * (len(shape) - 1) + [index], [*shape[:-1], index + 1])
