@@ -7,6 +7,7 @@ import functools
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+from jax import export
 import jax.numpy as jnp
 import optax
 
@@ -46,6 +47,11 @@ class AdamWOptState(NamedTuple):
         """The same state under its own names."""
         return AdamWState(*self)
 
+
+# Lets `jax.export` write functions that take or return a state.
+export.register_namedtuple_serialization(
+    AdamWOptState, serialized_name="adamw_xla.optax.AdamWOptState"
+)
 
 State = TypeVar("State")
 

@@ -138,6 +138,14 @@ def test_dtypes(dtype: str, mu_dtype: str | None, mu: str, nu: str) -> None:
         assert {x.dtype.name for x in jax.tree.leaves(updates)} == unrounded
 
 
+def test_exported_and_read_back() -> None:
+    solver = axo.adamw(RATE, use_ema=True)
+    state = solver.init(PARAMS)
+    exported = jax.export.export(jax.jit(solver.update))(PARAMS, state, PARAMS)
+    again = jax.export.deserialize(exported.serialize())
+    close(again.call(PARAMS, state, PARAMS), solver.update(PARAMS, state, PARAMS), 1e-6)
+
+
 def test_extra_arguments_are_ignored() -> None:
     solver = axo.adamw(RATE)
     state = solver.init(PARAMS)
@@ -182,7 +190,9 @@ def test_partition_with_a_mask_of_the_whole_tree() -> None:
     both(WRAPPERS["partition"], mask={"w": True, "b": False}, weight_decay=0.5)
 
 
-@pytest.mark.parametrize("rate", [RATE, optax.linear_schedule(RATE, 0.0, 8)], ids=str)
+@pytest.mark.parametrize(
+    "rate", [RATE, optax.linear_schedule(RATE, 0.0, 8)], ids=["number", "schedule"]
+)
 def test_inject_hyperparams(rate: Any) -> None:
     results = [
         train(
