@@ -190,6 +190,21 @@ def test_partition_with_a_mask_of_the_whole_tree() -> None:
     both(WRAPPERS["partition"], mask={"w": True, "b": False}, weight_decay=0.5)
 
 
+def test_masked_with_a_mask_function() -> None:
+    """It sees params with masked nodes in them."""
+    both(WRAPPERS["masked"], mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p), weight_decay=0.5)
+
+
+def test_a_population_of_rates() -> None:
+    def train_one(rate: Any) -> Any:
+        return train(axo.adamw(rate), steps=3)[0]
+
+    rates = jnp.array([0.5, 1.0, 2.0]) * RATE
+    population = jax.vmap(train_one)(rates)
+    for i, rate in enumerate(rates):
+        close(jax.tree.map(lambda x, i=i: x[i], population), train_one(rate), 1e-6)
+
+
 @pytest.mark.parametrize(
     "rate", [RATE, optax.linear_schedule(RATE, 0.0, 8)], ids=["number", "schedule"]
 )
@@ -268,3 +283,4 @@ def test_a_mask_may_be_a_tree_whose_class_is_callable() -> None:
     updates, _ = solver.update(jax.tree.map(jnp.zeros_like, params), solver.init(params), params)
     same(updates["b"], jnp.zeros(3))
     same(updates["w"], -0.5 * PARAMS["w"])
+    hash(jax.tree.structure(ax.AdamW(weight_decay_mask=mask)))  # as jax.jit does
