@@ -37,10 +37,9 @@ def evaluate(value: ScalarOrSchedule, step: jax.Array, dtype: DTypeLike) -> Scal
 
 def increment(count: Any, when: jax.Array | None = None) -> jax.Array:
     """``count + 1``, where ``when`` holds, without overflow."""
-    one = lax.lt(count, np.int32(np.iinfo(np.int32).max))
-    if when is not None:
-        one = lax.bitwise_and(one, when)
-    return lax.add(count, lax.convert_element_type(one, np.int32))
+    one = np.int32(1)
+    following = lax.add(lax.min(count, np.int32(np.iinfo(np.int32).max) - one), one)
+    return following if when is None else jnp.where(when, following, count)
 
 
 def hyper_rows(
@@ -88,13 +87,13 @@ def hyper_rows(
     return lax.concatenate(rows, 0) if len(rows) > 1 else rows[0]
 
 
-def _one_minus_power(beta: Scalar, t: jax.Array) -> jax.Array:
-    """``1 - beta**t`` without cancellation."""
+def _power_minus_one(beta: Scalar, t: jax.Array) -> jax.Array:
+    """``beta**t - 1`` without cancellation."""
     if isinstance(beta, float):
         log_beta = _array(math.log(beta) if beta > 0 else -math.inf, t.dtype)
     else:
         log_beta = lax.log(beta)
-    return lax.neg(lax.expm1(lax.mul(t, log_beta)))
+    return lax.expm1(lax.mul(t, log_beta))
 
 
 def _step_slots(
@@ -102,13 +101,16 @@ def _step_slots(
 ) -> dict[Slot, Scalar]:
     """How far to go along ``m`` (and the gradient), and what to divide by."""
     dtype = t.dtype
-    bias_2 = _one_minus_power(beta_2, t)
+    bias_2 = lax.neg(_power_minus_one(beta_2, t))
     root_2 = lax.sqrt(bias_2)
-    slots: dict[Slot, Any] = {Slot.STEP_SIZE: lax.div(learning_rate, _one_minus_power(beta_1, t))}
+    # Both signs are turned, so that a constant rate costs no operation.
+    is_known = isinstance(learning_rate, np.ndarray)
+    minus_rate = np.negative(learning_rate) if is_known else lax.neg(learning_rate)
+    slots: dict[Slot, Any] = {Slot.STEP_SIZE: lax.div(minus_rate, _power_minus_one(beta_1, t))}
     if config.nesterov:
         slots[Slot.GRAD_STEP_SIZE] = lax.mul(slots[Slot.STEP_SIZE], _array(1 - beta_1, dtype))
-        next_bias_1 = _one_minus_power(beta_1, lax.add(t, np.ones((), dtype)))
-        slots[Slot.STEP_SIZE] = lax.mul(lax.div(learning_rate, next_bias_1), _array(beta_1, dtype))
+        following = _power_minus_one(beta_1, lax.add(t, np.ones((), dtype)))
+        slots[Slot.STEP_SIZE] = lax.mul(lax.div(minus_rate, following), _array(beta_1, dtype))
     if config.epsilon_hat:
         slots = {slot: lax.mul(size, root_2) for slot, size in slots.items()}
     slots[Slot.V_CORRECTION] = 1.0 if config.epsilon_hat else lax.div(np.ones((), dtype), root_2)

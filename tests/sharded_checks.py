@@ -233,6 +233,28 @@ def manual_options() -> None:
     close(jax.jit(mapped)(ones, ones), want)
 
 
+def gpu_leaves_keep_their_shapes() -> None:
+    """Flattened, a sharded leaf would be moved; on one device, or inside shard_map, it is not."""
+    where = mesh(AxisType.Auto)
+    params = [jnp.ones((8, 2)), jnp.ones((4, 4))]
+    state = ax.adamw_init(params, ax.AdamW())
+
+    def step(p: Any, g: Any) -> Any:
+        return ax.adamw_step(p, g, state, ax.AdamW())[0]
+
+    def composites(f: Any) -> list[str]:
+        text = f.trace(params, params).lower(lowering_platforms=("cuda",)).as_text()
+        return [line for line in text.splitlines() if '"adamw_xla.update"' in line]
+
+    sharded = NamedSharding(where, P("x"))
+    partitioned = composites(jax.jit(step, in_shardings=(sharded, sharded)))
+    assert "tensor<8x2xf32>" in partitioned[0], partitioned
+    assert "tensor<4x4xf32>" in partitioned[1], partitioned
+    manual = jax.shard_map(step, mesh=where, in_specs=(P(), P()), out_specs=P(), check_vma=False)
+    for line in (*composites(jax.jit(step)), *composites(jax.jit(manual))):
+        assert "tensor<16xf32>" in line, line
+
+
 CHECKS = {
     f.__name__: f
     for f in (
@@ -246,6 +268,7 @@ CHECKS = {
         manual_replicated,
         manual_union,
         manual_options,
+        gpu_leaves_keep_their_shapes,
     )
 }
 

@@ -7,6 +7,7 @@ import dataclasses
 import gc
 from importlib.util import find_spec
 import json
+import math
 import os
 from pathlib import Path
 import platform
@@ -15,6 +16,8 @@ import time
 from typing import Any
 
 import jax
+import ml_dtypes  # noqa: F401  (NumPy learns bfloat16)
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
@@ -35,6 +38,12 @@ class Case:
     clip: bool = False
 
     @property
+    def least_bytes(self) -> int:
+        """What a step must read and write: param and moments twice, the gradient once."""
+        width = np.dtype(self.dtype).itemsize
+        return sum(map(math.prod, self.shapes)) * (3 * width + 4 * 4)
+
+    @property
     def label(self) -> str:
         return f"{self.name} {self.dtype}{' clip' if self.clip else ''}"
 
@@ -44,6 +53,7 @@ def trees() -> dict[str, list[tuple[int, ...]]]:
     million, k = 1 << 20, 1 << 10
     return {
         "16x4M": [(4 * million,)] * 16,
+        "16x32k": [(32 * k,)] * 16,  # stays in the cache, if few take part
         "gpt2-small": list(shapes.MODELS["gpt2-small"]().values()),
         "400x64k": [(64 * k,)] * 400,
         "1000x1k": [(k,)] * 1000,
@@ -105,9 +115,9 @@ def machine() -> str:
 
 
 def table(results: list[Result], ours: str) -> Table:
-    """A row per case and peer: its time, in units of ours, and its share of the bandwidth."""
+    """A row per case and peer: its time, in units of ours, its rate and share of the bandwidth."""
     out = Table(title=f"One step: medians, and ratios to {ours} ({machine()})", box=SIMPLE_HEAD)
-    for heading in ("case", "peer", "ms", f"× {ours}", "× less identity", "of bandwidth"):
+    for heading in ("case", "peer", "ms", f"× {ours}", "× less identity", "GB/s", "of bandwidth"):
         out.add_column(heading, justify="left" if heading in ("case", "peer") else "right")
     for result in results:
         for i, peer in enumerate(result.seconds):
@@ -117,6 +127,7 @@ def table(results: list[Result], ours: str) -> Table:
                 f"{result.median(peer) * 1e3:.2f}",
                 _ratio(result, peer, ours),
                 _ratio(result, peer, ours, "identity"),
+                "" if peer == "identity" else f"{_rate(result, peer):.0f}",
                 _share(result, peer),
             )
         out.add_section()
@@ -128,6 +139,11 @@ def _ratio(result: Result, peer: str, ours: str, floor: str | None = None) -> st
         return ""
     ratio, low, high = result.ratio(peer, ours, floor)
     return f"{ratio:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _rate(result: Result, peer: str) -> float:
+    """Of the bytes that must be moved: one who moves more has a lower rate."""
+    return result.case.least_bytes / result.median(peer) / 1e9
 
 
 def _share(result: Result, peer: str) -> str:

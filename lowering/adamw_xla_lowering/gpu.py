@@ -48,7 +48,7 @@ def lower(
     tree = Tree(ctx, operands, spec)
     flatten = devices_hold_whole_operands(ctx)  # elsewhere it could move shards
     results: list[Sequence[ir.Value]] = [()] * spec.num_leaves
-    for index, group in enumerate(_groups(tree)):
+    for index, group in enumerate(_groups(tree, flatten)):
         ones = anchor(index, spec.batch_rank) if len(group) > 1 else None
         for leaf in group:
             # A leaf by itself gains nothing; and a reshape would keep XLA from making one
@@ -66,13 +66,13 @@ def lower(
     return join_leaves(results)
 
 
-def _groups(tree: Tree) -> Iterator[Sequence[int]]:
+def _groups(tree: Tree, flatten: bool) -> Iterator[Sequence[int]]:
     """Leaves that can be one kernel, as many as fit, in groups of even length."""
     spec = tree.spec
     alike: dict[Any, list[int]] = {}
     for leaf, row in enumerate(tree.avals.leaves):
-        key = (tuple((x.dtype, math.prod(x.shape)) for x in row), row[0].sharding.spec)
-        alike.setdefault(key, []).append(leaf)
+        kind: Any = tuple((x.dtype, math.prod(x.shape)) for x in row)
+        alike.setdefault(kind if flatten else (kind, row[0].sharding.spec), []).append(leaf)
     streams = len(spec.operand_kinds) + len(spec.result_kinds)
     shared = 1 + spec.leaf_scale + _num_traced(tree.values.hyper)
     longest = max((MAX_FUSION_OPERANDS - shared) // streams, 1)

