@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from adamw_xla import _check
 from adamw_xla._config import AdamW, ScalarOrSchedule
-from adamw_xla._run import Backend, do_if, run_step
+from adamw_xla._run import run_step
 from adamw_xla._state import AdamWState
-from adamw_xla_lowering import Implementation, adamw_sum_of_squares, adamw_update
+from adamw_xla._update import Backend
+from adamw_xla_lowering import Implementation, adamw_update
 
 
 def adamw_step(
@@ -71,11 +72,7 @@ def adamw_step(
         config,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
-        backend=Backend(
-            functools.partial(adamw_update, implementation=implementation),
-            adamw_sum_of_squares,
-            do_if,
-        ),
+        backend=Backend(functools.partial(adamw_update, implementation=implementation)),
     )
 
 

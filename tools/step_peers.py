@@ -24,6 +24,7 @@ import adamw_xla as ax
 
 # OpenMP's threads would spin on into the next peer's turn.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("KERAS_BACKEND", "jax")  # Keras reads it when it is imported
 
 BYTES_PER_STATE = 4
 

@@ -233,10 +233,12 @@ def _update(
     step = hlo.divide(step, hlo.add(root, slot(Slot.EPSILON)))
     change = hlo.add(hlo.multiply(slot(Slot.DECAY_RATE), p), step)
     new = {"m": m, "v": v, "v_max": w}
-    if spec.delta:
-        new["updates"] = hlo.negate(change)
-    if spec.ema or not spec.delta:
+    if not spec.delta:
         new["params"] = hlo.subtract(p, change)
+    else:
+        new["updates"] = hlo.negate(change)
+        if spec.ema:  # the caller's own sum, so that XLA makes one of the two
+            new["params"] = hlo.add(p, new["updates"])
     if spec.ema:
         momentum, rest = slot(Slot.EMA_MOMENTUM), slot(Slot.ONE_MINUS_EMA_MOMENTUM)
         new["ema"] = average = _mix(momentum, x["ema"], rest, new["params"])
