@@ -68,7 +68,7 @@ def optax_arguments(
         betas={"b1": b1, "b2": b2},
         epsilons={"eps": eps, "eps_root": eps_root},
     )
-    _bool("updates_like_grads", updates_like_grads)
+    flag("updates_like_grads", updates_like_grads)
 
 
 def _coefficients(

@@ -22,8 +22,9 @@ from adamw_xla._config import AdamW
 from adamw_xla._optax_state import AdamWOptState as AdamWOptState
 from adamw_xla._optax_state import from_optax_state as from_optax_state
 from adamw_xla._optax_state import to_optax_state as to_optax_state
-from adamw_xla._run import Backend, do_if, run_step
+from adamw_xla._run import run_step
 from adamw_xla._state import adamw_init
+from adamw_xla._update import Backend
 from adamw_xla_lowering import Implementation, adamw_sum_of_squares, adamw_update
 
 
@@ -191,7 +192,7 @@ class _Transform:
             self.config,
             learning_rate=None,
             weight_decay=None,
-            backend=Backend(update, adamw_sum_of_squares, do_if),
+            backend=Backend(update),
             delta=True,
         )
         if self.updates_like_grads:
