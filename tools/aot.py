@@ -104,14 +104,26 @@ def _is_there(module: str) -> bool:
 
 
 @functools.cache
+def prepare() -> None:
+    """Has JAX load its plugins, with all that they have to say of missing devices.
+
+    A device that happens to be there must not be taken for the target: from here on this
+    process runs on the CPU.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    with _native_stderr_to_nowhere():
+        jax.devices()
+
+
+@functools.cache
 def device(target: Target) -> Any:
     """One device of the target: of this machine for ``cpu``, else only its description."""
     check(target)
-    # A device that happens to be there must not be taken for the target.
-    jax.config.update("jax_platforms", "cpu")
+    prepare()
+    if target.platform == "cpu":
+        return jax.devices("cpu")[0]
     with _native_stderr_to_nowhere():
-        (own, *_) = jax.devices("cpu")  # loads the plugins, with all that they have to say
-        return own if target.platform == "cpu" else _topology(target).devices[0]
+        return _topology(target).devices[0]
 
 
 def _topology(target: Target) -> Any:

@@ -87,6 +87,7 @@ def main(
     try:
         for target in chosen:
             aot.check(target)
+        aot.prepare()
         if function is not None:
             cases = [inspect_cases.users_step(function)]
         else:
