@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import os
 from pathlib import Path
 import pickle
@@ -14,6 +15,7 @@ from keras_models import BATCH, close, compiled, data, fit, mlp
 import numpy as np
 import pytest
 
+import adamw_xla.keras
 from adamw_xla.keras import AdamW
 
 Stock = keras.optimizers.AdamW
@@ -138,6 +140,12 @@ def test_the_distribution_api() -> None:
 
 
 # ------------------------------------------------------------------------------ configs
+
+
+def test_the_examples_run() -> None:
+    found = doctest.testmod(adamw_xla.keras)
+    assert found.attempted > 5
+    assert found.failed == 0
 
 
 def test_the_config_is_the_stock_one_where_nothing_else_is_asked_for() -> None:

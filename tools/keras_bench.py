@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-import gc
 import json
 import os
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from trace_bench import no_gc
 
 import adamw_xla as ax
 from adamw_xla.keras import AdamW
@@ -67,9 +67,9 @@ def timed_fit(model: keras.Model, width: int) -> tuple[float, float]:
     """Seconds from the call of ``fit`` to the end of its first step, and of each later one."""
     x = np.zeros((STEPS * BATCH, width), np.float32)
     watch = Stopwatch()
-    gc.collect()
-    start = time.perf_counter()
-    model.fit(x, x, batch_size=BATCH, verbose=0, callbacks=[watch])
+    with no_gc():
+        start = time.perf_counter()
+        model.fit(x, x, batch_size=BATCH, verbose=0, callbacks=[watch])
     return watch.first - start, (watch.last - watch.first) / (STEPS - 1)
 
 
