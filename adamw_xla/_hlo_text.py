@@ -263,7 +263,7 @@ def _pairs(tail: str) -> Iterator[tuple[str, str]]:
         at = end
 
 
-_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+)\s*\(.*\{\s*$")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+)(?: \(.*)? \{\s*$")
 _HEAD = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r" ([a-z][a-z0-9\-]*)\(")
 _COMMENT = re.compile(r"/\*[^*]*\*/")

@@ -68,8 +68,8 @@ def adamw(
     ``hyperparam_dtype=jax.numpy.float32``: b2 = 0.999 is 1 in bfloat16, an error here and NaN
     in optax. ``use_ema`` averages what the params become if the updates are added as they
     are, so nothing that changes updates may follow in the chain. With
-    ``gradient_accumulation_steps`` the calls between return a tree of zeros; natively they
-    return nothing new.
+    ``gradient_accumulation_steps`` the calls between make a tree of zeros, which natively they
+    do not; ``optax.MultiSteps`` makes none, and does the work of an update at each call.
 
     Args:
       learning_rate: a number, a scalar array, or a schedule of the count of calls.

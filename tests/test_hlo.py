@@ -279,6 +279,27 @@ def test_a_function_that_is_called_like_the_update_is_not_it():
     assert [k.name for k in report(module(body)).update.kernels] == ["z"]
 
 
+def test_calls_are_what_stands_in_them():
+    extra = """\
+        %command_buffer {
+          %c0 = f32[8]{0} parameter(0)
+          %c1 = f32[8]{0} negate(%c0)
+          ROOT %c2 = f32[8]{0} sine(%c1)
+        }
+
+        """
+    body = """\
+          %x = f32[8]{0} parameter(0)
+          ROOT %y = f32[8]{0} call(%x), to_apply=%command_buffer
+        """
+    assert [k.name for k in report(module(body, extra=extra)).program.kernels] == ["c1", "c2"]
+    # XLA:CPU cuts one loop into the calls of several threads.
+    parallel = body.replace(
+        "buffer\n", """buffer, backend_config={"outer_dimension_partitions":["2"]}\n"""
+    )
+    assert [k.name for k in report(module(parallel, extra=extra)).program.kernels] == ["y"]
+
+
 def test_copies_are_of_those_whom_they_serve():
     body = """\
           %x = f32[8]{0} parameter(0), metadata={op_name="x"}

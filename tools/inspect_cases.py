@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import importlib
 import json
-import math
 from pathlib import Path
 import sys
 from typing import Any
@@ -34,12 +33,14 @@ class Case:
       function: of ``args``.
       args: arrays or structs.
       donate: positions in ``args``; of a jitted function its own are used.
+      parameters: how many params are updated, where that is known; else the report says.
     """
 
     name: str
     function: Callable[..., Any]
     args: Sequence[Any]
     donate: tuple[int, ...] = ()
+    parameters: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Inspected:
     program: aot.Program
     text: str
     report: ax.hlo.Report
+    parameters: int
 
     def to_json(self) -> dict[str, Any]:
         seconds = {
@@ -101,7 +103,8 @@ def optimizer_step(
         raise CaseError(f"{error}; leave it out of --against.") from None
     except ModuleNotFoundError as error:
         raise CaseError(f"{who} needs {error.name}: pip install -e '.[peers]'") from None
-    return Case(who, step, (params, params, state), donate=(0, 2))
+    count = shapes.num_parameters(model_shapes)
+    return Case(who, step, (params, params, state), donate=(0, 2), parameters=count)
 
 
 def users_step(path: str) -> Case:
@@ -135,13 +138,9 @@ def inspect(case: Case, target: aot.Target) -> Inspected:
         first = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
         raise DoesNotFitError(f"{case.name} does not fit on {target.name}: {first}") from None
     report = ax.hlo.report(program.compiled)
-    return Inspected(case.name, target.name, program, program.compiled.as_text(), report)
+    text, count = program.compiled.as_text(), case.parameters or report.parameters
+    return Inspected(case.name, target.name, program, text, report, count)
 
 
 class DoesNotFitError(CaseError):
     """The compiler refuses a program that needs more memory than the device has."""
-
-
-def elements(case: Case) -> int:
-    """How many params an optimizer step updates."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(case.args[0]))

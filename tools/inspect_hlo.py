@@ -148,8 +148,8 @@ def rows(found: list[Inspected]) -> dict[str, list[str]]:
 
 
 def _per_param(x: Inspected) -> str:
-    each = x.report.per_parameter(x.report.program.read + x.report.program.written)
-    return "" if each is None else f"{each:.1f}"
+    moved = x.report.program.read + x.report.program.written
+    return f"{moved / x.parameters:.1f}" if x.parameters else ""
 
 
 def _inspect_all(cases: list[inspect_cases.Case], targets: list[aot.Target]) -> list[Inspected]:
