@@ -13,7 +13,7 @@ from adamw_xla._config import AdamW, ScalarOrSchedule
 from adamw_xla._run import run_step
 from adamw_xla._state import AdamWState
 from adamw_xla._update import Backend
-from adamw_xla_lowering import Implementation, adamw_update
+from adamw_xla_lowering import Implementation, adamw_sum_of_squares, adamw_update
 
 
 def adamw_step(
@@ -72,7 +72,10 @@ def adamw_step(
         config,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
-        backend=Backend(functools.partial(adamw_update, implementation=implementation)),
+        backend=Backend(
+            functools.partial(adamw_update, implementation=implementation),
+            functools.partial(adamw_sum_of_squares, implementation=implementation),
+        ),
     )
 
 

@@ -18,6 +18,7 @@ from jax.interpreters import batching, mlir
 import jax.numpy as jnp
 import numpy as np
 
+from . import gpu_norm
 from ._jax_private import (
     batch_spec,
     devices_hold_whole_operands,
@@ -26,8 +27,9 @@ from ._jax_private import (
     with_shape_and_spec,
 )
 from .batching import to_front
-from .contract import PARAM_DTYPES, dtype_names
+from .contract import PARAM_DTYPES, Implementation, dtype_names
 from .gpu import cut_evenly, flat_shape, reshape
+from .platforms import default_implementation
 from .stablehlo import slice_at
 
 NORM_NAME = "adamw_sum_of_squares"
@@ -35,14 +37,22 @@ NORM_NAME = "adamw_sum_of_squares"
 
 @dataclasses.dataclass(frozen=True)
 class NormSpec:
-    """The static side: one sum or one per leaf, and the rank of the batch in front."""
+    """The static side: one sum or one per leaf, and the rank of the batch in front.
+
+    ``implementation`` is the update's; "native" means the kernel where there is one.
+    """
 
     per_leaf: bool
     batch_rank: int = 0
+    implementation: Implementation | None = None
 
 
 def adamw_sum_of_squares(
-    scale: jax.Array, leaves: Sequence[jax.Array], *, per_leaf: bool = False
+    scale: jax.Array,
+    leaves: Sequence[jax.Array],
+    *,
+    per_leaf: bool = False,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Sums ``(scale * x)**2`` over the elements of all leaves, or of each.
 
@@ -50,6 +60,8 @@ def adamw_sum_of_squares(
       scale: a scalar, float32 or float64; the arithmetic and the result are of its dtype.
       leaves: arrays of any shape and of the dtypes that params may have.
       per_leaf: one sum per leaf.
+      implementation: that of the update which it is for; with "native" a platform's own
+        kernel makes the sum where it can, and otherwise StableHLO.
 
     Returns:
       A scalar, or [leaves] with ``per_leaf``. It is infinite or NaN where an element is,
@@ -60,7 +72,8 @@ def adamw_sum_of_squares(
     """
     if not leaves:
         return jnp.zeros((0,) if per_leaf else (), scale.dtype)
-    (result,) = adamw_sum_of_squares_p.bind(scale, *leaves, spec=NormSpec(per_leaf))
+    spec = NormSpec(per_leaf, implementation=implementation)
+    (result,) = adamw_sum_of_squares_p.bind(scale, *leaves, spec=spec)
     return result
 
 
@@ -135,6 +148,18 @@ def _lower_added(
         _reduce(functools.reduce(hlo.add, run), spec.batch_rank, aval_out.shape) for run in runs
     ]
     return _finish(ctx, sums, spec)
+
+
+def _lower_cuda(
+    ctx: mlir.LoweringRuleContext, scale: ir.Value, *leaves: ir.Value, spec: NormSpec
+) -> list[ir.Value]:
+    """One kernel and a reduction of what it makes, where that is asked for."""
+    implementation = spec.implementation or default_implementation()
+    if implementation == "native" and not spec.per_leaf and spec.batch_rank == 0:
+        sums = gpu_norm.partial_sums(ctx, scale, leaves)
+        if sums is not None:
+            return _finish(ctx, [_reduce(sums, 0, ())], spec)
+    return _lower_merged(ctx, scale, *leaves, spec=spec)
 
 
 def _lower_merged(
@@ -276,5 +301,5 @@ adamw_sum_of_squares_p.def_abstract_eval(_abstract_eval)
 batching.primitive_batchers[adamw_sum_of_squares_p] = _batch
 mlir.register_lowering(adamw_sum_of_squares_p, _lower_by_leaf)
 mlir.register_lowering(adamw_sum_of_squares_p, _lower_added, platform="tpu")
-for _platform in ("cuda", "rocm"):
-    mlir.register_lowering(adamw_sum_of_squares_p, _lower_merged, platform=_platform)
+mlir.register_lowering(adamw_sum_of_squares_p, _lower_cuda, platform="cuda")
+mlir.register_lowering(adamw_sum_of_squares_p, _lower_merged, platform="rocm")

@@ -9,7 +9,7 @@ from typing import Any
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from . import cpu, gpu, stablehlo
+from . import cpu, gpu, gpu_kernel, stablehlo
 from .contract import UPDATE_NAME, Implementation, UpdateSpec
 from .errors import NativeUnavailableError as NativeUnavailableError
 
@@ -45,7 +45,7 @@ def _no_kernel(lower: Callable[..., Any], ctx: Any, *operands: Any, spec: Update
 
 LOWERINGS: dict[str | None, Callable[..., Any]] = {
     "cpu": cpu.lower,
-    "cuda": functools.partial(_no_kernel, gpu.lower),
+    "cuda": gpu_kernel.lower,
     "rocm": functools.partial(_no_kernel, gpu.lower),
     None: functools.partial(_no_kernel, stablehlo.lower),  # tpu and whatever comes
 }

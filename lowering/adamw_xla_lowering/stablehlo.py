@@ -7,6 +7,7 @@ other inlines the decomposition, and fuses it into one loop.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 from typing import Any
 
 from jax.extend.mlir import ir, lower_with_sharding_in_types
@@ -15,6 +16,7 @@ from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 import numpy as np
 
+from . import arithmetic
 from .contract import (
     COMPOSITE_NAME,
     UPDATE_NAME,
@@ -210,45 +212,14 @@ def _update(
     scales: Sequence[ir.Value],
     operands: dict[str, ir.Value],
 ) -> dict[str, ir.Value]:
-    """The equations of ``contract.py``, line by line."""
-
-    def slot(which: Slot) -> ir.Value:
-        return loop.scalar(row, which)
-
-    x = {kind: loop.operand(value) for kind, value in operands.items()}
-    p, g = x["params"], hlo.multiply(x["grads"], slot(Slot.GRAD_SCALE))
-    for scale in scales:
-        g = hlo.multiply(g, loop.scalar(scale, 0))
-    if spec.clip_value:
-        bound = slot(Slot.CLIP_VALUE)
-        g = hlo.clamp(hlo.negate(bound), g, bound)
-    m = _mix(slot(Slot.BETA_1), x["m"], slot(Slot.ONE_MINUS_BETA_1), g)
-    v = _mix(slot(Slot.BETA_2), x["v"], slot(Slot.ONE_MINUS_BETA_2), hlo.multiply(g, g))
-    w = hlo.maximum(x["v_max"], v) if spec.amsgrad else v
-    square = hlo.add(w, slot(Slot.EPSILON_ROOT)) if spec.epsilon_root else w
-    root = hlo.multiply(hlo.sqrt(square), slot(Slot.V_CORRECTION))
-    step = hlo.multiply(slot(Slot.STEP_SIZE), m)
-    if spec.nesterov:
-        step = hlo.add(step, hlo.multiply(slot(Slot.GRAD_STEP_SIZE), g))
-    step = hlo.divide(step, hlo.add(root, slot(Slot.EPSILON)))
-    change = hlo.add(hlo.multiply(slot(Slot.DECAY_RATE), p), step)
-    new = {"m": m, "v": v, "v_max": w}
-    if not spec.delta:
-        new["params"] = hlo.subtract(p, change)
-    else:
-        new["updates"] = hlo.negate(change)
-        if spec.ema:  # the caller's own sum, so that XLA makes one of the two
-            new["params"] = hlo.add(p, new["updates"])
-    if spec.ema:
-        momentum, rest = slot(Slot.EMA_MOMENTUM), slot(Slot.ONE_MINUS_EMA_MOMENTUM)
-        new["ema"] = average = _mix(momentum, x["ema"], rest, new["params"])
-        if spec.ema_overwrite:
-            overwrite = _is_set(loop, slot(Slot.EMA_OVERWRITE))
-            kind, there = "params", average
-            if spec.delta:
-                kind, there = "updates", hlo.subtract(average, p)
-            new[kind] = hlo.select(overwrite, there, new[kind])
-    return new
+    return arithmetic.update(
+        hlo,
+        spec,
+        functools.partial(loop.scalar, row),
+        functools.partial(_is_set, loop),
+        {kind: loop.operand(value) for kind, value in operands.items()},
+        (loop.scalar(scale, 0) for scale in scales),
+    )
 
 
 def _skip(
@@ -269,10 +240,6 @@ def _skip(
             old = hlo.broadcast_in_dim(new.type, old, dims)
         kept.append(hlo.select(apply, new, old))
     return kept
-
-
-def _mix(a: ir.Value, x: ir.Value, b: ir.Value, y: ir.Value) -> ir.Value:
-    return hlo.add(hlo.multiply(a, x), hlo.multiply(b, y))
 
 
 def _is_set(loop: _Loop, flag: ir.Value) -> ir.Value:

@@ -1,0 +1,137 @@
+"""The update on NVIDIA GPUs as one kernel, whatever the tree; asked for with "native".
+
+What is here has been compiled for real devices and interpreted, but not run on one:
+``implementation=None`` stays with ``gpu.py``.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import math
+from typing import Any
+
+from jax.extend.mlir import ir
+from jax.interpreters import mlir
+
+from . import gpu, gpu_call, native, stablehlo
+from ._jax_private import devices_hold_whole_operands
+from .contract import (
+    UPDATE_NAME,
+    UpdateSpec,
+    aliases,
+    join_leaves,
+    split_leaves,
+    split_operands,
+)
+from .errors import NativeUnavailableError
+from .gpu_pieces import Kind, Launch, Leaf
+from .triton_builder import update_kernel
+
+LAUNCHES = {
+    80: Launch(block=1024, num_warps=4),
+    90: Launch(block=1024, num_warps=4),
+    100: Launch(block=1024, num_warps=4),
+}
+"""By compute capability and later ones: 8 elements per thread. Not measured yet."""
+
+PLATFORM = "cuda"
+"""Whose programs may hold the kernel; tests interpret it in those of another."""
+
+MAX_POINTERS = 4000
+"""A kernel may have 32,764 bytes of parameters (compute capability 7.0, CUDA 12.1)."""
+
+MAX_PROGRAMS = 2**31 - 1
+"""What one dimension of a CUDA grid may have."""
+
+
+def lower(
+    ctx: mlir.LoweringRuleContext, *operands: ir.Value, spec: UpdateSpec
+) -> Sequence[ir.Value]:
+    """Lowers the whole tree to the kernel where it is asked for, or else to StableHLO."""
+    if spec.implementation != "native":
+        return gpu.lower(ctx, *operands, spec=spec)
+    reason = refusal(ctx)
+    if reason is None and spec.delta:
+        reason = "updates that are yet to be added to the params are better fused by XLA"
+    if reason is not None:
+        raise NativeUnavailableError(
+            f'{UPDATE_NAME}: implementation="native" cannot run here: {reason}; '
+            'use implementation=None (choose for me) or "xla" (StableHLO).'
+        )
+    return _lower_native(ctx, operands, spec)
+
+
+def refusal(ctx: mlir.LoweringRuleContext) -> str | None:
+    """Why no kernel can run this equation; None if one can."""
+    if tuple(ctx.module_context.platforms) != (PLATFORM,):
+        return "the program is lowered for several platforms at once"
+    if not devices_hold_whole_operands(ctx):
+        return "the program is partitioned over several devices (outside of shard_map)"
+    if not all(isinstance(size, int) for aval in ctx.avals_in for size in aval.shape):
+        return "shapes are symbolic"
+    return gpu_call.unavailable_reason()
+
+
+def launch_shape() -> Launch:
+    """The launch's shape on this machine's devices."""
+    known = [c for c in LAUNCHES if c <= gpu_call.compute_capability()]
+    return LAUNCHES[max(known, default=min(LAUNCHES))]
+
+
+def _lower_native(
+    ctx: mlir.LoweringRuleContext, operands: Sequence[ir.Value], spec: UpdateSpec
+) -> Sequence[ir.Value]:
+    outs = split_leaves(ctx.avals_out, spec.num_leaves)
+    empty = [i for i, row in enumerate(outs) if 0 in row[0].shape]
+    full = [i for i in range(spec.num_leaves) if i not in set(empty)]
+    lowered = stablehlo.lower_leaves(ctx, operands, spec, empty) if empty else []
+    results: dict[int, Sequence[ir.Value]] = dict(zip(empty, lowered, strict=True))
+    streams = len(spec.operand_kinds) + len(spec.result_kinds)
+    most = (MAX_POINTERS - spec.num_scalars) // streams
+    calls = 0
+    for part in gpu.cut_evenly(full, most) if full else ():
+        results.update(zip(part, _call(ctx, operands, spec, part), strict=True))
+        calls += 1
+    native.logger.debug("%s: %d leaves in %d GPU kernels", UPDATE_NAME, len(full), calls)
+    return join_leaves([results[i] for i in range(spec.num_leaves)])
+
+
+def _call(
+    ctx: mlir.LoweringRuleContext,
+    operands: Sequence[ir.Value],
+    spec: UpdateSpec,
+    part: Sequence[int],
+) -> list[tuple[ir.Value, ...]]:
+    """One kernel for some of the leaves."""
+    values, avals = split_operands(spec, operands), split_operands(spec, ctx.avals_in)
+    outs = split_leaves(ctx.avals_out, spec.num_leaves)
+    scalars = ctx.avals_in[: spec.num_scalars]
+    leaves = [_leaf(spec, i, scalars, avals.leaves[i], outs[i]) for i in part]
+    shapes = [(aval.shape, aval.dtype) for aval in scalars]
+    kernel = update_kernel(spec, leaves, shapes, launch_shape())
+    args = [*operands[: spec.num_scalars], *join_leaves([values.leaves[i] for i in part])]
+    avals_in = [*scalars, *join_leaves([avals.leaves[i] for i in part])]
+    avals_out = join_leaves([outs[i] for i in part])
+    own = dataclasses.replace(spec, groups=tuple(spec.groups[i] for i in part))
+    in_place = {
+        i: o for o, i in aliases(own).items() if avals_in[i].shape == avals_out[o].shape
+    }  # fmt: skip
+    flat = gpu_call.call(ctx, kernel, args, avals_in, avals_out, in_place)
+    return split_leaves(stablehlo.with_shardings(ctx, flat, avals_out), len(part))
+
+
+def _leaf(
+    spec: UpdateSpec, index: int, scalars: Sequence[Any], row: Sequence[Any], out: Sequence[Any]
+) -> Leaf:
+    """Leaf ``index`` as the kernel sees it; a batch that all operands share becomes part of it."""
+    rank = spec.batch_rank
+    batch = out[0].shape[:rank]
+    size = math.prod(out[0].shape[rank:])
+    dtypes = tuple(x.dtype for x in row), tuple(x.dtype for x in out)
+    own = tuple(x.shape[:rank] for x in row)
+    shared = all(set(x.shape[:rank]) <= {1} for x in scalars)
+    if shared and all(x == batch for x in own):
+        kind = Kind(*dtypes)
+        size *= math.prod(batch)
+    else:
+        kind = Kind(*dtypes, batch, own)
+    return Leaf(kind, size, spec.groups[index], index)

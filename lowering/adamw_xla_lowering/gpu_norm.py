@@ -1,0 +1,49 @@
+"""The squared norm of a tree on NVIDIA GPUs: partial sums of all leaves by one kernel.
+
+Each program writes one sum, and XLA adds them up; the order of the additions is the same
+in every run. It goes with the update's kernel: compiled and interpreted, not run.
+"""
+
+from collections.abc import Sequence
+import math
+
+import jax
+from jax.extend.mlir import ir
+from jax.interpreters import mlir
+
+from . import gpu_call
+from .gpu_kernel import MAX_POINTERS, launch_shape, refusal
+from .gpu_pieces import Kind, Leaf
+from .triton_builder import norm_kernel
+
+MAX_SUMS = 4096
+"""About how many programs there are in a large tree; XLA:GPU adds 8,192 in one kernel."""
+
+
+def partial_sums(
+    ctx: mlir.LoweringRuleContext, scale: ir.Value, leaves: Sequence[ir.Value]
+) -> ir.Value | None:
+    """Sums of ``(scale * x)**2`` over parts of a tree without a batch.
+
+    Args:
+      ctx: of the equation, whose operands are ``scale`` and ``leaves``.
+      scale: a scalar.
+      leaves: tensors of any shapes.
+
+    Returns:
+      A tensor [programs] in the dtype of ``scale``; None where the kernel cannot be used.
+    """
+    scale_aval, *avals = ctx.avals_in
+    full = [i for i, aval in enumerate(avals) if 0 not in aval.shape]
+    if refusal(ctx) is not None or not full or len(full) + 2 > MAX_POINTERS:
+        return None
+    tree = [Leaf(Kind((avals[i].dtype,), ()), math.prod(avals[i].shape)) for i in full]
+    launch = launch_shape()
+    span = -(-sum(leaf.size for leaf in tree) // (launch.block * MAX_SUMS))
+    kernel = norm_kernel(tree, scale_aval.dtype, launch, span)
+    aval_out = jax.core.ShapedArray((kernel.programs,), scale_aval.dtype)
+    operands, avals_in = [leaves[i] for i in full], [avals[i] for i in full]
+    (sums,) = gpu_call.call(
+        ctx, kernel, [scale, *operands], [scale_aval, *avals_in], [aval_out], {}
+    )
+    return sums

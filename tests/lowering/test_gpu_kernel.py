@@ -1,0 +1,278 @@
+"""The GPU's kernel, interpreted: its numbers, its bounds, and where it may not be used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from cpu_oracle import DTYPES, assert_close, expected, hyper, leaves
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import jax
+import jax.export
+import numpy as np
+import pytest
+from triton_interpreter import Interpreted, buffer, run
+
+from adamw_xla_lowering import NativeUnavailableError, adamw_update, gpu_call, gpu_kernel
+from adamw_xla_lowering.gpu_pieces import Kind, Launch, Leaf, cut
+from adamw_xla_lowering.triton_builder import norm_kernel
+
+FLAGS = ("ema_overwrite", "clip_value", "skip")
+KINDS = ("params", "m", "v", "v_max", "ema")
+
+
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Interpreted]:
+    monkeypatch.setattr(gpu_kernel, "LAUNCHES", {80: Launch(block=64, num_warps=1)})
+    yield Interpreted().install(monkeypatch)
+    jax.clear_caches()
+
+
+def update(h: Any, tree: dict[str, Any], **flags: Any) -> dict[str, Any]:
+    def native(h: Any, tree: dict[str, Any]) -> Any:
+        return adamw_update(h, **tree, implementation="native", **flags)
+
+    result = jax.jit(native)(h, tree)
+    return {kind: getattr(result, kind) for kind in KINDS if getattr(result, kind) is not None}
+
+
+def check(h: Any, tree: dict[str, Any], param: str, **flags: Any) -> None:
+    """Compares every leaf with the formulas."""
+    n = len(tree["params"])
+    scale = tree.get("leaf_scale")
+    got = update(h, tree, **flags)
+    groups = flags.pop("groups", [0] * n)
+    for i in range(n):
+        leaf = {kind: column[i] for kind, column in tree.items() if kind != "leaf_scale"}
+        factor = 1.0 if scale is None else float(scale[i])
+        oracle = {k: flags[k] for k in ("clip_value", "ema_overwrite", "skip") if k in flags}
+        want = expected(h[groups[i]], leaf, leaf_scale=factor, **oracle)
+        for kind, column in got.items():
+            assert column[i].shape == leaf[kind].shape
+            assert column[i].dtype == leaf[kind].dtype
+            assert_close(column[i], want[kind], f"{kind}[{i}]", leaf["params"].dtype.name)
+
+
+SHAPES = [(6,), (2, 3), (), (0, 4), (1,), (64,), (65,), (128,), (5, 16), (15,), (200,)]
+
+
+def test_a_plain_tree_is_one_kernel(interpreted: Interpreted) -> None:
+    check(hyper(), leaves(SHAPES), "float32")
+    assert len(interpreted.kernels) == 1
+
+
+@st.composite
+def cases(draw: Any) -> dict[str, Any]:
+    sizes = st.one_of(st.integers(0, 40), st.sampled_from([48, 63, 64, 65, 128, 200]))
+    shapes = [(size,) for size in draw(st.lists(sizes, min_size=1, max_size=6))]
+    return {
+        "shapes": shapes,
+        "param": [draw(st.sampled_from(list(DTYPES)[:3])) for _ in shapes],
+        "grad": [draw(st.sampled_from(list(DTYPES)[:3])) for _ in shapes],
+        "groups": [draw(st.integers(0, 2)) for _ in shapes],
+        "amsgrad": draw(st.booleans()),
+        "ema": draw(st.booleans()),
+        "leaf_scale": draw(st.booleans()),
+        "apply": draw(st.sampled_from([0.0, 1.0])),
+        "flags": {name: draw(st.booleans()) for name in FLAGS},
+        "seed": draw(st.integers(0, 1000)),
+    }
+
+
+def mixed(case: dict[str, Any]) -> dict[str, list[Any]]:
+    """A tree whose leaves have dtypes of their own."""
+    tree: dict[str, list[Any]] = {}
+    for i, (shape, param, grad) in enumerate(
+        zip(case["shapes"], case["param"], case["grad"], strict=True)
+    ):
+        one = leaves(
+            [shape], param, grad, "float32", case["amsgrad"], case["ema"], case["seed"] + i
+        )
+        for kind, column in one.items():
+            tree.setdefault(kind, []).extend(column)
+    return tree
+
+
+def test_any_tree_and_options_match_the_formulas(interpreted: Interpreted) -> None:
+    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @given(cases())
+    def one(case: dict[str, Any]) -> None:
+        tree: dict[str, Any] = mixed(case)
+        if case["leaf_scale"]:
+            n = len(case["shapes"])
+            tree["leaf_scale"] = np.linspace(0.5, 1.5, n).astype(np.float32)
+        flags = {name: on for name, on in case["flags"].items() if on}
+        if "ema" not in tree:
+            flags.pop("ema_overwrite", None)
+        interpreted.kernels.clear()
+        check(hyper(3, APPLY=case["apply"]), tree, "float32", groups=case["groups"], **flags)
+        empty = all(0 in shape for shape in case["shapes"])
+        assert len(interpreted.kernels) == (0 if empty else 1)
+
+    one()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"nesterov": True},
+        {"epsilon_root": True},
+        {"clip_value": True, "skip": True},
+        {"ema": True, "amsgrad": True, "ema_overwrite": True},
+    ],
+    ids=lambda flags: "+".join(flags),
+)
+def test_agrees_with_stablehlo(flags: dict[str, bool], interpreted: Interpreted) -> None:
+    """Both are built from one description, but of other operations: a few ulps."""
+    operands = {key: on for key, on in flags.items() if key in ("amsgrad", "ema")}
+    flags = {key: on for key, on in flags.items() if key not in operands}
+    tree = leaves(SHAPES, **operands)
+    h = hyper(GRAD_STEP_SIZE=0.3, EPSILON_ROOT=0.01)
+    native = update(h, tree, **flags)
+    plain = jax.jit(lambda h, t: adamw_update(h, **t, implementation="xla", **flags))(h, tree)
+    for kind, column in native.items():
+        for x, y in zip(column, getattr(plain, kind), strict=True):
+            np.testing.assert_allclose(x, y, rtol=2e-6, atol=2e-7, err_msg=kind)
+
+
+def test_what_is_skipped_keeps_its_bits(interpreted: Interpreted) -> None:
+    tree = leaves(SHAPES, "bfloat16", ema=True)
+    tree["grads"] = [np.full_like(x, np.nan) for x in tree["grads"]]
+    got = update(hyper(APPLY=0.0), tree, skip=True)
+    for kind, column in got.items():
+        for x, y in zip(column, tree[kind], strict=True):
+            assert np.asarray(x).tobytes() == y.tobytes()
+
+
+def test_nan_and_infinity_stay_where_they_are(interpreted: Interpreted) -> None:
+    tree = leaves([(70,)])
+    tree["grads"][0][[3, 69]] = np.nan, np.inf
+    check(hyper(CLIP_VALUE=10.0), tree, "float32", clip_value=True)
+
+
+def test_float64(interpreted: Interpreted) -> None:
+    with jax.enable_x64(True):
+        tree: dict[str, list[Any]] = leaves([(70,)], "float64", state="float64")
+        for kind, column in leaves([(70,)], "bfloat16").items():
+            tree[kind] += column
+        check(hyper(dtype=np.float64), tree, "float64")
+
+
+BATCHES = {
+    "leaves": (None, {"params", "grads", "m", "v"}),
+    "hyper": (0, {"params", "grads", "m", "v"}),
+    "gradients": (None, {"grads"}),
+    "rates": (0, {"m"}),
+}
+
+
+@pytest.mark.parametrize("case", BATCHES)
+@pytest.mark.parametrize("shape", [(5, 7), (64,), (65,)], ids=str)
+def test_under_vmap(case: str, shape: tuple[int, ...], interpreted: Interpreted) -> None:
+    hyper_axis, batched = BATCHES[case]
+    rows = hyper(2, (3,)) if hyper_axis == 0 else hyper(2)
+    wide = leaves([(3, *shape)] * 2)
+    tree = {k: col if k in batched else [x[0] for x in col] for k, col in wide.items()}
+    axes = (hyper_axis, {k: 0 if k in batched else None for k in tree})
+
+    def one(h: Any, t: Any) -> Any:
+        return adamw_update(h, **t, groups=[1, 0], implementation="native")[:3]
+
+    columns = jax.jit(jax.vmap(one, in_axes=axes))(rows, tree)
+    for replica in range(3):
+        row = rows[replica] if hyper_axis == 0 else rows
+        for i in range(2):
+            leaf = {k: col[i][replica] if k in batched else col[i] for k, col in tree.items()}
+            want = expected(row[1 - i], leaf)
+            for kind, column in zip(("params", "m", "v"), columns, strict=True):
+                assert_close(column[i][replica], want[kind], f"{kind}[{i}]")
+    assert len(interpreted.kernels) == 1
+
+
+def test_under_two_vmaps_that_share_nothing(interpreted: Interpreted) -> None:
+    """The operands have different parts of the batch: each finds its own member."""
+    tree = leaves([(6,)])
+    tree["m"] = [np.stack([tree["m"][0], -tree["m"][0]])]
+    grads = np.arange(18, dtype=np.float32).reshape(3, 6) / 7
+
+    def one(m: Any, g: Any) -> Any:
+        operands = {**tree, "m": [m], "grads": [g]}
+        return adamw_update(hyper(), **operands, implementation="native")[:3]
+
+    inner = jax.vmap(one, in_axes=(0, None))
+    columns = jax.jit(jax.vmap(inner, in_axes=(None, 0)))(tree["m"][0], grads)
+    for a in range(3):
+        for b in range(2):
+            leaf = {"params": tree["params"][0], "v": tree["v"][0]}
+            want = expected(hyper()[0], leaf | {"m": tree["m"][0][b], "grads": grads[a]})
+            for kind, column in zip(("params", "m", "v"), columns, strict=True):
+                assert_close(column[0][a, b], want[kind], kind)
+
+
+def test_too_many_leaves_are_split_into_few_kernels(
+    interpreted: Interpreted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = leaves([(3,)] * 9)
+    tree["leaf_scale"] = np.linspace(0.5, 1.5, 9).astype(np.float32)
+    monkeypatch.setattr(gpu_kernel, "MAX_POINTERS", 2 + 7 * 4)
+    check(hyper(2), tree, "float32", groups=[i % 2 for i in range(9)])
+    assert len(interpreted.kernels) == 3
+
+
+def test_very_large_leaves_are_cut_without_overflow() -> None:
+    kind = Kind((np.dtype(np.float32),), ())
+    size = 5 * 2**31 + 3
+    whole, rest = cut([Leaf(kind, size)], 1024)
+    assert (whole.pieces[0].length, rest.pieces[0].length) == (size - 3, 3)
+    assert rest.pieces[0].start == size - 3
+    assert rest.end == size // 1024 + 1
+
+
+@pytest.mark.parametrize("span", [1, 3])
+@pytest.mark.parametrize("scale", [np.float32(0.5), np.float64(0.5)], ids=str)
+def test_partial_sums(span: int, scale: Any) -> None:
+    rng = np.random.default_rng(0)
+    sizes, dtypes = [1, 64, 200, 1000, 7], ["float32", "bfloat16", "float32", "float16", "float64"]
+    arrays = [rng.standard_normal(n).astype(DTYPES[d]) for n, d in zip(sizes, dtypes, strict=True)]
+    tree = [Leaf(Kind((x.dtype,), ()), x.size) for x in arrays]
+    kernel = norm_kernel(tree, scale.dtype, Launch(64, 1), span)
+    sums = buffer(np.full(kernel.programs, np.nan, scale.dtype))
+    run(kernel, [buffer(scale), *map(buffer, arrays), sums])
+    assert (sums.writes == 1).all()
+    want = sum(((0.5 * x.astype(np.float64)) ** 2).sum() for x in arrays)
+    np.testing.assert_allclose(sums.data.sum(dtype=np.float64), want, rtol=1e-6)
+
+
+def lowered(shards: int = 1, platforms: tuple[str, ...] = ("cuda",), **flags: Any) -> str:
+    tree = leaves([(8,)])
+    if shards > 1:
+        mesh = jax.make_mesh((shards,), ("x",), (jax.sharding.AxisType.Auto,))
+        place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        tree = jax.tree.map(lambda x: jax.device_put(x, place), tree)
+    traced = jax.jit(lambda h, t: adamw_update(h, **t, **flags)).trace(hyper(), tree)
+    return traced.lower(lowering_platforms=platforms).as_text()
+
+
+def test_the_kernel_must_be_asked_for() -> None:
+    target = gpu_call.TARGET_NAME
+    assert target in lowered(implementation="native")
+    assert target not in lowered()
+    assert target not in lowered(implementation="xla")
+
+
+def test_refusals_say_why() -> None:
+    with pytest.raises(NativeUnavailableError, match="has no kernel for cuda, tpu"):
+        lowered(platforms=("cuda", "tpu"), implementation="native")
+    with pytest.raises(NativeUnavailableError, match="has no kernel for rocm"):
+        lowered(platforms=("rocm",), implementation="native")
+    if jax.device_count() > 1:
+        with pytest.raises(NativeUnavailableError, match="partitioned over several devices"):
+            lowered(2, implementation="native")
+
+
+def test_refuses_where_there_is_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_call, "unavailable_reason", lambda: "this is a test")
+    with pytest.raises(NativeUnavailableError, match="cannot run here: this is a test"):
+        lowered(implementation="native")
+    assert "composite" in lowered()
