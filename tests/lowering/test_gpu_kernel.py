@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+import functools
+import re
 from typing import Any
 
 from cpu_oracle import DTYPES, assert_close, expected, hyper, leaves
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
-import jax.export
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 from triton_interpreter import Interpreted, buffer, run
@@ -30,10 +32,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Interpreted]:
 
 
 def update(h: Any, tree: dict[str, Any], **flags: Any) -> dict[str, Any]:
-    def native(h: Any, tree: dict[str, Any]) -> Any:
-        return adamw_update(h, **tree, implementation="native", **flags)
-
-    result = jax.jit(native)(h, tree)
+    step = functools.partial(adamw_update, implementation="native", **flags)
+    result = jax.jit(lambda h, tree: step(h, **tree))(h, tree)
     return {kind: getattr(result, kind) for kind in KINDS if getattr(result, kind) is not None}
 
 
@@ -244,14 +244,36 @@ def test_partial_sums(span: int, scale: Any) -> None:
     np.testing.assert_allclose(sums.data.sum(dtype=np.float64), want, rtol=1e-6)
 
 
-def lowered(shards: int = 1, platforms: tuple[str, ...] = ("cuda",), **flags: Any) -> str:
-    tree = leaves([(8,)])
-    if shards > 1:
-        mesh = jax.make_mesh((shards,), ("x",), (jax.sharding.AxisType.Auto,))
-        place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        tree = jax.tree.map(lambda x: jax.device_put(x, place), tree)
-    traced = jax.jit(lambda h, t: adamw_update(h, **t, **flags)).trace(hyper(), tree)
+def native(h: Any, tree: dict[str, Any]) -> Any:
+    return adamw_update(h, **tree, implementation="native")
+
+
+def lowered(platforms: tuple[str, ...] = ("cuda",), **flags: Any) -> str:
+    traced = jax.jit(lambda h, t: adamw_update(h, **t, **flags)).trace(hyper(), leaves([(8,)]))
     return traced.lower(lowering_platforms=platforms).as_text()
+
+
+def lowered_for_two(update: Any) -> str:
+    """``update`` of a leaf whose first dimension is sharded over two devices."""
+    mesh = jax.sharding.AbstractMesh((2,), ("x",), (jax.sharding.AxisType.Auto,))
+    place = jax.sharding.NamedSharding(mesh, P("x"))
+    struct = jax.ShapeDtypeStruct((8,), np.float32, sharding=place)
+    tree = {kind: [struct] for kind in ("params", "grads", "m", "v")}
+    if update is None:
+        in_specs = (P(), P("x"))
+        update = jax.shard_map(native, mesh=mesh, in_specs=in_specs, out_specs=P("x"))
+    return jax.jit(update).trace(hyper(), tree).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_each_device_launches_one_kernel_under_shard_map() -> None:
+    text = lowered_for_two(None)
+    calls = re.findall(rf"{re.escape(gpu_call.TARGET_NAME)}\(.*-> \((.*)\)", text)
+    assert calls == ["tensor<4xf32>, tensor<4xf32>, tensor<4xf32>"]
+
+
+def test_automatic_partitioning_is_refused() -> None:
+    with pytest.raises(NativeUnavailableError, match="partitioned over several devices"):
+        lowered_for_two(native)
 
 
 def test_the_kernel_must_be_asked_for() -> None:
@@ -266,9 +288,8 @@ def test_refusals_say_why() -> None:
         lowered(platforms=("cuda", "tpu"), implementation="native")
     with pytest.raises(NativeUnavailableError, match="has no kernel for rocm"):
         lowered(platforms=("rocm",), implementation="native")
-    if jax.device_count() > 1:
-        with pytest.raises(NativeUnavailableError, match="partitioned over several devices"):
-            lowered(2, implementation="native")
+    with pytest.raises(NativeUnavailableError, match="better fused by XLA"):
+        lowered(implementation="native", delta=True)
 
 
 def test_refuses_where_there_is_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
