@@ -1,5 +1,6 @@
 """AdamW for JAX: one optimizer step, seen by the compiler as one operation."""
 
+from adamw_xla import hlo as hlo
 from adamw_xla import lowering as lowering
 from adamw_xla import reference as reference
 from adamw_xla._config import AdamW as AdamW

@@ -4,7 +4,7 @@ Each error names the argument (for a leaf, its path), what was found and what to
 The paths are only built once something is wrong.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import math
 import numbers
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -25,11 +25,11 @@ _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 
 def config(c: "AdamW") -> None:
     """Checks every field of a config that is being built."""
-    scalar_or_schedule("learning_rate", c.learning_rate)
-    scalar_or_schedule("weight_decay", c.weight_decay)
-    for name in ("beta_1", "beta_2"):
-        _scalar(name, getattr(c, name), lambda x: 0 <= x < 1, "in [0, 1)")
-    _scalar("epsilon", c.epsilon, lambda x: x >= 0, "at least 0")
+    _coefficients(
+        rates={"learning_rate": c.learning_rate, "weight_decay": c.weight_decay},
+        betas={"beta_1": c.beta_1, "beta_2": c.beta_2},
+        epsilons={"epsilon": c.epsilon},
+    )
     if c.epsilon_root is not None:
         _scalar("epsilon_root", c.epsilon_root, lambda x: x >= 0, "at least 0, or None for none")
     _scalar("ema_momentum", c.ema_momentum, lambda x: 0 <= x <= 1, "in [0, 1]")
@@ -37,7 +37,7 @@ def config(c: "AdamW") -> None:
         if getattr(c, name) is not None:
             _scalar(name, getattr(c, name), lambda x: x > 0, "above 0, or None for none")
     for name in ("amsgrad", "use_ema", "epsilon_hat", "skip_nonfinite", "nesterov"):
-        _bool(name, getattr(c, name))
+        flag(name, getattr(c, name))
     _count("ema_overwrite_frequency", c.ema_overwrite_frequency, 1)
     _count("gradient_accumulation_steps", c.gradient_accumulation_steps, 2)
     if not isinstance(c.name, str):
@@ -52,20 +52,50 @@ def config(c: "AdamW") -> None:
         )
 
 
+def optax_arguments(
+    *,
+    learning_rate: Any,
+    b1: Any,
+    b2: Any,
+    eps: Any,
+    eps_root: Any,
+    weight_decay: Any,
+    updates_like_grads: Any,
+) -> None:
+    """Checks what ``adamw_xla.optax`` has names of its own for."""
+    _coefficients(
+        rates={"learning_rate": learning_rate, "weight_decay": weight_decay},
+        betas={"b1": b1, "b2": b2},
+        epsilons={"eps": eps, "eps_root": eps_root},
+    )
+    flag("updates_like_grads", updates_like_grads)
+
+
+def _coefficients(
+    rates: Mapping[str, Any], betas: Mapping[str, Any], epsilons: Mapping[str, Any]
+) -> None:
+    for name, value in rates.items():
+        scalar_or_schedule(name, value)
+    for name, value in betas.items():
+        _scalar(name, value, lambda x: 0 <= x < 1, "in [0, 1)")
+    for name, value in epsilons.items():
+        _scalar(name, value, lambda x: x >= 0, "at least 0")
+
+
 def scalar_or_schedule(name: str, value: Any) -> None:
     """Checks a rate: a number at least 0, a scalar array, or a callable."""
     if not callable(value):
         _scalar(name, value, lambda x: x >= 0, "at least 0")
 
 
-def state_dtype(dtype: Any) -> np.dtype[Any]:
+def state_dtype(dtype: Any, name: str = "state_dtype") -> np.dtype[Any]:
     """The dtype, if state may have it."""
     try:
         found = np.dtype(dtype)
     except TypeError:
-        raise TypeError(f"AdamW: state_dtype must be a dtype, got {dtype!r}.") from None
+        raise TypeError(f"AdamW: {name} must be a dtype, got {dtype!r}.") from None
     if found not in PARAM_DTYPES:
-        raise ValueError(f"AdamW: state_dtype must be {dtype_names()}, got {found}.")
+        raise ValueError(f"AdamW: {name} must be {dtype_names()}, got {found}.")
     return found
 
 
@@ -81,7 +111,19 @@ def _scalar(name: str, value: Any, fits: Any, expected: str) -> None:
         return
     number = float(value)
     if not (math.isfinite(number) and fits(number)):
-        raise ValueError(f"AdamW: {name} must be finite and {expected}, got {number}.")
+        raise ValueError(
+            f"AdamW: {name} must be finite and {expected}, got {number}.{_rounding(value)}"
+        )
+
+
+def _rounding(value: Any) -> str:
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or dtype.itemsize > 2:
+        return ""
+    return (
+        f" It is of dtype {dtype}; numbers near 1 need float32. (optax.inject_hyperparams gives "
+        "them the params' dtype: pass it hyperparam_dtype=jax.numpy.float32.)"
+    )
 
 
 def _is_real(value: Any) -> bool:
@@ -90,7 +132,8 @@ def _is_real(value: Any) -> bool:
     return isinstance(value, numbers.Real)
 
 
-def _bool(name: str, value: Any) -> None:
+def flag(name: str, value: Any) -> None:
+    """Refuses what is not a bool."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(
             f"AdamW: {name} must be True or False, got {value!r}. It is a choice, not data: it "
@@ -116,6 +159,60 @@ def is_config(value: Any) -> None:
 
     if not isinstance(value, AdamW):
         raise TypeError(f"config must be an adamw_xla.AdamW, got {_kind(value)}.")
+
+
+def optax_call(params: Any, state: Any) -> None:
+    """Checks what is peculiar to a call through optax."""
+    from adamw_xla.optax import AdamWOptState
+
+    if params is None:
+        raise ValueError(
+            "params: is None, but the update depends on them; call update(grads, state, params)."
+        )
+    if not isinstance(state, AdamWOptState):
+        raise TypeError(
+            f"state must be what init(params) of adamw_xla.optax.adamw returned, got "
+            f"{_kind(state)}. (adamw_xla.optax.from_optax_state takes over that of optax.adamw.)"
+        )
+
+
+def moved(field: str, place: Any, value: Any) -> tuple[list[Any], Any]:
+    """The leaves and structure of a part of the state that goes to ``place`` in another."""
+    name = f"state.{field}"
+    if place is None:
+        raise ValueError(
+            f"{name}: is there, but like has no place for it. Make like with the option that "
+            "it is for, or set it to None first if it may be lost."
+        )
+    treedef: Any
+    wanted, treedef = jax.tree.flatten(place)
+    try:
+        leaves = treedef.flatten_up_to(value)
+    except ValueError:
+        _structure(name, place, value, "like")
+    for i, (x, p) in enumerate(zip(leaves, wanted, strict=True)):
+        _same_shape(name, place, i, x, p, "like")
+    return leaves, treedef
+
+
+def not_one_state(argument: str, kinds: Sequence[type], count: int) -> NoReturn:
+    """Raises for a state in which not just one AdamW is found."""
+    names = " or ".join(kind.__name__ for kind in kinds)
+    raise TypeError(
+        f"{argument}: has {count} states of AdamW in it ({names}); must have one. With several, "
+        "as in optax.multi_transform, move each by itself."
+    )
+
+
+def max_norm(value: Any) -> None:
+    """Checks the bound of a clip."""
+    _scalar("max_norm", value, lambda x: x > 0, "above 0")
+
+
+def updates(tree: Any, leaves: Sequence[Any]) -> None:
+    """Checks gradients by themselves, as ``params``."""
+    for i, leaf in enumerate(leaves):
+        _float_leaf("updates", tree, i, leaf)
 
 
 def params(tree: Any, leaves: Sequence[Any]) -> None:
@@ -180,11 +277,16 @@ def state(params_tree: Any, treedef: Any, leaves: Sequence[Any], value: Any, c: 
             _same_shape(f"state.{field}", params_tree, i, x, p)
 
 
+def is_mask_function(value: Any) -> bool:
+    """Whether a mask is to be called; a tree of bools may be callable too (an Equinox module)."""
+    return callable(value) and not any(isinstance(x, bool) for x in jax.tree.leaves(value))
+
+
 def mask(params_tree: Any, treedef: Any, value: Any) -> list[bool]:
     """For each leaf whether it decays."""
     if value is None:
         return [True] * treedef.num_leaves
-    tree = value(params_tree) if callable(value) else value
+    tree = value(params_tree) if is_mask_function(value) else value
     try:
         full = jax.tree.leaves(
             jax.tree.map(lambda keep, part: jax.tree.map(lambda _: keep, part), tree, params_tree)
@@ -220,33 +322,65 @@ def _float_leaf(argument: str, tree: Any, index: int, leaf: Any) -> None:
         )
 
 
-def _same_shape(argument: str, tree: Any, index: int, leaf: Any, param: Any) -> None:
+def _same_shape(
+    argument: str, tree: Any, index: int, leaf: Any, param: Any, model: str = "params"
+) -> None:
     if leaf.shape != param.shape:
         path = _path(tree, index)
         raise ValueError(
             f"{argument}{path}: has shape {leaf.shape}; must be {param.shape}, the shape of "
-            f"params{path}."
+            f"{model}{path}."
+        )
+
+
+# ---------------------------------------------------------------------------------- Keras
+
+
+def keras_backend(name: str) -> None:
+    """Refuses every backend but JAX."""
+    if name != "jax":
+        raise RuntimeError(
+            f"adamw_xla.keras.AdamW: Keras runs on the {name} backend; it must run on JAX. Set "
+            "KERAS_BACKEND=jax before Keras is imported, or use keras.optimizers.AdamW."
+        )
+
+
+def keras_variable(variable: Any) -> None:
+    """Refuses a variable that cannot be updated."""
+    if variable.dtype not in {dtype.name for dtype in PARAM_DTYPES}:
+        raise TypeError(
+            f"AdamW: variable {variable.path} has dtype {variable.dtype}; must be "
+            f"{dtype_names()}. Set its trainable=False, or give it another optimizer."
+        )
+
+
+def keras_gradient(variable: Any, grad: Any) -> None:
+    """Refuses a gradient that is not of its variable's shape."""
+    if grad.shape != variable.shape:
+        raise ValueError(
+            f"AdamW: the gradient of variable {variable.path} has shape {grad.shape}; must be "
+            f"{variable.shape}, the variable's."
         )
 
 
 # ------------------------------------------------------------------------------ the words
 
 
-def _structure(argument: str, params_tree: Any, tree: Any) -> NoReturn:
-    """Raises for a tree that is not built like params, naming the first difference."""
+def _structure(argument: str, params_tree: Any, tree: Any, model: str = "params") -> NoReturn:
+    """Raises for a tree that is not built like the model's, naming the first difference."""
     wanted, found = _paths(params_tree), _paths(tree)
     missing = [path for path in wanted if path not in set(found)]
     extra = [path for path in found if path not in set(wanted)]
     if missing:
-        what = f"lacks {missing[0] or 'the leaf'}, which params has"
+        what = f"lacks {missing[0] or 'the leaf'}, which {model} has"
     elif extra:
-        what = f"has {extra[0]}, which params lacks"
+        what = f"has {extra[0]}, which {model} lacks"
     else:
         what = (
             f"is built of other containers: {jax.tree.structure(tree)} and not "
             f"{jax.tree.structure(params_tree)}"
         )
-    raise ValueError(f"{argument}: {what}; it must have the tree structure of params.")
+    raise ValueError(f"{argument}: {what}; it must have the tree structure of {model}.")
 
 
 def _paths(tree: Any) -> list[str]:

@@ -4,15 +4,48 @@ Stock Keras takes the norms in the gradient's dtype: in float16 a norm above 255
 overflows, and the gradient becomes zero.
 """
 
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
+
+from adamw_xla._config import AdamW
 
 SumOfSquares: TypeAlias = Callable[..., jax.Array]
 """``adamw_sum_of_squares`` or its like: ``(scale, leaves, *, per_leaf) -> [] or [leaves]``."""
+
+
+class Scales(NamedTuple):
+    """The factors on the gradients of one update, and what was summed to know them.
+
+    ``tree`` is a scalar, ``per_leaf`` has shape [leaves]; ``squares`` is [] or [leaves], or
+    None where no sum was needed.
+    """
+
+    tree: float | jax.Array
+    per_leaf: jax.Array | None = None
+    squares: Any = None
+
+
+def scales(
+    config: AdamW,
+    grads: Sequence[jax.Array],
+    scale: float | jax.Array,
+    dtype: DTypeLike,
+    sum_of_squares: SumOfSquares,
+) -> Scales:
+    """The factors that clip ``scale`` times ``grads`` by the norm that the config bounds."""
+    if config.clipnorm is not None:
+        squares = sum_of_squares(jnp.asarray(scale, dtype), grads, per_leaf=True)
+        return Scales(scale, leaf_factors(jnp.sqrt(squares), config.clipnorm), squares)
+    if config.global_clipnorm is None and not config.skip_nonfinite:
+        return Scales(scale)
+    squares = sum_of_squares(jnp.asarray(scale, dtype), grads)
+    if config.global_clipnorm is not None:
+        scale = scale * global_factor(jnp.sqrt(squares), config.global_clipnorm)
+    return Scales(scale, None, squares)
 
 
 def global_factor(norm: jax.Array, bound: ArrayLike) -> jax.Array:

@@ -199,7 +199,8 @@ class AdamW:
         )
         choices = tuple(getattr(self, name) for name in self._CHOICES)
         mask = self.weight_decay_mask
-        return children, (schedules, choices, mask if callable(mask) else _Static.of(mask))
+        kept = mask if _check.is_mask_function(mask) else _Static.of(mask)
+        return children, (schedules, choices, kept)
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: Any) -> AdamW:

@@ -81,7 +81,7 @@ def hyper_rows(
         Slot.APPLY: apply,
         **_step_slots(config, _array(learning_rate, dtype), t, beta_1, beta_2),
         **_clip_slots(config, dtype),
-        **_ema_slots(config, update, dtype),
+        **ema_slots(config, update, dtype),
     }
     rows = [_pack({**slots, Slot.DECAY_RATE: learning_rate * rate}, dtype) for rate in decay]
     return lax.concatenate(rows, 0) if len(rows) > 1 else rows[0]
@@ -127,7 +127,8 @@ def _clip_slots(config: AdamW, dtype: DTypeLike) -> dict[Slot, Scalar]:
     return {Slot.CLIP_VALUE: as_scalar(config.clipvalue, dtype)}
 
 
-def _ema_slots(config: AdamW, update: jax.Array, dtype: DTypeLike) -> dict[Slot, Scalar]:
+def ema_slots(config: AdamW, update: jax.Array, dtype: DTypeLike) -> dict[Slot, Scalar]:
+    """What update number ``update``, counted from 1, does to the average."""
     if not config.use_ema:
         return {}
     momentum = as_scalar(config.ema_momentum, dtype)

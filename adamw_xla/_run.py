@@ -2,48 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from adamw_xla import _check, _clipping
-from adamw_xla._clipping import SumOfSquares
+from adamw_xla import _check
 from adamw_xla._config import AdamW, ScalarOrSchedule
-from adamw_xla._hyper import Scalar, as_scalar, evaluate, hyper_rows, increment
+from adamw_xla._hyper import Scalar, as_scalar, evaluate, increment
 from adamw_xla._state import AdamWState
-from adamw_xla_lowering import UpdateResult, compute_dtype
-
-
-class Backend(NamedTuple):
-    """What does the work of a step."""
-
-    update: Callable[..., UpdateResult]
-    sum_of_squares: SumOfSquares
-    do_if: Callable[..., Any]
-
-
-def do_if(condition: jax.Array, body: Callable[[Any], Any], x: Any) -> Any:
-    """``body(x)`` where the condition holds, else ``x``; in place, where ``x`` may be written.
-
-    A loop of at most one round. XLA:GPU copies what goes through a conditional (2 GB for
-    GPT-2 small) and updates what a loop carries in place. A loop has no reverse derivative.
-    """
-
-    def once(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        return jnp.zeros_like(carry[0]), body(carry[1])
-
-    return jax.lax.while_loop(lambda carry: carry[0], once, (condition, x))[1]
-
-
-class _Rates(NamedTuple):
-    """What is scheduled, evaluated for this step; ``decay`` has one entry per group."""
-
-    learning_rate: Scalar
-    decay: tuple[Scalar, ...]
+from adamw_xla._update import Backend, Rates, groups_of, hyper_dtype, scaled_like, update_leaves
+from adamw_xla_lowering import compute_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,15 +65,14 @@ def run_step(
         return params, state
 
     live = tuple(i for i, g in enumerate(flat) if g is not None)
-    kinds = sorted({decays[i] for i in live}, reverse=True)
-    chosen = _Leaves(treedef, live, tuple(kinds.index(decays[i]) for i in live))
-    wide = any(leaves[i].dtype == np.float64 for i in live)
-    dtype = jnp.dtype(np.float64 if wide else np.float32)
+    groups, kinds = groups_of([decays[i] for i in live])
+    chosen = _Leaves(treedef, live, groups)
+    dtype = hyper_dtype([leaves[i].dtype for i in live])
 
     calls = _calls(state, config)
     lr = evaluate(config.learning_rate if learning_rate is None else learning_rate, calls, dtype)
     wd = evaluate(config.weight_decay if weight_decay is None else weight_decay, calls, dtype)
-    rates = _Rates(lr, tuple(wd if k else 0.0 for k in kinds))
+    rates = Rates(lr, tuple(wd if k else 0.0 for k in kinds))
     step = _Step(config, chosen, backend, dtype, rates, delta)
     live_grads = [flat[i] for i in live]
     if config.gradient_accumulation_steps is None:
@@ -123,7 +93,7 @@ class _Step:
     leaves: _Leaves
     backend: Backend
     dtype: Any
-    rates: _Rates
+    rates: Rates
     delta: bool
 
     @property
@@ -132,53 +102,22 @@ class _Step:
         factor = self.config.loss_scale_factor
         return 1.0 if factor is None else 1 / as_scalar(factor, self.dtype)
 
-    def sum_of_squares(
-        self, grads: list[jax.Array], scale: Scalar, *, per_leaf: bool = False
-    ) -> jax.Array:
-        factor = jnp.asarray(scale, self.dtype)
-        return self.backend.sum_of_squares(factor, grads, per_leaf=per_leaf)
-
     def update_with(
         self, params: Any, state: AdamWState, grads: list[jax.Array], scale: Scalar
     ) -> tuple[Any, AdamWState]:
         """A real update with ``scale`` times ``grads``."""
         c, take = self.config, self.leaves.take
-        leaf_scale: jax.Array | None = None
-        squares: Any = None
-        if c.global_clipnorm is not None:
-            squares = self.sum_of_squares(grads, scale)
-            scale = scale * _clipping.global_factor(jnp.sqrt(squares), c.global_clipnorm)
-        elif c.clipnorm is not None:
-            squares = self.sum_of_squares(grads, scale, per_leaf=True)
-            leaf_scale = _clipping.leaf_factors(jnp.sqrt(squares), c.clipnorm)
-        elif c.skip_nonfinite:
-            squares = self.sum_of_squares(grads, scale)
-        # A NaN or an infinity anywhere is one in the sum.
-        apply = jnp.all(jnp.isfinite(squares)) if c.skip_nonfinite else None
-        hyper = hyper_rows(
+        trees = {"params": params, "m": state.m, "v": state.v, "v_max": state.v_max}
+        new, apply = update_leaves(
             c,
-            state.count,
-            learning_rate=self.rates.learning_rate,
-            decay=self.rates.decay,
-            grad_scale=scale,
-            apply=1.0 if apply is None else apply,
-            dtype=self.dtype,
-        )
-        new = self.backend.update(
-            hyper,
-            take(params),
+            {k: take(x) for k, x in {**trees, "ema": state.ema}.items() if x is not None},
             grads,
-            take(state.m),
-            take(state.v),
-            take(state.v_max) if c.amsgrad else None,
-            take(state.ema) if c.use_ema else None,
-            leaf_scale,
+            scale,
+            count=state.count,
+            rates=self.rates,
             groups=self.leaves.groups,
-            ema_overwrite=c.ema_overwrite_frequency is not None,
-            clip_value=c.clipvalue is not None,
-            skip=c.skip_nonfinite,
-            epsilon_root=c.epsilon_root is not None,
-            nesterov=c.nesterov,
+            dtype=self.dtype,
+            backend=self.backend,
             delta=self.delta,
         )
         put = self.leaves.put
@@ -203,17 +142,11 @@ class _Step:
         assert steps is not None
         assert micro_step is not None
         old = self.leaves.take(state.accumulated)
-        # An array that all leaves read, so that XLA:GPU merges their additions (gpu.py says how).
-        shared = jnp.stack([jnp.asarray(x, self.dtype) for x in (self.unscale, 0)])
-        unscale = jax.lax.optimization_barrier(shared)[0]  # type: ignore[no-untyped-call]
-        scaled = [
-            (g.astype(self.dtype) * unscale).astype(a.dtype)
-            for a, g in zip(old, grads, strict=True)
-        ]
+        scaled = scaled_like(old, grads, self.unscale, self.dtype)
         good = jnp.asarray(True)
         if self.config.skip_nonfinite:
             total = [a + g for a, g in zip(old, scaled, strict=True)]
-            good = jnp.isfinite(self.sum_of_squares(total, 1.0))
+            good = jnp.isfinite(self.backend.sum_of_squares(jnp.ones((), self.dtype), total))
             scaled = [jnp.where(good, g, 0) for g in scaled]
             state = dataclasses.replace(state, skipped=increment(state.skipped, ~good))
         total = [a + g for a, g in zip(old, scaled, strict=True)]

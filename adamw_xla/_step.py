@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from adamw_xla import _check
 from adamw_xla._config import AdamW, ScalarOrSchedule
-from adamw_xla._run import Backend, do_if, run_step
+from adamw_xla._run import run_step
 from adamw_xla._state import AdamWState
+from adamw_xla._update import Backend
 from adamw_xla_lowering import Implementation, adamw_sum_of_squares, adamw_update
 
 
@@ -74,7 +75,6 @@ def adamw_step(
         backend=Backend(
             functools.partial(adamw_update, implementation=implementation),
             functools.partial(adamw_sum_of_squares, implementation=implementation),
-            do_if,
         ),
     )
 

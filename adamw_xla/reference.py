@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from adamw_xla._config import AdamW, ScalarOrSchedule
-from adamw_xla._run import Backend, run_step
+from adamw_xla._run import run_step
 from adamw_xla._state import AdamWState
+from adamw_xla._update import Backend
 from adamw_xla_lowering import Slot, UpdateResult, compute_dtype
 
 Leaves = Sequence[jax.Array]

@@ -15,7 +15,8 @@ import pytest
 from runs import close, run, same, tree
 
 import adamw_xla as ax
-from adamw_xla._run import Backend, do_if, run_step
+from adamw_xla._run import run_step
+from adamw_xla._update import Backend, do_if
 from adamw_xla_lowering import adamw_sum_of_squares, adamw_update
 
 # ----------------------------------------------------------------- schedules, overrides

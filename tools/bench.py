@@ -71,5 +71,22 @@ def compile(
     compile_bench.run(leaves, repeats, json, Console())
 
 
+@app.command()
+def keras(
+    variables: Annotated[int, typer.Option(min=2, help="Trainable variables.")] = 300,
+    width: Annotated[int, typer.Option(min=1, help="Width of each layer.")] = 256,
+    rounds: Annotated[int, typer.Option(min=2, help="Timed rounds.")] = 5,
+    json: Annotated[Path | None, typer.Option(help="Also write all times here.")] = None,
+) -> None:
+    """Time to the first step of model.fit, and of each step after it.
+
+    adamw_xla.keras.AdamW beside keras.optimizers.AdamW on the same deep MLP, in turn: fresh
+    models from cold caches, then the last two models, step by step.
+    """
+    import keras_bench  # only here: Keras takes seconds to import
+
+    keras_bench.run(variables, width, rounds, json, Console())
+
+
 if __name__ == "__main__":
     app()

@@ -17,15 +17,15 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+import peer_steps
+from peer_steps import BOUND, EPSILON, LEARNING_RATE, WEIGHT_DECAY
 
 import adamw_xla as ax
 
 # OpenMP's threads would spin on into the next peer's turn.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("KERAS_BACKEND", "jax")  # Keras reads it when it is imported
 
-LEARNING_RATE, WEIGHT_DECAY, EPSILON = 1e-3, 1e-2, 1e-8
-CLIP = 1.0
 BYTES_PER_STATE = 4
 
 
@@ -69,54 +69,36 @@ class Jitted:
         self._carry = jax.block_until_ready(self._compiled(self._carry, self._grads))
 
 
+def _jitted(
+    pair: tuple[peer_steps.Init, peer_steps.Step],
+    shapes: list[Any],
+    dtype: str,
+    grads: list[jax.Array],
+) -> Peer:
+    init, step = pair
+    params = make_params(shapes, dtype)
+    return Jitted(step, params, grads, init(params))
+
+
 def ours(
     implementation: Any, shapes: list[Any], dtype: str, grads: list[jax.Array], clip: bool
 ) -> Peer:
     """This package; ``implementation`` as ``adamw_step`` takes it."""
-    config = ax.AdamW(
-        LEARNING_RATE,
-        WEIGHT_DECAY,
-        epsilon=EPSILON,
-        epsilon_hat=False,
-        global_clipnorm=CLIP if clip else None,
-    )
-
-    def fn(params: Any, grads: Any, state: Any) -> Any:
-        return ax.adamw_step(params, grads, state, config, implementation=implementation)
-
-    params = make_params(shapes, dtype)
-    return Jitted(fn, params, grads, ax.adamw_init(params, config))
+    return _jitted(peer_steps.ours(_options(clip), implementation), shapes, dtype, grads)
 
 
 def optax_adamw(shapes: list[Any], dtype: str, grads: list[jax.Array], clip: bool) -> Peer:
     """``optax.adamw`` and ``apply_updates`` under one donated jit."""
-    optimizer = optax.adamw(LEARNING_RATE, eps=EPSILON, weight_decay=WEIGHT_DECAY)
-    if clip:
-        optimizer = optax.chain(optax.clip_by_global_norm(CLIP), optimizer)
-
-    def fn(params: Any, grads: Any, state: Any) -> Any:
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    params = make_params(shapes, dtype)
-    return Jitted(fn, params, grads, optimizer.init(params))
+    return _jitted(peer_steps.optax_adamw(_options(clip)), shapes, dtype, grads)
 
 
 def keras_adamw(shapes: list[Any], dtype: str, grads: list[jax.Array], clip: bool) -> Peer:
     """Keras' ``stateless_apply`` under a donated jit."""
-    import keras
+    return _jitted(peer_steps.keras_adamw(_options(clip)), shapes, dtype, grads)
 
-    optimizer = keras.optimizers.AdamW(
-        LEARNING_RATE, WEIGHT_DECAY, epsilon=EPSILON, global_clipnorm=CLIP if clip else None
-    )
-    variables = [keras.Variable(np.zeros(shape, np.float32), dtype=dtype) for shape in shapes]
-    optimizer.build(variables)
-    state = [variable.value for variable in optimizer.variables]
 
-    def fn(params: Any, grads: Any, state: Any) -> Any:
-        return optimizer.stateless_apply(state, grads, params)
-
-    return Jitted(fn, make_params(shapes, dtype), grads, state)
+def _options(clip: bool) -> peer_steps.Options:
+    return peer_steps.Options(clip="global" if clip else "none")
 
 
 def identity(shapes: list[Any], dtype: str, grads: list[jax.Array], clip: bool) -> Peer:
@@ -150,7 +132,7 @@ class TorchFused:
 
     def step(self) -> None:
         if self._clip:
-            self._torch.nn.utils.clip_grad_norm_(self._params, CLIP, foreach=True)
+            self._torch.nn.utils.clip_grad_norm_(self._params, BOUND, foreach=True)
         self._optimizer.step()
 
 

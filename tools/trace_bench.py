@@ -100,7 +100,7 @@ def measure(leaves: int, repeats: int, tick: Callable[[], None]) -> Result:
 def _trace_and_lower(program: Program) -> tuple[float, float]:
     jax.clear_caches()
     jitted = jax.jit(program.fn, donate_argnums=(0, 2))
-    with _no_gc():
+    with no_gc():
         start = time.perf_counter()
         traced = jitted.trace(*program.args)
         middle = time.perf_counter()
@@ -110,7 +110,8 @@ def _trace_and_lower(program: Program) -> tuple[float, float]:
 
 
 @contextlib.contextmanager
-def _no_gc() -> Iterator[None]:
+def no_gc() -> Iterator[None]:
+    """No pauses for garbage inside of what is timed."""
     gc.collect()
     gc.disable()
     try:

@@ -62,10 +62,12 @@ def update(
     step = ops.divide(step, ops.add(root, slot(Slot.EPSILON)))
     change = ops.add(ops.multiply(slot(Slot.DECAY_RATE), p), step)
     new = {"m": m, "v": v, "v_max": w}
-    if spec.delta:
-        new["updates"] = ops.negate(change)
-    if spec.ema or not spec.delta:
+    if not spec.delta:
         new["params"] = ops.subtract(p, change)
+    else:
+        new["updates"] = ops.negate(change)
+        if spec.ema:  # the caller's own sum, so that XLA makes one of the two
+            new["params"] = ops.add(p, new["updates"])
     if spec.ema:
         momentum, rest = slot(Slot.EMA_MOMENTUM), slot(Slot.ONE_MINUS_EMA_MOMENTUM)
         new["ema"] = average = _mix(ops, momentum, x["ema"], rest, new["params"])

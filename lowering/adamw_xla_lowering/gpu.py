@@ -51,7 +51,9 @@ def lower(
     for index, group in enumerate(_groups(tree, flatten)):
         ones = anchor(index, spec.batch_rank) if len(group) > 1 else None
         for leaf in group:
-            if flatten:
+            # A leaf by itself gains nothing; and a reshape would keep XLA from making one
+            # sum of the caller's and of that which the average is taken of.
+            if flatten and ones is not None:
                 flat = [
                     reshape(x, flat_shape(x, spec.batch_rank)) for x in tree.values.leaves[leaf]
                 ]

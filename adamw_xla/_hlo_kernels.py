@@ -1,0 +1,213 @@
+"""What a compiled program launches, what each launch moves, and whose work it does.
+
+What a launch is, by platform:
+
+- cuda, rocm: each instruction of the schedule that has data to compute or to move: a
+  fusion, an instruction that was left unfused, a copy, a custom call (a library behind it
+  may launch more), a collective. The second stage of a reduction is an instruction of its
+  own.
+- cpu: the same. These are calls of compiled loops or of library functions, not launches
+  on a device.
+- tpu: the same, but the whole program is one launch there, and a kernel is one of its
+  loops over data in vector memory. What computes on scalars alone is of kind ``scalar``,
+  and what moves data in the background (prefetches into vector memory and the way back)
+  of kind ``async-copy``; both are listed, neither is counted.
+
+Nothing is launched by parameters, constants, tuples and their elements, bitcasts, barriers,
+the ``-done`` half of what is asynchronous, or by TPU's ``ConcatBitcast``. Control flow
+itself is not counted either, but what stands in it is: the bodies and conditions of loops
+once, and each branch of a conditional once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+import dataclasses
+import re
+from typing import Literal
+
+from adamw_xla._hlo_bytes import reads, writes
+from adamw_xla._hlo_shapes import arrays
+from adamw_xla._hlo_text import Computation, Instruction, Module
+from adamw_xla_lowering import UPDATE_NAME
+from adamw_xla_lowering.native import TARGET_NAME
+from adamw_xla_lowering.norms import NORM_NAME
+
+Platform = Literal["cpu", "cuda", "rocm", "tpu"]
+
+UPDATE, NORM, OTHER = "update", "norm", ""
+"""Whose work a kernel does; one that does the update's among others is the update's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One launch.
+
+    Attributes:
+      name: of its instruction.
+      kind: the opcode, or ``scalar`` or ``async-copy``.
+      part: ``update``, ``norm`` or empty.
+      counted: whether it is a launch by the platform's rule.
+      computation: where it stands: the entry, or the body of a loop or branch.
+      line: in the text, from 1.
+      op_name: JAX's name stack for it.
+      read: bytes from main memory, each run.
+      written: bytes to main memory, each run.
+      times: runs per call of the program; None in a loop whose length is not known.
+      estimated_cycles: the compiler's estimate for one run (TPU).
+    """
+
+    name: str
+    kind: str
+    part: str
+    counted: bool
+    computation: str
+    line: int
+    op_name: str
+    read: int
+    written: int
+    times: int | None
+    estimated_cycles: int | None
+
+
+def platform_of(module: Module, text: str) -> Platform:
+    """The platform, from marks that each compiler leaves in its text."""
+    if re.search(r"entry_computation_layout=.*?\{[\d,]*:T\(", module.header):
+        return "tpu"
+    if 'scheduling_name="' in text or '"operation_queue_id"' in text:
+        return "cuda"
+    return "cpu"
+
+
+def kernels_of(module: Module, platform: Platform) -> list[Kernel]:
+    """All launches, in the order of the schedule; what is called stands after its call."""
+    found: list[Kernel] = []
+    for computation, times in _scheduled(module, module.entry, 1):
+        parts = _parts(module, computation)
+        for instruction in computation.instructions:
+            kind = kind_of(instruction, platform)
+            if kind is None:
+                continue
+            found.append(
+                Kernel(
+                    name=instruction.name,
+                    kind=kind,
+                    part=parts[instruction.name],
+                    counted=kind not in ("scalar", "async-copy"),
+                    computation=computation.name,
+                    line=instruction.line,
+                    op_name=instruction.op_name,
+                    read=sum(reads(module, computation, instruction).values()),
+                    written=sum(writes(module, instruction)),
+                    times=times,
+                    estimated_cycles=instruction.estimated_cycles,
+                )
+            )
+    return found
+
+
+def kind_of(instruction: Instruction, platform: Platform) -> str | None:
+    """What kind of launch an instruction is; None if it is none."""
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith(("-done", "-update")) or _is_walked(instruction):
+        return None
+    if platform != "tpu":
+        return opcode.removesuffix("-start")
+    if opcode == "custom-call" and _TPU_VIEW.search(instruction.tail):
+        return None
+    if opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
+        return "async-copy"
+    if all(not x.dims for x in arrays(instruction.shape)) and opcode != "fusion":
+        return "scalar" if opcode not in ("reduce", "custom-call") else opcode
+    return opcode.removesuffix("-start")
+
+
+_FREE = frozenset(
+    {
+        "add-dependency",
+        "after-all",
+        "bitcast",
+        "constant",
+        "domain",
+        "get-dimension-size",
+        "get-tuple-element",
+        "optimization-barrier",
+        "opt-barrier",
+        "parameter",
+        "partition-id",
+        "replica-id",
+        "tuple",
+    }
+)
+
+_TPU_VIEW = re.compile(r'custom_call_target="(ConcatBitcast|AllocateBuffer)"')
+
+
+def _is_walked(instruction: Instruction) -> bool:
+    """Whether an instruction only runs others: XLA:CPU's parallel calls are one loop."""
+    if instruction.opcode == "call":
+        return '"outer_dimension_partitions"' not in instruction.tail
+    return instruction.opcode in ("while", "conditional")
+
+
+def _scheduled(
+    module: Module, computation: Computation, times: int | None
+) -> Iterator[tuple[Computation, int | None]]:
+    """The computations that run as schedules of their own, and how often."""
+    yield computation, times
+    for instruction in computation.instructions:
+        if not _is_walked(instruction):
+            continue
+        inner = times
+        if instruction.opcode == "while":
+            trips = instruction.trip_count
+            inner = None if times is None or trips is None else times * trips
+        for name in instruction.called:
+            yield from _scheduled(module, module.computations[name], inner)
+
+
+# ------------------------------------------------------------------------------ whose work
+
+_MOVERS = frozenset({"copy", "copy-start", "copy-done", "slice-start", "slice-done", "custom-call"})
+_VIEWS = frozenset({"bitcast", "get-tuple-element", "copy-done", "slice-done"})
+
+
+def _parts(module: Module, computation: Computation) -> dict[str, str]:
+    """For each instruction whose work it does: by its metadata, or by whom it serves.
+
+    The compiler's own copies carry no metadata. One whose result only the update reads, or
+    that moves a result of the update, is the update's; likewise the norm's.
+    """
+    parts = {i.name: _named_part(module, i) for i in computation.instructions}
+    for instruction in reversed(computation.instructions):
+        if not parts[instruction.name] and _moves(instruction):
+            served = {parts[user.name] for user in computation.users[instruction.name]}
+            if served and OTHER not in served:
+                parts[instruction.name] = NORM if NORM in served else UPDATE
+    for instruction in computation.instructions:
+        if not parts[instruction.name] and _moves(instruction):
+            source = parts.get(instruction.operands[0] if instruction.operands else "", OTHER)
+            parts[instruction.name] = source
+    return parts
+
+
+def _moves(instruction: Instruction) -> bool:
+    if instruction.opcode == "custom-call":
+        return _TPU_VIEW.search(instruction.tail) is not None
+    return instruction.opcode in _MOVERS or instruction.opcode in _VIEWS
+
+
+def _named_part(module: Module, instruction: Instruction) -> str:
+    names = set(_components(instruction.op_name))
+    if instruction.opcode in ("fusion", "call", "async-start"):
+        for called in instruction.called:
+            for inner in module.computations[called].instructions:
+                names.update(_components(inner.op_name))
+    if UPDATE_NAME in names or f'custom_call_target="{TARGET_NAME}"' in instruction.tail:
+        return UPDATE
+    return NORM if NORM_NAME in names else OTHER
+
+
+def _components(op_name: str) -> Iterable[str]:
+    """``jit(f)/vmap()/adamw_update`` -> its parts: a function of that name is another thing."""
+    return op_name.split("/")

@@ -1,0 +1,288 @@
+"""What happens to a program's arguments: whose buffers are reused, which kernels update them.
+
+An entry parameter's metadata holds its Python path, such as ``state.m['dense']['kernel']``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+import dataclasses
+import re
+from typing import Any
+
+import jax
+
+from adamw_xla._hlo_kernels import Kernel
+from adamw_xla._hlo_shapes import Array, Tuple, arrays
+from adamw_xla._hlo_text import Computation, Instruction, Module
+
+_MOMENTS = (("m", "v"), ("mu", "nu"))
+"""How states call their two moments: here, and in optax."""
+
+_STATE = ("m", "v", "v_max", "ema", "accumulated", "mu", "nu")
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """One argument of the compiled program.
+
+    Attributes:
+      number: among the program's parameters; arguments that it does not use are not there.
+      name: its Python path; empty where JAX gave none.
+      shape: such as ``f32[768,2304]``.
+      elements: how many elements that is.
+      bytes: its size.
+      donated: whether the caller gave it away; None where the text does not say.
+      output: number of the output that takes its buffer, which is then updated in place;
+        None if its buffer is not reused.
+      copied: whether the compiler copies it all the same, to have the old value for longer.
+    """
+
+    number: int
+    name: str
+    shape: str
+    elements: int
+    bytes: int
+    donated: bool | None
+    output: int | None
+    copied: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One leaf of the params, and what updates it.
+
+    Attributes:
+      name: the path of the param; without one, the part that it shares with its moments.
+      shape: such as ``f32[768,2304]``.
+      elements: how many params that is.
+      kernels: names of the kernels that update it.
+      in_place: whether the buffers of its moments are reused.
+    """
+
+    name: str
+    shape: str
+    elements: int
+    kernels: tuple[str, ...]
+    in_place: bool
+
+
+def inputs_of(module: Module, donated: Sequence[bool | None] | None) -> list[Input]:
+    """All arguments of the program; ``donated`` has one entry for each, or is None."""
+    found = []
+    for parameter in module.entry.parameters:
+        number = parameter.index
+        aliased = module.aliases.get(number)
+        given = donated[number] if donated is not None else None
+        if aliased is not None or number in module.donors:
+            given = True
+        found.append(
+            Input(
+                number=number,
+                name=parameter.op_name,
+                shape=str(parameter.shape),
+                elements=sum(x.elements for x in arrays(parameter.shape)),
+                bytes=sum(x.bytes for x in arrays(parameter.shape)),
+                donated=given,
+                output=None if aliased is None else (*aliased, 0)[0],
+                copied=aliased is not None and _is_copied(module.entry, parameter),
+            )
+        )
+    return found
+
+
+def _is_copied(entry: Computation, parameter: Instruction) -> bool:
+    users = entry.users[parameter.name]
+    spaces = (next(arrays(u.shape)).space for u in users if u.opcode in ("copy", "copy-start"))
+    # A scalar's copy is free, and one into vector memory is a prefetch.
+    return isinstance(parameter.shape, Array) and bool(parameter.shape.dims) and 0 in spaces
+
+
+def donated_inputs(compiled: Any, module: Module) -> list[bool | None] | None:
+    """Which of the program's parameters were donated, as the call's signature says.
+
+    JAX leaves unused arguments out of the program, so the two lists are matched in order, by
+    shape and by path: as early as can be, and as late. Where these disagree nothing is known
+    (None), and nothing at all where there is no such match.
+    """
+    info = getattr(compiled, "args_info", None)
+    if info is None:
+        return None
+    flat, _ = jax.tree_util.tree_flatten_with_path(info)
+    # Paths begin with (args, kwargs) and the argument's position or name.
+    arguments = [(jax.tree_util.keystr(path[2:]), argument) for path, argument in flat]
+    parameters = module.entry.parameters
+    early = _matched(parameters, arguments)
+    late = _matched(parameters[::-1], arguments[::-1])
+    if early is None or late is None:
+        return None
+    return [a if a == b else None for a, b in zip(early, late[::-1], strict=True)]
+
+
+def _matched(
+    parameters: Sequence[Instruction], arguments: Sequence[tuple[str, Any]]
+) -> list[bool] | None:
+    """For each parameter whether the first argument behind the last one's that fits is donated."""
+    rest = iter(arguments)
+    donated = []
+    for parameter in parameters:
+        found = next((x for path, x in rest if _is_same(parameter, path, x)), None)
+        if found is None:
+            return None
+        donated.append(bool(found.donated))
+    return donated
+
+
+def _is_same(parameter: Instruction, path: str, argument: Any) -> bool:
+    if not isinstance(parameter.shape, Array) or not parameter.op_name.endswith(path):
+        return False
+    # Sharded, the program's shapes are those of one device.
+    dims, whole = parameter.shape.dims, tuple(argument.shape)
+    return len(dims) == len(whole) and all(
+        d == n or (d and n % d == 0) for d, n in zip(dims, whole, strict=True)
+    )
+
+
+# ------------------------------------------------------------------------------------ leaves
+
+
+def leaves_of(module: Module, kernels: Iterable[Kernel], inputs: Sequence[Input]) -> list[Leaf]:
+    """The leaves whose moments ``kernels`` read, in the order of the arguments."""
+    readers = _readers(module, kernels)
+    read = [x for x in inputs if x.number in readers]
+    by_name = {x.name: x for x in inputs}
+    found = []
+    for second in read:
+        for prefix, names, suffix in _splits(second.name):
+            first = by_name.get(f"{prefix}.{names[0]}{suffix}")
+            if first is None:
+                continue
+            moments = (first, second)
+            param = _param(prefix, suffix, second, read)
+            touched = [n for x in (param, *moments) if x for n in readers.get(x.number, ())]
+            found.append(
+                Leaf(
+                    name=param.name if param else suffix,
+                    shape=(param or second).shape,
+                    elements=second.elements,
+                    kernels=tuple(dict.fromkeys(touched)),
+                    in_place=all(x.output is not None for x in moments),
+                )
+            )
+            break
+    return found
+
+
+def _readers(module: Module, kernels: Iterable[Kernel]) -> dict[int, list[str]]:
+    """Entry parameter -> the kernels that compute with it; what only moves it does not."""
+    found: dict[int, list[str]] = {}
+    for kernel in kernels:
+        computation = module.computations[kernel.computation]
+        instruction = computation.by_name[kernel.name]
+        if kernel.kind in ("async-copy", "copy"):
+            continue
+        largest = max((x.elements for x in arrays(instruction.shape)), default=0)
+        for operand in dict.fromkeys(instruction.operands):
+            number = entry_parameter(module, computation, operand)
+            if number is None:
+                continue
+            # Whatever makes a scalar out of a leaf does not update it.
+            whole = sum(x.elements for x in arrays(module.entry.parameters[number].shape))
+            if largest > 1 or whole == 1:
+                found.setdefault(number, []).append(kernel.name)
+    return found
+
+
+def _splits(name: str) -> Iterator[tuple[str, tuple[str, str], str]]:
+    """``state.v['w']`` -> ``("state", ("m", "v"), "['w']")``, for each way to read it."""
+    for names in _MOMENTS:
+        for found in re.finditer(rf"\.{names[1]}(?=$|[.\[])", name):
+            yield name[: found.start()], names, name[found.end() :]
+
+
+def _param(prefix: str, suffix: str, moment: Input, read: Sequence[Input]) -> Input | None:
+    """The param of a moment: of its path and size, and of no state; best one that is reused."""
+    state = {f"{prefix}.{field}{suffix}" for field in _STATE}
+    same = [
+        x
+        for x in read
+        if x.elements == moment.elements and x.name.endswith(suffix) and x.name not in state
+    ]
+    reused = [x for x in same if x.output is not None]
+    return next(iter(reused or same), None)
+
+
+# --------------------------------------------------------------------------- where data is from
+
+_THROUGH = frozenset(
+    {
+        "add-dependency",
+        "bitcast",
+        "copy",
+        "copy-done",
+        "copy-start",
+        "optimization-barrier",
+        "opt-barrier",
+        "slice-done",
+        "slice-start",
+    }
+)
+
+
+def entry_parameter(module: Module, computation: Computation, name: str) -> int | None:
+    """The entry parameter that a value is, or is a copy, a piece or a prefetch of."""
+    path: tuple[int, ...] = ()
+    while True:
+        instruction = computation.by_name.get(name)
+        if instruction is None:
+            return None
+        opcode, operands = instruction.opcode, instruction.operands
+        if opcode == "get-tuple-element":
+            path, name = (instruction.index, *path), operands[0]
+        elif opcode == "tuple" and path:
+            name, path = operands[path[0]], path[1:]
+        elif _hands_on(module, instruction, path):
+            name = operands[0]
+        elif opcode != "parameter":
+            return None
+        elif computation is module.entry:
+            return instruction.index
+        else:
+            caller = _caller(module, computation.name, instruction.index)
+            if caller is None:
+                return None
+            computation, name = caller
+
+
+def _hands_on(module: Module, instruction: Instruction, path: tuple[int, ...]) -> bool:
+    """Whether a result is the first operand, copied at most."""
+    if instruction.opcode == "custom-call":
+        return '"ConcatBitcast"' in instruction.tail
+    if instruction.opcode == "while":
+        return bool(path) and _is_invariant(module, instruction, path[0])
+    return instruction.opcode in _THROUGH
+
+
+def _is_invariant(module: Module, loop: Instruction, index: int) -> bool:
+    """Whether a loop hands on its element ``index`` as it got it."""
+    body = module.computations[loop.called[-1]]
+    if body.root.opcode != "tuple" or not isinstance(loop.shape, Tuple):
+        return False
+    result = body.by_name[body.root.operands[index]]
+    if result.opcode != "get-tuple-element" or result.index != index:
+        return False
+    return body.by_name[result.operands[0]].opcode == "parameter"
+
+
+def _caller(module: Module, called: str, number: int) -> tuple[Computation, str] | None:
+    """Where parameter ``number`` of a loop's, branch's or call's computation is from."""
+    for computation in module.computations.values():
+        for instruction in computation.instructions:
+            if instruction.opcode not in ("while", "conditional", "call"):
+                continue
+            if called not in instruction.called:
+                continue
+            if instruction.opcode == "conditional":
+                number = 1 + instruction.called.index(called)
+            return computation, instruction.operands[number]
+    return None

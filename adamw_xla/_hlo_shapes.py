@@ -1,0 +1,91 @@
+"""The shapes of HLO values: arrays and tuples of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import dataclasses
+import math
+import re
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """The shape of an array.
+
+    Attributes:
+      dtype: as HLO writes it, such as ``f32`` or ``pred``.
+      dims: the sizes.
+      space: the memory space in the layout; 0 is the device's main memory. On TPU 1 is
+        VMEM, 2 are flags and 6 is SMEM; 5 is the host.
+    """
+
+    dtype: str
+    dims: tuple[int, ...]
+    space: int = 0
+
+    @property
+    def elements(self) -> int:
+        """How many elements there are."""
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> int:
+        """The elements' bytes; a layout's padding is not counted."""
+        return -(-self.elements * _bits(self.dtype) // 8)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuple:
+    """The shape of a tuple."""
+
+    parts: tuple[Shape, ...]
+
+
+Shape = Array | Tuple
+
+
+def arrays(shape: Shape) -> Iterator[Array]:
+    """All arrays in a shape, in order."""
+    if isinstance(shape, Array):
+        yield shape
+    else:
+        for part in shape.parts:
+            yield from arrays(part)
+
+
+def _bits(dtype: str) -> int:
+    """``bf16`` -> 16, ``f8e4m3fn`` -> 8, ``c64`` -> 64; tokens and opaques have none."""
+    if dtype == "pred":
+        return 8
+    digits = re.match(r"(?:bf|f|s|u|c)(\d+)", dtype)
+    return int(digits[1]) if digits else 0
+
+
+def read_shape(line: str, at: int) -> tuple[Shape, int]:
+    """The shape that begins at ``at``, and where it ends; ValueError if there is none."""
+    at = _SPACE.match(line, at).end()  # type: ignore[union-attr]
+    if line[at] != "(":
+        found = _ARRAY.match(line, at)
+        if found is None:
+            raise ValueError
+        space = re.search(r"S\((\d+)\)", found[3] or "")
+        return Array(found[1], ints(found[2]), int(space[1]) if space else 0), found.end()
+    parts: list[Shape] = []
+    at = _SPACE.match(line, at + 1).end()  # type: ignore[union-attr]
+    while line[at] != ")":
+        part, at = read_shape(line, at)
+        parts.append(part)
+        at = _SPACE.match(line, at).end()  # type: ignore[union-attr]
+    return Tuple(tuple(parts)), at + 1
+
+
+def ints(text: str) -> tuple[int, ...]:
+    """``3,<=4`` -> ``(3, 4)``: a dynamic dimension is as large as it may get."""
+    return tuple(int(number) for number in re.findall(r"\d+", text))
+
+
+_ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([^\]]*)\](\{[^}]*\})?")
+_SPACE = re.compile(r"(?:\s|,|/\*[^*]*\*/)*")

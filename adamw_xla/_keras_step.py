@@ -1,0 +1,158 @@
+"""One step of ``adamw_xla.keras.AdamW``, between Keras' variables and the update.
+
+Nothing here imports Keras: a variable is whatever has a ``value``.
+"""
+
+from collections.abc import Iterable, Sequence
+import dataclasses
+from typing import Any, TypeAlias
+
+import jax
+from jax.experimental import sparse
+import jax.numpy as jnp
+import numpy as np
+
+from adamw_xla import _check
+from adamw_xla._config import AdamW
+from adamw_xla._hyper import as_scalar, ema_slots
+from adamw_xla._update import (
+    Backend,
+    Rates,
+    do_if,
+    groups_of,
+    hyper_dtype,
+    scaled_like,
+    update_leaves,
+)
+from adamw_xla_lowering import PARAM_DTYPES, Slot
+
+Arrays: TypeAlias = list[jax.Array]
+Columns: TypeAlias = dict[str, Arrays]
+Variables: TypeAlias = list[Any]
+
+
+class Step:
+    """What one call does to an optimizer's variables.
+
+    They stand in columns: params, m, v, v_max and ema of the variables that have a gradient;
+    "idle" are those without, which the average follows all the same, in "idle_ema".
+
+    Args:
+      optimizer: the Keras optimizer, built.
+      config: its hyperparameters at this moment.
+      variables: those of its variables that have a gradient.
+    """
+
+    def __init__(self, optimizer: Any, config: AdamW, variables: Variables) -> None:
+        self._optimizer, self._config, self._variables = optimizer, config, variables
+        self._columns = {
+            "params": variables,
+            "m": self._of(optimizer._momentums),
+            "v": self._of(optimizer._velocities),
+        }
+        if config.amsgrad:
+            self._columns["v_max"] = self._of(optimizer._velocity_hats)
+        if config.use_ema:
+            averages = optimizer._model_variables_moving_average
+            live = {id(variable) for variable in variables}
+            pairs = zip(optimizer._trainable_variables, averages, strict=True)
+            idle = [(v, e) for v, e in pairs if e is not None and id(v) not in live]
+            self._columns["ema"] = self._of(averages)
+            self._columns["idle"] = [variable for variable, _ in idle]
+            self._columns["idle_ema"] = [average for _, average in idle]
+        self._dtype = hyper_dtype([variable.dtype for variable in variables])
+        # Updates done before this call, as an int32 scalar.
+        calls, steps = optimizer._iterations.value, config.gradient_accumulation_steps
+        self._count = jnp.asarray(calls if steps is None else calls // steps, np.int32)
+
+    def run(self, grads: Arrays) -> Iterable[tuple[Any, jax.Array]]:
+        """Makes the step: pairs of a variable and its new value."""
+        values = {kind: [x.value for x in column] for kind, column in self._columns.items()}
+        steps, columns = self._config.gradient_accumulation_steps, self._columns
+        if steps is None:
+            return _pairs(columns, self._updated(self._config, values, grads, 1.0))
+        sums = self._of(self._optimizer._accumulated_gradients)
+        old = [x.value for x in sums]
+        scaled = scaled_like(old, grads, 1.0, self._dtype)
+        values["sums"] = [a + g for a, g in zip(old, scaled, strict=True)]
+        last = (self._optimizer._iterations.value + 1) % steps == 0
+        everywhere = self._config.use_ema and self._optimizer.ema_at_every_call
+        values = _do_if(last, self._with_sums_alone if everywhere else self._with_sums, values)
+        if everywhere:
+            values |= self._averaged(values, "params", "ema")
+            values |= self._averaged(values, "idle", "idle_ema")
+        return _pairs(columns | {"sums": sums}, values)
+
+    def _of(self, state: Sequence[Any]) -> Variables:
+        return [state[self._optimizer._get_variable_index(v)] for v in self._variables]
+
+    def _with_sums(self, values: Columns) -> Columns:
+        return self._with(self._config, values)
+
+    def _with_sums_alone(self, values: Columns) -> Columns:
+        """The same without the average."""
+        config = dataclasses.replace(self._config, use_ema=False, ema_overwrite_frequency=None)
+        return values | self._with(config, values)
+
+    def _with(self, config: AdamW, values: Columns) -> Columns:
+        steps, sums = config.gradient_accumulation_steps, values["sums"]
+        assert steps is not None
+        new = self._updated(config, values, sums, 1 / steps)
+        return new | {"sums": [jnp.zeros_like(x) for x in sums]}
+
+    def _updated(self, config: AdamW, old: Columns, grads: Arrays, scale: float) -> Columns:
+        """The columns after a real update with ``scale`` times ``grads``."""
+        optimizer, dtype = self._optimizer, self._dtype
+        groups, kinds = groups_of([optimizer._use_weight_decay(v) for v in self._variables])
+        learning_rate = as_scalar(_value(optimizer.learning_rate), dtype)
+        weight_decay = as_scalar(_value(config.weight_decay), dtype)
+        new, _ = update_leaves(
+            config,
+            old,
+            grads,
+            scale,
+            count=self._count,
+            rates=Rates(learning_rate, tuple(weight_decay if k else 0.0 for k in kinds)),
+            groups=groups,
+            dtype=dtype,
+            backend=Backend(),
+        )
+        columns = {kind: x for kind, x in new._asdict().items() if x is not None}
+        return columns | (self._averaged(old, "idle", "idle_ema") if config.use_ema else {})
+
+    def _averaged(self, values: Columns, variables: str, averages: str) -> Columns:
+        """The averages moved to their variables, and these overwritten where it is time."""
+        slots = ema_slots(self._config, self._count + 1, self._dtype)
+        momentum, rest = slots[Slot.EMA_MOMENTUM], slots[Slot.ONE_MINUS_EMA_MOMENTUM]
+        overwrite = jnp.asarray(slots.get(Slot.EMA_OVERWRITE, 0.0)) != 0
+        old = zip(values[variables], values[averages], strict=True)
+        moved = [(p, e, momentum * e + rest * p) for p, e in old]
+        return {
+            variables: [jnp.where(overwrite, x, p).astype(p.dtype) for p, _, x in moved],
+            averages: [x.astype(e.dtype) for _, e, x in moved],
+        }
+
+
+def dense(grad: Any, variable: Any) -> jax.Array:
+    """A gradient as an array of the variable's shape, of a dtype that the update takes."""
+    if isinstance(grad, sparse.JAXSparse):
+        grad = grad.todense()
+    grad = jnp.asarray(grad)
+    _check.keras_gradient(variable, grad)
+    return grad if grad.dtype in PARAM_DTYPES else grad.astype(variable.dtype)
+
+
+def _pairs(columns: dict[str, Variables], values: Columns) -> Iterable[tuple[Any, jax.Array]]:
+    for kind, variables in columns.items():
+        yield from zip(variables, values[kind], strict=True)
+
+
+def _value(x: Any) -> Any:
+    return getattr(x, "value", x)
+
+
+def _do_if(condition: jax.Array, body: Any, x: Any) -> Any:
+    """``do_if``; eagerly just the body, which would be compiled anew at each call."""
+    if isinstance(condition, jax.core.Tracer):
+        return do_if(condition, body, x)
+    return body(x) if condition else x

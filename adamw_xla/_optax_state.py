@@ -1,0 +1,162 @@
+"""The state of ``adamw_xla.optax.adamw``, and the ways between it and others."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+from jax import export
+import jax.numpy as jnp
+import optax
+
+from adamw_xla import _check
+from adamw_xla._state import AdamWState
+
+
+class AdamWOptState(NamedTuple):
+    """``AdamWState`` under optax's names, which ``optax.tree_utils`` looks for.
+
+    Attributes:
+      count: int32 scalar, updates done.
+      mu: first moments (float32, or ``mu_dtype``).
+      nu: second moments (float32; float64 for float64 params).
+      nu_max: with ``amsgrad``, the running maxima of ``nu``.
+      ema: with ``use_ema``, the average of the params.
+      accumulated: with ``gradient_accumulation_steps``, the sum of the gradients so far.
+      micro_step: with it too, int32 scalar: calls since the last update.
+      skipped: with ``skip_nonfinite``, int32 scalar: calls that were skipped.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax
+    mu: Any
+    nu: Any
+    nu_max: Any = None
+    ema: Any = None
+    accumulated: Any = None
+    micro_step: jax.Array | None = None
+    skipped: jax.Array | None = None
+
+    @classmethod
+    def of(cls, state: AdamWState) -> AdamWOptState:
+        """The same state under optax's names."""
+        return cls(*(getattr(state, field.name) for field in dataclasses.fields(state)))
+
+    def native(self) -> AdamWState:
+        """The same state under its own names."""
+        return AdamWState(*self)
+
+
+# Lets `jax.export` write functions that take or return a state.
+export.register_namedtuple_serialization(
+    AdamWOptState, serialized_name="adamw_xla.optax.AdamWOptState"
+)
+
+State = TypeVar("State")
+
+
+def from_optax_state(opt_state: Any, like: State) -> State:
+    """Goes on here with a training that ``optax.adamw`` began.
+
+    Args:
+      opt_state: a state of ``optax.adamw`` (or of ``adamw`` here), alone or inside of
+        others: ``optax.chain``, ``optax.inject_hyperparams``, ``optax.MultiSteps``.
+      like: a new state for the same params, to be filled: ``adamw_init(params, config)``,
+        or ``init(params)`` of a transformation with ``adamw`` in it.
+
+    Returns:
+      ``like`` with the count and the moments of ``opt_state``, in the dtypes of ``like``;
+      its schedules count on from there too. All else is as in ``like``.
+
+    Raises:
+      TypeError: a state has no AdamW in it, or several.
+      ValueError: the trees or shapes differ, or ``like`` has no place for what is there.
+    """
+    return _moved(opt_state, like, "opt_state", (AdamWState, AdamWOptState))
+
+
+def to_optax_state(state: Any, like: State) -> State:
+    """Goes on with ``optax.adamw`` with a training that began here.
+
+    Args:
+      state: an ``AdamWState``, or a state with an ``AdamWOptState`` in it.
+      like: a new state for the same params, to be filled: ``init(params)`` of a
+        transformation with ``optax.adamw`` in it.
+
+    Returns:
+      As ``from_optax_state``.
+
+    Raises:
+      TypeError, ValueError: as ``from_optax_state``.
+    """
+    return _moved(state, like, "state", (optax.ScaleByAdamState,))
+
+
+def _moved(source: Any, like: Any, name: str, targets: tuple[type, ...]) -> Any:
+    kinds = (AdamWState, AdamWOptState, optax.ScaleByAdamState)
+    old = _as_native(_the_only(source, kinds, name))
+    target = _the_only(like, targets, "like")
+    new = _filled(_as_native(target), old)
+    filled: Any = new if isinstance(target, AdamWState) else type(target)(*_values(new, target))
+    return _exchanged(like, target, filled, new.count)
+
+
+def _exchanged(tree: Any, target: Any, filled: Any, count: jax.Array) -> Any:
+    """``tree`` with ``filled`` for ``target``, and with ``count`` in optax's schedules."""
+    exchange = functools.partial(_exchange, target=target, filled=filled, count=count)
+    return jax.tree.map(exchange, tree, is_leaf=lambda x: x is target or _has_schedule(x))
+
+
+def _exchange(node: Any, target: Any, filled: Any, count: jax.Array) -> Any:
+    if node is target:
+        return filled
+    if not _has_schedule(node):
+        return node
+    fields = {k: _exchanged(x, target, filled, count) for k, x in node._asdict().items()}
+    # A copy: a state that has one array twice cannot be donated.
+    return type(node)(**{**fields, "count": jnp.array(count)})
+
+
+def _has_schedule(node: Any) -> bool:
+    return type(node).__name__ in _SCHEDULES  # some are no public names of optax
+
+
+def _the_only(tree: Any, kinds: tuple[type, ...], name: str) -> Any:
+    nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kinds))
+    found = [x for x in nodes if isinstance(x, kinds)]
+    if len(found) != 1:
+        _check.not_one_state(name, kinds, len(found))
+    return found[0]
+
+
+def _as_native(state: Any) -> AdamWState:
+    return state if isinstance(state, AdamWState) else AdamWState(*state)  # the order is one
+
+
+def _values(state: AdamWState, target: Any) -> list[Any]:
+    names = [f.name for f in dataclasses.fields(state)]
+    return [getattr(state, name) for name in names[: len(target)]]
+
+
+def _filled(like: AdamWState, old: AdamWState) -> AdamWState:
+    """``like`` with what ``old`` has, in the dtypes of ``like``."""
+    new = {}
+    for field in dataclasses.fields(like):
+        place, value = getattr(like, field.name), getattr(old, field.name)
+        if value is None or (place is None and field.name in _COUNTERS):
+            continue
+        leaves, treedef = _check.moved(field.name, place, value)
+        dtypes = [x.dtype for x in jax.tree.leaves(place)]
+        new[field.name] = treedef.unflatten(map(jnp.asarray, leaves, dtypes))
+    return dataclasses.replace(like, **new)
+
+
+_COUNTERS = ("micro_step", "skipped")
+
+_SCHEDULES = {
+    "InjectStatefulHyperparamsState",
+    "ScaleByScheduleState",
+    "WeightDecaySchedule",
+    "WrappedScheduleState",
+}

@@ -1,0 +1,125 @@
+"""A flat list of leaves: accumulate; clip, make the step's numbers, update."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamw_xla import _clipping
+from adamw_xla._clipping import SumOfSquares
+from adamw_xla._config import AdamW
+from adamw_xla._hyper import Scalar, hyper_rows
+from adamw_xla_lowering import UpdateResult, adamw_sum_of_squares, adamw_update
+
+
+def do_if(condition: jax.Array, body: Callable[[Any], Any], x: Any) -> Any:
+    """``body(x)`` where the condition holds, else ``x``; in place, where ``x`` may be written.
+
+    A loop of at most one round. XLA:GPU copies what goes through a conditional (2 GB for
+    GPT-2 small) and updates what a loop carries in place. A loop has no reverse derivative.
+    """
+
+    def once(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        return jnp.zeros_like(carry[0]), body(carry[1])
+
+    return jax.lax.while_loop(lambda carry: carry[0], once, (condition, x))[1]
+
+
+class Backend(NamedTuple):
+    """What does the work of a step."""
+
+    update: Callable[..., UpdateResult] = adamw_update
+    sum_of_squares: SumOfSquares = adamw_sum_of_squares
+    do_if: Callable[..., Any] = do_if
+
+
+class Rates(NamedTuple):
+    """What is scheduled, evaluated for this step; ``decay`` has one entry per group."""
+
+    learning_rate: Scalar
+    decay: tuple[Scalar, ...]
+
+
+def groups_of(decays: Sequence[bool]) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """For each leaf its group, from whether it decays; and for each group whether it does."""
+    kinds = tuple(sorted(set(decays), reverse=True))
+    return tuple(kinds.index(decayed) for decayed in decays), kinds
+
+
+def hyper_dtype(dtypes: Sequence[Any]) -> np.dtype[Any]:
+    """The dtype of the numbers of a step on params of these dtypes."""
+    return np.dtype(np.float64 if any(dtype == np.float64 for dtype in dtypes) else np.float32)
+
+
+def scaled_like(
+    totals: Sequence[jax.Array], grads: Sequence[jax.Array], scale: Scalar, dtype: np.dtype[Any]
+) -> list[jax.Array]:
+    """``scale`` times the gradients, in the dtypes of ``totals``, to be added to them."""
+    # An array that all leaves read, so that XLA:GPU merges their additions (gpu.py says how).
+    shared = jnp.stack([jnp.asarray(x, dtype) for x in (scale, 0)])
+    factor = jax.lax.optimization_barrier(shared)[0]  # type: ignore[no-untyped-call]
+    return [(g.astype(dtype) * factor).astype(a.dtype) for a, g in zip(totals, grads, strict=True)]
+
+
+def update_leaves(
+    config: AdamW,
+    old: Mapping[str, Sequence[jax.Array]],
+    grads: Sequence[jax.Array],
+    scale: Scalar,
+    *,
+    count: jax.Array,
+    rates: Rates,
+    groups: Sequence[int],
+    dtype: np.dtype[Any],
+    backend: Backend,
+    delta: bool = False,
+) -> tuple[UpdateResult, jax.Array | None]:
+    """Updates the leaves with ``scale`` times ``grads``.
+
+    Args:
+      config: the hyperparameters, but for the rates.
+      old: params, m, v, and where used v_max and ema: kind -> leaves.
+      grads: one per param.
+      scale: the factor on every gradient, before clipping.
+      count: int32 scalar, updates done before this one.
+      rates: this step's.
+      groups: for each leaf the entry of ``rates.decay``.
+      dtype: ``hyper_dtype`` of the params.
+      backend: what does the work.
+      delta: return the params' changes instead of new params.
+
+    Returns:
+      The new leaves; and with ``config.skip_nonfinite`` whether the update was made.
+    """
+    clip = _clipping.scales(config, grads, scale, dtype, backend.sum_of_squares)
+    # A NaN or an infinity anywhere is one in the sum.
+    apply = jnp.all(jnp.isfinite(clip.squares)) if config.skip_nonfinite else None
+    hyper = hyper_rows(
+        config,
+        count,
+        learning_rate=rates.learning_rate,
+        decay=rates.decay,
+        grad_scale=clip.tree,
+        apply=1.0 if apply is None else apply,
+        dtype=dtype,
+    )
+    new = backend.update(
+        hyper,
+        old["params"],
+        grads,
+        old["m"],
+        old["v"],
+        old["v_max"] if config.amsgrad else None,
+        old["ema"] if config.use_ema else None,
+        clip.per_leaf,
+        groups=groups,
+        ema_overwrite=config.ema_overwrite_frequency is not None,
+        clip_value=config.clipvalue is not None,
+        skip=config.skip_nonfinite,
+        epsilon_root=config.epsilon_root is not None,
+        nesterov=config.nesterov,
+        delta=delta,
+    )
+    return new, apply

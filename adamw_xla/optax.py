@@ -1,0 +1,238 @@
+"""``optax.adamw`` as one operation: a drop-in for optax and for all that speaks it.
+
+``adamw`` takes the arguments of ``optax.adamw`` and returns a transformation for
+``optax.chain``, Flax, Equinox and the like. Beside ``optax.apply_updates`` in one
+``jax.jit`` it compiles to what ``adamw_xla.adamw_step`` does. ``from_optax_state`` and
+``to_optax_state`` move a running training over.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+import numpy as np
+import optax
+
+from adamw_xla import _check, _clipping
+from adamw_xla._config import AdamW
+from adamw_xla._optax_state import AdamWOptState as AdamWOptState
+from adamw_xla._optax_state import from_optax_state as from_optax_state
+from adamw_xla._optax_state import to_optax_state as to_optax_state
+from adamw_xla._run import run_step
+from adamw_xla._state import adamw_init
+from adamw_xla._update import Backend
+from adamw_xla_lowering import Implementation, adamw_sum_of_squares, adamw_update
+
+
+def adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Any | Callable[[Any], Any] | None = None,
+    *,
+    nesterov: bool = False,
+    amsgrad: bool = False,
+    clipnorm: ArrayLike | None = None,
+    clipvalue: ArrayLike | None = None,
+    global_clipnorm: ArrayLike | None = None,
+    use_ema: bool = False,
+    ema_momentum: ArrayLike = 0.99,
+    ema_overwrite_frequency: int | None = None,
+    loss_scale_factor: ArrayLike | None = None,
+    gradient_accumulation_steps: int | None = None,
+    skip_nonfinite: bool = False,
+    updates_like_grads: bool = False,
+    implementation: Implementation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """``optax.adamw``, as one operation for the whole tree.
+
+    Up to ``nesterov`` the arguments, their order and defaults are optax's; the others are
+    those of ``adamw_xla.AdamW``. Different from optax:
+
+    - The state is float32 for 16-bit params. In optax it has their dtype unless
+      ``mu_dtype`` says otherwise, and a bfloat16 second moment never decays.
+    - The updates are not rounded: float32, or float64 for float64 params. Then
+      ``optax.apply_updates`` rounds a 16-bit param once, as ``adamw_step`` does.
+    - ``amsgrad`` compares the raw second moments; ``optax.amsgrad`` the corrected ones.
+    - Params must be given to ``update``, and be of a real floating dtype.
+
+    Under ``optax.inject_hyperparams`` with bfloat16 params pass it
+    ``hyperparam_dtype=jax.numpy.float32``: b2 = 0.999 is 1 in bfloat16, an error here and NaN
+    in optax. ``use_ema`` averages what the params become if the updates are added as they
+    are, so nothing that changes updates may follow in the chain. With
+    ``gradient_accumulation_steps`` the calls between make a tree of zeros, which natively they
+    do not; ``optax.MultiSteps`` makes none, and does the work of an update at each call.
+
+    Args:
+      learning_rate: a number, a scalar array, or a schedule of the count of calls.
+      b1: decay of the first moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1).
+      eps: the constant in the denominator, outside of the root.
+      eps_root: the constant under the root.
+      mu_dtype: dtype of the first moments; None: float32, or float64 for float64 params.
+      weight_decay: strength of the decoupled decay, times the learning rate; the kinds of
+        ``learning_rate``.
+      mask: a pytree of bools, a prefix of the params' tree, or a callable from params to
+        one: False where there is no decay.
+      nesterov: Nesterov momentum, as ``optax.nadamw``.
+      amsgrad: divide by the running maximum of the second moments.
+      clipnorm: clip each leaf's gradient to this norm.
+      clipvalue: clip each gradient element to [-clipvalue, clipvalue].
+      global_clipnorm: clip the gradient of the whole tree to this norm; as
+        ``clip_by_global_norm`` in front.
+      use_ema: keep an average of the params in ``state.ema``.
+      ema_momentum: its momentum, in [0, 1].
+      ema_overwrite_frequency: replace the params by their average every so many updates.
+      loss_scale_factor: divide the gradients by this factor.
+      gradient_accumulation_steps: make an update of the mean gradient of so many calls;
+        the updates of the calls between are zeros.
+      skip_nonfinite: updates are zeros, and the state stays, where a gradient is NaN or
+        infinite; ``state.skipped`` counts these calls.
+      updates_like_grads: round the updates to the gradients' dtypes, as optax does.
+        Wrappers that return gradients, or zeros like them, in place of updates need it for
+        16-bit gradients: ``optax.apply_if_finite`` and ``optax.conditionally_transform``.
+      implementation: "xla", "native" or None, as in ``adamw_xla.adamw_step``. There is no
+        kernel that returns updates: XLA makes the update and the sum in one loop, and
+        "native" is an error.
+
+    Returns:
+      A transformation, whose state is an ``AdamWOptState``. Gradients that are None have
+      updates that are None, and extra arguments are ignored.
+
+    Raises:
+      TypeError, ValueError: an argument is of the wrong kind or out of its range.
+
+    Example:
+      >>> import adamw_xla.optax, jax, jax.numpy as jnp, optax
+      >>> solver = adamw_xla.optax.adamw(learning_rate=0.1)
+      >>> params = jnp.array([1.0, 2.0, 3.0])
+      >>> state = solver.init(params)
+      >>> grads = jax.grad(lambda x: jnp.sum(x**2))(params)
+      >>> updates, state = solver.update(grads, state, params)
+      >>> print(optax.apply_updates(params, updates))
+      [0.89999 1.89998 2.89997]
+    """
+    _check.optax_arguments(
+        learning_rate=learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        eps_root=eps_root,
+        weight_decay=weight_decay,
+        updates_like_grads=updates_like_grads,
+    )
+    config = AdamW(
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        beta_1=b1,
+        beta_2=b2,
+        epsilon=eps,
+        amsgrad=amsgrad,
+        clipnorm=clipnorm,
+        clipvalue=clipvalue,
+        global_clipnorm=global_clipnorm,
+        use_ema=use_ema,
+        ema_momentum=ema_momentum,
+        ema_overwrite_frequency=ema_overwrite_frequency,
+        loss_scale_factor=loss_scale_factor,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        epsilon_hat=False,
+        weight_decay_mask=mask,
+        skip_nonfinite=skip_nonfinite,
+        epsilon_root=None if _is_known_zero(eps_root) else eps_root,
+        nesterov=nesterov,
+    )
+    transform = _Transform(
+        config,
+        None if mu_dtype is None else _check.state_dtype(mu_dtype, "mu_dtype"),
+        updates_like_grads,
+        implementation,
+    )
+    return optax.GradientTransformationExtraArgs(transform.init, transform.update)
+
+
+def _is_known_zero(value: Any) -> bool:
+    return isinstance(value, int | float | np.generic) and value == 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Transform:
+    config: AdamW
+    mu_dtype: DTypeLike | None
+    updates_like_grads: bool
+    implementation: Implementation | None
+
+    def init(self, params: Any) -> AdamWOptState:
+        """The state before the first update."""
+        state = adamw_init(params, self.config)
+        if self.mu_dtype is not None:
+            mu = optax.tree_utils.tree_zeros_like(params, dtype=self.mu_dtype)
+            state = dataclasses.replace(state, m=mu)
+        return AdamWOptState.of(state)
+
+    def update(
+        self, updates: Any, state: AdamWOptState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, AdamWOptState]:
+        """What to add to ``params``, and the new state; ``updates`` are the gradients."""
+        del extra_args
+        _check.optax_call(params, state)
+        update = functools.partial(adamw_update, implementation=self.implementation)
+        changes, new = run_step(
+            params,
+            updates,
+            state.native(),
+            self.config,
+            learning_rate=None,
+            weight_decay=None,
+            backend=Backend(update),
+            delta=True,
+        )
+        if self.updates_like_grads:
+            changes = jax.tree.map(lambda x, g: x.astype(g.dtype), changes, updates)
+        return changes, AdamWOptState.of(new)
+
+
+# ------------------------------------------------------------------------------- clipping
+
+
+def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
+    """``optax.clip_by_global_norm``, which reads the tree in a kernel or two per shape.
+
+    The norm is taken in float32, or in float64 where a gradient is float64. If it is not
+    finite, everything becomes NaN, so that ``optax.apply_if_finite`` behind it sees that.
+
+    Args:
+      max_norm: the largest norm that passes.
+
+    Returns:
+      A transformation without state; updates keep their dtypes.
+
+    Raises:
+      TypeError, ValueError: ``max_norm`` is no number above 0; and when it is used, a
+        gradient is not of a real floating dtype.
+    """
+    _check.max_norm(max_norm)
+    return optax.GradientTransformation(_stateless, functools.partial(_clip, max_norm))
+
+
+def _stateless(params: Any) -> optax.EmptyState:
+    del params
+    return optax.EmptyState()
+
+
+def _clip(max_norm: ArrayLike, updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    del params
+    leaves = jax.tree.leaves(updates)
+    _check.updates(updates, leaves)
+    wide = any(x.dtype == np.float64 for x in leaves)
+    one = jnp.ones((), np.float64 if wide else np.float32)
+    factor = _clipping.global_factor(jnp.sqrt(adamw_sum_of_squares(one, leaves)), max_norm)
+    return jax.tree.map(lambda x: (x.astype(one.dtype) * factor).astype(x.dtype), updates), state

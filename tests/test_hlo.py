@@ -1,0 +1,361 @@
+"""``adamw_xla.hlo`` on what the three compilers wrote (tests/hlo_goldens), and on small texts.
+
+Counts are taken a second time in the manner of ``grep``, and bytes by hand.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+import json
+import math
+from pathlib import Path
+import re
+import textwrap
+from typing import NamedTuple
+
+import pytest
+
+from adamw_xla.hlo import HloSyntaxError, report
+
+GOLDENS = Path(__file__).parent / "hlo_goldens"
+NAMES = sorted(path.stem for path in GOLDENS.glob("*.hlo"))
+STEP = {"a": (256, 128), "b": (256, 128), "c": (128,), "d": (128,), "e": (3, 5, 7)}
+TRAIN = {"embed": (64, 32), "layers.b": (4, 32), "layers.w": (4, 32, 32)}
+SCALARS = 1024
+"""More bytes than the numbers of a step and the partial sums of a norm here have."""
+
+
+def golden(name: str) -> str:
+    return (GOLDENS / f"{name}.hlo").read_text()
+
+
+def elements(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+# ------------------------------------------------------------------------------- the goldens
+
+
+class Expected(NamedTuple):
+    """Read in the text by a person: launches of the program, of the update and the norm."""
+
+    platform: str
+    program: int
+    update: int
+    norm: int
+    by_kind: dict[str, int]
+
+
+EXPECTED = {
+    "cpu.step": Expected("cpu", 4, 2, 0, {"fusion": 2, "custom-call": 2}),
+    "cpu.clip": Expected("cpu", 10, 2, 5, {"fusion": 8, "custom-call": 2}),
+    "cpu.train": Expected("cpu", 50, 1, 3, {"fusion": 40, "copy": 7, "dot": 2, "custom-call": 1}),
+    "h100.step": Expected("cuda", 4, 3, 0, {"fusion": 4}),
+    "h100.clip": Expected("cuda", 7, 3, 3, {"fusion": 7}),
+    "h100.train": Expected("cuda", 35, 3, 2, {"fusion": 33, "copy": 2}),
+    "h100.accumulate": Expected("cuda", 55, 3, 0, {"copy": 41, "fusion": 14}),
+    "v5e.step": Expected("tpu", 5, 5, 0, {"async-copy": 24, "scalar": 14, "fusion": 5}),
+    "v5e.clip": Expected("tpu", 10, 5, 5, {"async-copy": 31, "scalar": 23, "fusion": 10}),
+    "v5e.train": Expected(
+        "tpu",
+        30,
+        4,
+        3,
+        {
+            "scalar": 31,
+            "fusion": 23,
+            "async-copy": 20,
+            "copy": 3,
+            "broadcast": 2,
+            "convert": 1,
+            "dynamic-update-slice": 1,
+        },
+    ),
+    "v5e.accumulate": Expected(
+        "tpu", 15, 5, 0, {"async-copy": 37, "scalar": 19, "fusion": 5, "add": 5, "broadcast": 5}
+    ),
+}
+
+
+def test_every_golden_is_expected():
+    assert sorted(EXPECTED) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_counts(name):
+    found, expected = report(golden(name)), EXPECTED[name]
+    assert found.platform == expected.platform
+    counts = (found.program.count, found.update.count, found.norm.count)
+    assert counts == (expected.program, expected.update, expected.norm)
+    assert found.program.by_kind == expected.by_kind
+
+
+NO_LAUNCH = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier")
+NO_LAUNCH += ("while", "conditional", "copy-done", "slice-done")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_counts_as_grep_sees_them(name):
+    text = golden(name)
+    called = set(
+        re.findall(r"(?:body|condition|true_computation|false_computation)=%([\w.-]+)", text)
+    )
+    for names in re.findall(r"branch_computations={([^}]*)}", text):
+        called |= {x.strip(" %") for x in names.split(",")}
+    opcodes: Counter[str] = Counter()
+    for block in re.split(r"\n}\n", text):
+        head = re.search(r"^(ENTRY )?%([\w.-]+) \(", block, re.MULTILINE)
+        if head is not None and (head[1] or head[2] in called):
+            # The first word behind the shape that stands before a bracket.
+            body = block[head.end() :].split("{\n", 1)[1]
+            opcodes.update(re.findall(r" = .*?[\])}] ([a-z-]+)\(", body))
+    for opcode in NO_LAUNCH:
+        opcodes.pop(opcode, None)
+    views = text.count('custom_call_target="ConcatBitcast"')
+    views += text.count('custom_call_target="AllocateBuffer"')
+    assert sum(opcodes.values()) - views == len(report(text).program.kernels)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_update_reads_and_writes_what_adamw_must(name):
+    found = report(golden(name))
+    params = elements(TRAIN if "train" in name else STEP)
+    assert found.parameters == params
+    update = found.update
+    # Gradient, param, m and v come; param, m and v go. What a TPU still has in its vector
+    # memory is not read again, and in a branch all of it may be there.
+    moved = update.read + update.written
+    assert update.written <= 12 * params + SCALARS
+    assert moved <= 28 * params + SCALARS
+    assert moved - SCALARS <= update.least_bytes <= moved
+    if not name.startswith("v5e"):
+        assert update.read >= 16 * params
+        assert update.written == 12 * params
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_leaves_land_where_they_are_read(name):
+    text = golden(name)
+    found = report(text)
+    shapes = TRAIN if "train" in name else STEP
+    assert [leaf.name for leaf in found.leaves] == [f"params['{key}']" for key in shapes]
+    for leaf in found.leaves:
+        assert leaf.elements == math.prod(shapes[leaf.name[8:-2]])
+        assert leaf.in_place
+        assert len(leaf.kernels) == 1
+        (line,) = re.findall(
+            rf"^ *(?:ROOT )?%{re.escape(leaf.kernels[0])} = .*", text, re.MULTILINE
+        )
+        assert " fusion(" in line or "adamw_xla_update_cpu" in line
+    merged = Counter(leaf.kernels[0] for leaf in found.leaves)
+    assert len(merged) == len({k.name for k in found.update.kernels if k.kind in _COMPUTING})
+
+
+_COMPUTING = ("fusion", "custom-call")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_lines_are_those_of_the_kernels(name):
+    text = golden(name)
+    lines = text.splitlines()
+    for kernel in report(text).program.kernels:
+        assert lines[kernel.line - 1].lstrip().removeprefix("ROOT ").startswith(f"%{kernel.name} =")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_inputs(name):
+    found = report(golden(name))
+    assert found.undonated == ()
+    kept = {x.name for x in found.inputs} - {x.name for x in found.in_place}
+    shapes = TRAIN if "train" in name else STEP
+    assert kept == ({"tokens"} if "train" in name else {f"grads['{key}']" for key in shapes})
+    sizes = {x.name: (x.shape, x.bytes) for x in found.inputs}
+    assert {x.donated for x in found.in_place} == {True}
+    assert {x.donated for x in found.inputs if x.output is None} == {None}
+    key, shape = next(iter(shapes.items()))
+    dims = ",".join(map(str, shape))
+    assert sizes[f"state.m['{key}']"] == (f"f32[{dims}]", 4 * math.prod(shape))
+
+
+def test_loops():
+    found = report(golden("h100.train"))
+    # Two loops over four layers; all else runs once.
+    inside = [k for k in found.program.kernels if k.times == 4]
+    assert {k.times for k in found.program.kernels} == {1, 4}
+    assert found.program.launches == found.program.count + 3 * len(inside)
+    assert all(k.computation.startswith("region") for k in inside)
+    unknown = report(golden("v5e.train")).program
+    assert unknown.launches is None
+
+
+def test_estimated_cycles():
+    text = golden("v5e.clip")
+    by_grep = sum(int(n) for n in re.findall(r'"estimated_cycles":"(\d+)"', text))
+    assert report(text).program.estimated_cycles == by_grep > 0
+    assert report(golden("h100.clip")).program.estimated_cycles is None
+
+
+def test_json_and_words():
+    found = report(golden("h100.clip"))
+    data = json.loads(json.dumps(found.to_json()))
+    assert data["program"]["count"] == 7
+    assert len(data["inputs"]) == 21
+    assert len(data["leaves"]) == 5
+    words = str(found)
+    assert "7 kernels (7 fusion)" in words
+    assert "28.0 bytes per param, 28.0 at least" in words
+    assert "donated, but not in place: none" in words
+    assert "params['a'] f32[256,128] and 1 more" in words
+
+
+# --------------------------------------------------------------------------- small texts by hand
+
+
+def module(body: str, *, header: str = "", extra: str = "") -> str:
+    head = f"HloModule m, is_scheduled=true{header}, entry_computation_layout={{()->()}}\n\n"
+    return f"{head}{textwrap.dedent(extra)}ENTRY %main () -> f32[] {{\n{textwrap.dedent(body)}}}\n"
+
+
+def test_bytes_of_slices_and_of_updates_in_place():
+    extra = """\
+        %fused (p0: f32[8,100], p1: s32[]) -> f32[1,100] {
+          %p0 = f32[8,100]{1,0} parameter(0)
+          %p1 = s32[] parameter(1)
+          %z = s32[] constant(0)
+          ROOT %s = f32[1,100]{1,0} dynamic-slice(%p0, %p1, %z), dynamic_slice_sizes={1,100}
+        }
+
+        %fused.1 (q0: f32[8,100], q1: f32[1,100], q2: s32[]) -> f32[8,100] {
+          %q0 = f32[8,100]{1,0} parameter(0)
+          %q1 = f32[1,100]{1,0} parameter(1)
+          %q2 = s32[] parameter(2)
+          %z.1 = s32[] constant(0)
+          ROOT %u = f32[8,100]{1,0} dynamic-update-slice(%q0, %q1, %q2, %z.1)
+        }
+
+        """
+    body = """\
+          %x = f32[8,100]{1,0} parameter(0)
+          %i = s32[] parameter(1)
+          %row = f32[1,100]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused
+          ROOT %new = f32[8,100]{1,0} fusion(%x, %row, %i), kind=kLoop, calls=%fused.1
+        """
+    row, new = report(module(body, extra=extra)).program.kernels
+    assert (row.read, row.written) == (400 + 4, 400)
+    assert (new.read, new.written) == (400 + 4, 400)
+
+
+def test_asynchronous_pairs_count_once():
+    body = """\
+          %x = f32[1024]{0} parameter(0)
+          %start = (f32[1024]{0}, f32[1024]{0}, u32[]) copy-start(%x)
+          ROOT %done = f32[1024]{0} copy-done(%start)
+        """
+    (copy,) = report(module(body), platform="cuda").program.kernels
+    assert (copy.kind, copy.read, copy.written) == ("copy", 4096, 4096)
+    to_vector_memory = module(body.replace("(f32[1024]{0}, ", "(f32[1024]{0:S(1)}, "))
+    (prefetch,) = report(to_vector_memory, platform="tpu").program.kernels
+    assert (prefetch.kind, prefetch.read, prefetch.written) == ("async-copy", 4096, 0)
+    assert not prefetch.counted
+
+
+def test_text_with_types_at_the_operands_and_no_percent_signs():
+    body = """\
+          x = bf16[3,2]{1,0} parameter(0), metadata={op_name="p[\\'(w) = {\\']"}
+          ROOT y = bf16[3,2]{1,0} negate(bf16[3,2]{1,0} x), metadata={op_name="jit(f)/neg"}
+        """
+    found = report(module(body))
+    (kernel,) = found.program.kernels
+    assert (kernel.name, kernel.kind, kernel.read, kernel.written) == ("y", "negate", 12, 12)
+    assert found.inputs[0].name == "p['(w) = {']"
+
+
+def test_a_function_that_is_called_like_the_update_is_not_it():
+    body = """\
+          %x = f32[8]{0} parameter(0)
+          %y = f32[8]{0} negate(%x), metadata={op_name="jit(adamw_update)/my_adamw_update/neg"}
+          ROOT %z = f32[8]{0} negate(%y), metadata={op_name="jit(adamw_update)/vmap()/adamw_update"}
+        """
+    assert [k.name for k in report(module(body)).update.kernels] == ["z"]
+
+
+def test_calls_are_what_stands_in_them():
+    extra = """\
+        %command_buffer {
+          %c0 = f32[8]{0} parameter(0)
+          %c1 = f32[8]{0} negate(%c0)
+          ROOT %c2 = f32[8]{0} sine(%c1)
+        }
+
+        """
+    body = """\
+          %x = f32[8]{0} parameter(0)
+          ROOT %y = f32[8]{0} call(%x), to_apply=%command_buffer
+        """
+    assert [k.name for k in report(module(body, extra=extra)).program.kernels] == ["c1", "c2"]
+    # XLA:CPU cuts one loop into the calls of several threads.
+    parallel = body.replace(
+        "buffer\n", """buffer, backend_config={"outer_dimension_partitions":["2"]}\n"""
+    )
+    assert [k.name for k in report(module(parallel, extra=extra)).program.kernels] == ["y"]
+
+
+def test_copies_are_of_those_whom_they_serve():
+    body = """\
+          %x = f32[8]{0} parameter(0), metadata={op_name="x"}
+          %before = f32[8]{0} copy(%x)
+          %both = f32[8]{0} copy(%x)
+          %y = f32[8]{0} add(%before, %both), metadata={op_name="jit(f)/adamw_update"}
+          %z = f32[8]{0} negate(%both), metadata={op_name="jit(f)/neg"}
+          %after = f32[8]{0} copy(%y)
+          %other = f32[8]{0} copy(%z)
+          ROOT %t = (f32[8]{0}, f32[8]{0}) tuple(%after, %other)
+        """
+    found = report(module(body))
+    assert [k.name for k in found.update.kernels] == ["before", "y", "after"]
+    # Two arrays come, one goes; in all that happens between them, three copies more.
+    assert found.update.least_bytes == 2 * 32 + 32
+    assert found.update.read + found.update.written == 2 * 32 + 3 * 32 + 2 * 32
+
+
+def test_a_scalar_that_is_made_of_a_leaf_does_not_update_it():
+    body = """\
+          %p = f32[8]{0} parameter(0), metadata={op_name="p[\'w\']"}
+          %m = f32[8]{0} parameter(1), metadata={op_name="s.m[\'w\']"}
+          %v = f32[8]{0} parameter(2), metadata={op_name="s.v[\'w\']"}
+          %first = f32[1]{0} slice(%p), slice={[0:1]}, metadata={op_name="jit(f)/adamw_update"}
+          %mv = f32[8]{0} add(%m, %v), metadata={op_name="jit(f)/adamw_update"}
+          ROOT %new = f32[8]{0} add(%p, %mv), metadata={op_name="jit(f)/adamw_update"}
+        """
+    (leaf,) = report(module(body)).leaves
+    assert (leaf.name, leaf.kernels, leaf.in_place) == ("p['w']", ("new", "mv"), False)
+
+
+REFUSED = {
+    "module @jit_f {\n}\n": "no line that begins with HloModule",
+    "HloModule m, num_partitions=1\n\nENTRY %main () -> f32[] {\n}\n": "not scheduled",
+    "HloModule m, is_scheduled=true\n\n%a () -> f32[] {\n}\n": "no ENTRY computation",
+    module("  %x = f32[2] what is this\n"): "line 4 cannot be read",
+    module("  nothing at all\n"): "line 4 is no instruction",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_refuses_what_is_no_compiled_program(text):
+    with pytest.raises(HloSyntaxError, match=REFUSED[text]):
+        report(text)
+
+
+def test_refuses_other_arguments():
+    text = golden("cpu.step")
+    with pytest.raises(TypeError, match=r"must be a compiled program or its text, got int"):
+        report(3)
+    with pytest.raises(ValueError, match="platform must be one of"):
+        report(text, platform="gpu")
+    with pytest.raises(ValueError, match="donated has 1 entries, and the program has 21"):
+        report(text, donated=[True])
+
+
+def test_donation_may_be_said():
+    found = report(golden("cpu.step"), donated=[True] * 21)
+    assert {x.name for x in found.undonated} == {f"grads['{key}']" for key in STEP}

@@ -1,0 +1,204 @@
+"""``tools/inspect_hlo.py`` and ``tools/kernel_table.py`` on the CPU, where nothing is missing."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+import json
+from pathlib import Path
+import re
+import textwrap
+
+import aot
+import inspect_hlo
+import kernel_table
+import pytest
+from typer.testing import CliRunner
+
+import adamw_xla as ax
+
+runner = CliRunner()
+SHAPES = {"w": [64, 32], "b": [32], "<odd & name>": [3]}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(SHAPES))
+    return str(path)
+
+
+def run(*arguments: str, status: int = 0) -> str:
+    """Runs the tool; returns all it printed, on one line."""
+    result = runner.invoke(inspect_hlo.app, ["--target", "cpu", *arguments], terminal_width=200)
+    assert result.exit_code == status, result.output
+    return " ".join(result.output.split())
+
+
+def test_json_holds_the_reports(model, tmp_path):
+    out = tmp_path / "report.json"
+    run("--model", model, "--against", "optax", "--clip", "global", "--json", str(out))
+    ours, optax = json.loads(out.read_text())
+    assert (ours["name"], optax["name"]) == ("adamw_xla", "optax")
+    assert ours["parameters"] == optax["parameters"] == 64 * 32 + 32 + 3
+    assert ours["norm"]["count"] > 0
+    assert ours["undonated"] == optax["undonated"] == []
+    assert [leaf["shape"] for leaf in ours["leaves"]] == ["f32[3]", "f32[32]", "f32[64,32]"]
+    assert ours["compile_seconds"] > 0
+    for found in (ours, optax):
+        kept = [x["name"] for x in found["inputs"] if not x["donated"]]
+        assert kept == [f"grads[{name!r}]" for name in sorted(SHAPES)]
+    run("--model", model, "--against", "optax", "--json", str(out))
+    for clipped, plain in zip((ours, optax), json.loads(out.read_text()), strict=True):
+        assert clipped["program"]["count"] > plain["program"]["count"]
+
+
+def test_keras_and_every_common_option(model):
+    for options in (["--amsgrad", "--ema"], ["--accumulate", "2"], ["--dtype", "bfloat16"]):
+        assert "keras" in run("--model", model, "--against", "keras", *options)
+    assert "optax" in run("--model", model, "--against", "optax", "--amsgrad", "--clip", "value")
+    assert "optax" in run("--model", model, "--against", "optax", "--accumulate", "2")
+
+
+def test_table_and_details(model):
+    printed = run("--model", model, "--details")
+    assert "donated, not in place" in printed
+    assert "donated, but not in place: none" in printed
+
+
+class Page(HTMLParser):
+    """Collects ids, links and text; complains of tags that are not closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.open: list[str] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.ids += [found["id"]] if found.get("id") else []
+        self.links += [found["href"]] if found.get("href") else []
+        assert not {"src", "srcset"} & set(found)
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+def test_dump(model, tmp_path):
+    run("--model", model, "--dump", str(tmp_path / "out"))
+    files = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
+    assert sorted(files) == [
+        "cpu.adamw_xla.hlo",
+        "cpu.adamw_xla.html",
+        "cpu.adamw_xla.stablehlo.mlir",
+    ]
+    assert "module @jit_step" in files["cpu.adamw_xla.stablehlo.mlir"]
+    found = ax.hlo.report(files["cpu.adamw_xla.hlo"])
+    page = Page(files["cpu.adamw_xla.html"])
+    assert page.open == []
+    assert len(set(page.ids)) == len(page.ids)
+    assert all(link[0] == "#" and link[1:] in page.ids for link in page.links)
+    # Each leaf has a link to its kernels, and each kernel one to its line.
+    for leaf in found.leaves:
+        assert leaf.name in page.words
+        lines = {kernel.line for kernel in found.program.kernels if kernel.name in leaf.kernels}
+        assert all(f"#k{line}" in page.links and f"#l{line}" in page.links for line in lines)
+    assert "<odd & name>" in page.words
+    assert "<odd" not in files["cpu.adamw_xla.html"]
+
+
+def test_fail_above(model):
+    printed = run("--model", model, "--fail-above", "0", status=1)
+    kernels = int(re.search(r"adamw_xla has (\d+) kernels on cpu; --fail-above 0", printed)[1])
+    run("--model", model, "--fail-above", str(kernels))
+    run("--model", model, "--fail-above", str(kernels - 1), status=1)
+
+
+def test_any_train_step(tmp_path, monkeypatch):
+    (tmp_path / "my_train_step.py").write_text(
+        textwrap.dedent("""
+            import jax, jax.numpy as jnp
+            import adamw_xla as ax
+
+            def inspected():
+                config = ax.AdamW()
+                params = {"w": jnp.zeros((8, 4))}
+                state = jax.eval_shape(lambda p: ax.adamw_init(p, config), params)
+
+                def train_step(params, state, x):
+                    grads = jax.grad(lambda p: jnp.mean((x @ p["w"]) ** 2))(params)
+                    return ax.adamw_step(params, grads, state, config)
+
+                jitted = jax.jit(train_step, donate_argnames=("params", "state"))
+                return jitted, (params, state, jax.ShapeDtypeStruct((2, 8), "float32"))
+
+            def wrong():
+                return 3
+        """)
+    )
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "report.json"
+    run("--function", "my_train_step:inspected", "--json", str(out))
+    (found,) = json.loads(out.read_text())
+    assert [leaf["name"] for leaf in found["leaves"]] == ["params['w']"]
+    donated = {x["name"] for x in found["inputs"] if x["donated"]}
+    assert donated == {"params['w']", "state.count", "state.m['w']", "state.v['w']"}
+    run("--function", "my_train_step:inspected", "--fail-above", "0", status=1)
+    assert "must return (function, args)" in run("--function", "my_train_step:wrong", status=2)
+
+
+MISTAKES = {
+    "--target v2": "--target v2: must be one of cpu, h100, a100",
+    "--against torch": "--against torch: must be one of optax, keras.",
+    "--clip norm": "--clip norm: must be one of none, global, leaf, value.",
+    "--dtype int8": "--dtype int8: must be one of float32, bfloat16, float16.",
+    "--model nowhere.json": "--model nowhere.json: is neither a file nor one of gpt2-small",
+    "--function nowhere": "--function nowhere: must be module:callable.",
+    "--function no.such:thing": "--function no.such:thing: No module named 'no'.",
+    "--ema --against optax": "optax.adamw has no moving average of the params; leave it out",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_mistakes_get_one_line(arguments):
+    assert f"inspect_hlo: {MISTAKES[arguments]}" in run(*arguments.split(), status=2)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "3", '[["a"]]', "[[2, -1]]", '{"w": 4}'])
+def test_mistakes_in_a_file_of_shapes(content, tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    assert f"inspect_hlo: --model {path}: " in run("--model", str(path), status=2)
+
+
+@pytest.mark.parametrize(("target", "extra"), [("a100", "gpu-compile"), ("v6e", "tpu-compile")])
+def test_a_missing_compiler_is_named_with_its_command(target, extra, model, monkeypatch):
+    monkeypatch.setattr(aot, "_is_there", lambda module: False)
+    printed = run("--target", target, "--model", model, status=2)
+    assert re.search(rf"inspect_hlo: {target} needs .*: pip install -e '\.\[{extra}\]'", printed)
+
+
+def test_markdown_table():
+    cell = kernel_table.Cell(16, 7168, 0, 2.25, None)
+    other = kernel_table.Cell(150, 38400, 1, 1.0, 8_213_259)
+    cells = {
+        (who, clip): cell if who == "adamw_xla" else other
+        for who in kernel_table.WHO
+        for clip in kernel_table.CLIPS
+    }
+    cells["keras", "global"] = None
+    nothing = dict.fromkeys(cells)
+    head, _, row, empty = kernel_table.markdown(
+        {("gpt2-small", "h100"): cells, ("llama-1b", "v5e"): nothing}
+    )
+    assert head.count("|") == row.count("|") == empty.count("|")
+    assert "| 16 / 150 / 150 | 16 / 150 / – |" in row
+    assert "| 0 / 2 / 1 |" in row
+    assert "does not fit" in empty

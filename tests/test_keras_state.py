@@ -1,0 +1,233 @@
+"""``adamw_xla.keras.AdamW``: files, configs, layouts and refusals."""
+
+from __future__ import annotations
+
+import doctest
+import os
+from pathlib import Path
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import keras
+from keras_models import BATCH, close, compiled, data, fit, mlp
+import numpy as np
+import pytest
+
+import adamw_xla.keras
+from adamw_xla.keras import AdamW
+
+Stock = keras.optimizers.AdamW
+OPTIONS: dict[str, Any] = {
+    "learning_rate": 3e-3,
+    "beta_2": 1 - 2.0**-10,
+    "amsgrad": True,
+    "use_ema": True,
+    "gradient_accumulation_steps": 5,  # epochs of 22 batches end between updates
+    "clipnorm": 0.5,
+}
+OURS_ONLY = {"float32_state": False, "ema_at_every_call": True}
+
+
+def go_on(model: keras.Model) -> keras.Model:
+    x, y = data()
+    model.fit(x, y, epochs=2, batch_size=BATCH, shuffle=False, verbose=0)
+    return model
+
+
+def same(model: keras.Model, other: keras.Model) -> None:
+    """Weights and the optimizer's state, exactly."""
+    for a, b in zip(
+        [*model.variables, *model.optimizer.variables],
+        [*other.variables, *other.optimizer.variables],
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=b.path)
+
+
+# ------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("name", ["model.weights.h5", "model.keras"])
+@pytest.mark.parametrize("first", [AdamW, Stock], ids=["ours", "stock"])
+def test_the_other_class_resumes(tmp_path: Path, first: Any, name: str) -> None:
+    # An average that moves at every call, so that the two classes agree on it.
+    options = {AdamW: OPTIONS | {"ema_at_every_call": True}, Stock: OPTIONS}
+    model = fit(first(**options[first]), epochs=1)
+    path = tmp_path / name
+    model.save(path) if name.endswith(".keras") else model.save_weights(path)
+    resumed = {}
+    for cls in (AdamW, Stock):
+        resumed[cls] = compiled(mlp(), cls(**options[cls]))
+        resumed[cls].optimizer.build(resumed[cls].trainable_variables)
+        resumed[cls].load_weights(path)
+        same(resumed[cls], model)
+        go_on(resumed[cls])
+    close(resumed[AdamW].trainable_variables, resumed[Stock].trainable_variables)
+    close(resumed[AdamW].optimizer.variables, resumed[Stock].optimizer.variables, 2e-5)
+
+
+def test_fit_may_be_called_again_after_averaging() -> None:
+    model = fit(AdamW(use_ema=True), epochs=1)
+    average, weight = model.optimizer._model_variables_moving_average[0], model.weights[0]
+    np.testing.assert_array_equal(weight.numpy(), average.numpy())
+    go_on(model)
+
+
+def test_load_model_brings_the_optimizer_back(tmp_path: Path) -> None:
+    model = fit(AdamW(**OPTIONS, **OURS_ONLY), epochs=1)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert type(loaded.optimizer) is AdamW
+    assert loaded.optimizer.get_config() == model.optimizer.get_config()
+    same(loaded, model)
+    go_on(loaded)
+    go_on(model)
+    same(loaded, model)
+
+
+def test_a_file_of_ours_opens_without_this_package(tmp_path: Path) -> None:
+    model = fit(AdamW(**OPTIONS), epochs=1)
+    model.save(tmp_path / "model.keras")
+    code = """
+import keras, numpy, sys
+stock = keras.optimizers.AdamW
+model = keras.saving.load_model(sys.argv[1], custom_objects={"adamw_xla>AdamW": stock})
+assert type(model.optimizer) is stock
+assert not any(name.startswith("adamw_xla") for name in sys.modules)
+numpy.savez(sys.argv[2], *[v.numpy() for v in model.optimizer.variables])
+"""
+    arguments = [str(tmp_path / "model.keras"), str(tmp_path / "state.npz")]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True)
+    with np.load(tmp_path / "state.npz") as found:
+        for variable, key in zip(model.optimizer.variables, found, strict=True):
+            np.testing.assert_array_equal(variable.numpy(), found[key])
+
+
+@pytest.mark.parametrize(("first", "second"), [(AdamW, Stock), (Stock, AdamW)])
+def test_bfloat16_state_changes_its_dtype_on_loading(
+    tmp_path: Path, first: Any, second: Any
+) -> None:
+    model = fit(first(1e-2, beta_2=0.5), lambda: mlp("bfloat16"), epochs=1)
+    model.save_weights(tmp_path / "model.weights.h5")
+    other = compiled(mlp("bfloat16"), second())
+    other.optimizer.build(other.trainable_variables)
+    other.load_weights(tmp_path / "model.weights.h5")
+    for a, b in zip(model.optimizer.variables, other.optimizer.variables, strict=True):
+        np.testing.assert_allclose(
+            a.numpy().astype(np.float32), b.numpy().astype(np.float32), rtol=2.0**-8
+        )
+
+
+def test_variables_have_the_stock_names_and_order() -> None:
+    def named(cls: Any) -> list[tuple[str, Any]]:
+        optimizer = cls(**OPTIONS, name="optimizer")
+        optimizer.build(
+            [keras.Variable(np.zeros(s), name=f"v{i}") for i, s in enumerate([(2,), ()])]
+        )
+        return [(v.path, v.shape, v.dtype) for v in optimizer.variables]
+
+    assert named(AdamW) == named(Stock)
+
+
+def test_the_distribution_api() -> None:
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    script = Path(__file__).with_name("keras_sharded.py")
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert run.stdout == "passed\n", run.stderr[-3000:]
+
+
+# ------------------------------------------------------------------------------ configs
+
+
+def test_the_examples_run() -> None:
+    found = doctest.testmod(adamw_xla.keras)
+    assert found.attempted > 5
+    assert found.failed == 0
+
+
+def test_the_config_is_the_stock_one_where_nothing_else_is_asked_for() -> None:
+    schedule = keras.optimizers.schedules.CosineDecay(1e-3, 10)
+    for options in ({}, OPTIONS, {"learning_rate": schedule, "loss_scale_factor": 2.0}):
+        ours, theirs = AdamW(**options, name="a"), Stock(**options, name="a")
+        assert ours.get_config() == theirs.get_config()
+        assert Stock.from_config(ours.get_config()).get_config() == theirs.get_config()
+        assert AdamW.from_config(theirs.get_config()).get_config() == theirs.get_config()
+    config = AdamW(**OURS_ONLY).get_config()
+    assert {name: config[name] for name in OURS_ONLY} == OURS_ONLY
+    assert AdamW.from_config(config).get_config() == config
+
+
+def test_serialization() -> None:
+    optimizer = AdamW(1e-2, weight_decay=0.1)
+    described = keras.optimizers.serialize(optimizer)
+    assert described["registered_name"] == "adamw_xla>AdamW"
+    again = keras.saving.deserialize_keras_object(described)
+    assert type(again) is AdamW
+    assert again.get_config() == optimizer.get_config()
+    model = pickle.loads(pickle.dumps(fit(AdamW(), epochs=1)))
+    assert type(model.optimizer) is AdamW
+
+
+@pytest.mark.parametrize("rate", [1, np.float32(0.5), np.asarray(0.25)], ids=str)
+def test_any_real_scalar_is_a_learning_rate(rate: Any) -> None:
+    optimizer = AdamW(rate)
+    assert float(optimizer.learning_rate.numpy()) == float(rate)
+
+
+# ----------------------------------------------------------------------------- refusals
+
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "beta": ({"beta_1": 1.0}, ValueError, "AdamW: beta_1 must be finite and in"),
+    "epsilon": ({"epsilon": -1e-7}, ValueError, "AdamW: epsilon must be"),
+    "decay": ({"weight_decay": -0.1}, ValueError, "AdamW: weight_decay must be"),
+    "no decay": ({"weight_decay": None}, ValueError, "weight_decay"),
+    "rate": ({"learning_rate": "fast"}, TypeError, "AdamW: learning_rate must be a real"),
+    "scale": ({"loss_scale_factor": 0.0}, ValueError, "AdamW: loss_scale_factor must be"),
+    "clip": ({"clipnorm": -1.0}, ValueError, "AdamW: clipnorm must be"),
+    "clips": ({"clipnorm": 1.0, "clipvalue": 1.0}, ValueError, "Only one of `clipnorm`"),
+    "steps": ({"gradient_accumulation_steps": 1}, ValueError, "gradient_accumulation_steps"),
+    "steps kind": ({"gradient_accumulation_steps": 2.5}, TypeError, "must be an integer"),
+    "momentum": ({"use_ema": True, "ema_momentum": 2.0}, ValueError, "ema_momentum"),
+    "frequency": ({"use_ema": True, "ema_overwrite_frequency": 0}, ValueError, "at least 1"),
+    "state": ({"float32_state": 1}, TypeError, "AdamW: float32_state must be True or False"),
+    "average": ({"ema_at_every_call": None}, TypeError, "AdamW: ema_at_every_call must be"),
+    "unknown": ({"momentum": 0.9}, ValueError, "momentum"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "text"), REFUSED.values(), ids=REFUSED)
+def test_bad_options(options: dict[str, Any], error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        AdamW(**options)
+
+
+def test_an_option_that_is_assigned_is_checked_at_the_next_trace() -> None:
+    optimizer = AdamW()
+    optimizer.beta_2 = 1.5
+    with pytest.raises(ValueError, match="beta_2 must be"):
+        optimizer.apply([np.ones(2)], [keras.Variable(np.ones(2))])
+
+
+def test_variables_and_gradients_that_do_not_fit_are_named() -> None:
+    with pytest.raises(TypeError, match="variable counts has dtype int32"):
+        AdamW().build([keras.Variable(np.ones(2, np.int32), dtype="int32", name="counts")])
+    variable = keras.Variable(np.ones((2, 3)), name="kernel")
+    optimizer = AdamW()
+    with pytest.raises(ValueError, match=r"kernel has shape \(3,\); must be \(2, 3\)"):
+        optimizer.apply([np.ones(3)], [variable])
+    np.testing.assert_array_equal(variable.numpy(), 1.0)
+
+
+def test_another_backend_is_refused() -> None:
+    code = "import adamw_xla.keras\nadamw_xla.keras.AdamW()"
+    environment = os.environ | {"KERAS_BACKEND": "numpy"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 1
+    assert (
+        "Keras runs on the numpy backend; it must run on JAX. Set KERAS_BACKEND=jax" in run.stderr
+    )

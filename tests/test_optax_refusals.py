@@ -1,0 +1,95 @@
+"""What ``adamw_xla.optax`` refuses, in optax's words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import adamw_xla as ax
+import adamw_xla.optax as axo
+
+PARAMS = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+SOLVER = axo.adamw(0.1)
+STATE = SOLVER.init(PARAMS)
+
+ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"learning_rate": -0.1}, ValueError, "learning_rate must be .*at least 0, got -0.1"),
+    ({"learning_rate": None}, TypeError, "learning_rate must be .*got None"),
+    ({"b1": 1.0}, ValueError, r"b1 must be .*in \[0, 1\), got 1.0"),
+    ({"b2": lambda count: 0.9}, TypeError, "b2 must be a real number"),
+    ({"b2": np.float32(1.5)}, ValueError, r"b2 must be .*in \[0, 1\), got 1.5"),
+    ({"eps": -1e-8}, ValueError, "eps must be .*at least 0"),
+    ({"eps_root": -1.0}, ValueError, "eps_root must be .*at least 0"),
+    ({"eps_root": None}, TypeError, "eps_root must be a real number"),
+    ({"mu_dtype": "int8"}, ValueError, "mu_dtype must be bfloat16.*got int8"),
+    ({"mu_dtype": "wide"}, TypeError, "mu_dtype must be a dtype, got 'wide'"),
+    ({"weight_decay": "much"}, TypeError, "weight_decay must be .*got 'much'"),
+    ({"nesterov": 1}, TypeError, "nesterov must be True or False"),
+    ({"amsgrad": None}, TypeError, "amsgrad must be True or False"),
+    ({"updates_like_grads": "yes"}, TypeError, "updates_like_grads must be True or False"),
+    ({"clipnorm": 1.0, "clipvalue": 1.0}, ValueError, "at most one clip option"),
+    ({"epsilon": 1e-8}, TypeError, "epsilon"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), ARGUMENTS, ids=lambda x: str(x)[:40])
+def test_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        axo.adamw(**{"learning_rate": 0.1} | options)
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0, "x", None])
+def test_a_clip_needs_a_norm(norm: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"max_norm must be .*above 0"):
+        axo.clip_by_global_norm(norm)
+
+
+INTEGER_B = {"w": jnp.ones((2, 3)), "b": np.ones(3, np.int32)}
+STOCK = optax.adamw(0.1).init(PARAMS)
+CALLS: dict[str, tuple[tuple[Any, Any, Any], type[Exception], str]] = {
+    "no params": ((PARAMS, STATE, None), ValueError, r"params: is None.*update\(grads, state, p"),
+    "state of optax": ((PARAMS, STOCK, PARAMS), TypeError, "state must be .*from_optax_state"),
+    "native state": (
+        (PARAMS, ax.adamw_init(PARAMS, ax.AdamW()), PARAMS),
+        TypeError,
+        "state must be what init",
+    ),
+    "order": ((PARAMS, PARAMS, STATE), TypeError, "state must be what init"),
+    "integer params": ((PARAMS, STATE, INTEGER_B), TypeError, r"params\['b'\]: has dtype int32"),
+    "missing gradient": (({"w": PARAMS["w"]}, STATE, PARAMS), ValueError, r"grads: lacks \['b'\]"),
+    "other shape": (
+        ({**PARAMS, "b": jnp.ones(2)}, STATE, PARAMS),
+        ValueError,
+        r"grads\['b'\]: has shape \(2,\)",
+    ),
+    "other options": (
+        (PARAMS, axo.adamw(0.1, use_ema=True).init(PARAMS), PARAMS),
+        ValueError,
+        "another config",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), CALLS.values(), ids=CALLS)
+def test_calls(call: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SOLVER.update(*call)
+
+
+def test_init_and_clip_name_the_leaf() -> None:
+    with pytest.raises(TypeError, match=r"params\['b'\]: has dtype int32"):
+        SOLVER.init(INTEGER_B)
+    clip = axo.clip_by_global_norm(1.0)
+    with pytest.raises(TypeError, match=r"updates\['b'\]: has dtype int32"):
+        clip.update(INTEGER_B, clip.init(PARAMS))
+
+
+def test_a_norm_that_is_not_finite_leaves_nothing_that_is() -> None:
+    grads = {**PARAMS, "b": jnp.array([1.0, np.inf, 1.0])}
+    clip = axo.clip_by_global_norm(1.0)
+    updates, _ = clip.update(grads, clip.init(PARAMS))
+    assert np.all(np.isnan(updates["w"]))

@@ -1,0 +1,192 @@
+"""Compiles an optimizer step for hardware that is not there, and says what becomes of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import aot
+import inspect_cases
+from inspect_cases import OURS, CaseError, Inspected
+import inspect_page
+import peer_steps
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+import shapes
+import typer
+
+from adamw_xla._hlo_summary import size
+
+TARGET_HELP = (
+    f"What to compile for, of: {', '.join(aot.TARGETS)}; may be given several times. GPUs need "
+    "the extra gpu-compile, TPUs tpu-compile; no device is needed."
+)
+MODEL_HELP = (
+    f"Shapes of the params: {', '.join(shapes.MODELS)}, or a JSON file with a list of shapes or "
+    "an object of name: shape."
+)
+FUNCTION_HELP = (
+    "Inspect a train step of your own in place of a model's optimizer step: a callable without "
+    "arguments that returns (function, args), where function is what jax.jit returned, with "
+    "your donate_argnums, and args is a tuple of arrays or jax.ShapeDtypeStructs to call it "
+    "with. The module is looked for in the current folder too."
+)
+FAIL_HELP = (
+    "Exit with status 1 if this package's program, or --function's, has more kernels than this."
+)
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def main(
+    targets: Annotated[list[str], typer.Option("--target", help=TARGET_HELP)] = ["h100"],  # noqa: B006
+    model: Annotated[str, typer.Option(help=MODEL_HELP)] = "gpt2-small",
+    against: Annotated[
+        list[str] | None, typer.Option(help="A peer to compile beside it: optax, keras.")
+    ] = None,
+    clip: Annotated[str, typer.Option(help="none, global, leaf (norms) or value.")] = "none",
+    amsgrad: Annotated[bool, typer.Option("--amsgrad", help="With AMSGrad's maximum.")] = False,
+    ema: Annotated[bool, typer.Option("--ema", help="With an average of the params.")] = False,
+    accumulate: Annotated[
+        int | None, typer.Option(min=2, help="Gradient accumulation: calls per update.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of params and gradients.")] = "float32",
+    function: Annotated[str | None, typer.Option(help=FUNCTION_HELP)] = None,
+    dump: Annotated[
+        Path | None, typer.Option(help="Write StableHLO, HLO and an HTML page for each here.")
+    ] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write all reports into this file.")
+    ] = None,
+    fail_above: Annotated[int | None, typer.Option(min=0, help=FAIL_HELP)] = None,
+    details: Annotated[
+        bool, typer.Option("--details", help="Print the whole report of each program too.")
+    ] = False,
+) -> None:
+    """Compile an optimizer step for hardware that is not there, and say what becomes of it.
+
+    Kernels are launches by the platform's own rule, see adamw_xla.hlo. Nothing is run: figures
+    are the compiler's, and cycles are its estimate. For a GPU or a TPU:
+
+    pip install -e '.\\[inspect,gpu-compile,tpu-compile]'
+
+    Examples:
+
+    inspect_hlo.py --target h100 --model gpt2-small --against optax --clip global --dump out
+
+    inspect_hlo.py --target v5e --function my_project.train:inspected --fail-above 300
+    """
+    chosen = [_pick(aot.TARGETS, name, "--target") for name in targets]
+    options = peer_steps.Options(clip=clip, amsgrad=amsgrad, ema=ema, accumulate=accumulate)
+    if clip not in peer_steps.CLIPS:
+        _fail(f"--clip {clip}: must be one of {', '.join(peer_steps.CLIPS)}.")
+    try:
+        for target in chosen:
+            aot.check(target)
+        aot.prepare()
+        if function is not None:
+            cases = [inspect_cases.users_step(function)]
+        else:
+            _pick({name: name for name in ("float32", "bfloat16", "float16")}, dtype, "--dtype")
+            model_shapes = inspect_cases.load_shapes(model)
+            cases = [
+                inspect_cases.optimizer_step(who, model_shapes, dtype, options)
+                for who in [OURS, *_peers(against)]
+            ]
+        found = _inspect_all(cases, chosen)
+    except (CaseError, aot.UnavailableError) as error:
+        _fail(str(error))
+    Console().print(table(found))
+    for inspected in found:
+        if details:
+            print(inspected.report)
+        if dump is not None:
+            for path in inspect_page.write(inspected, dump):
+                errors.print(f"wrote {path}")
+    if json_path is not None:
+        json_path.write_text(json.dumps([x.to_json() for x in found], indent=1))
+    _check_counts(found, cases[0].name, fail_above)
+
+
+def table(found: list[Inspected]) -> Table:
+    """One column for each program; rows that say nothing of any are left out."""
+    result = Table()
+    result.add_column("")
+    for x in found:
+        result.add_column(f"{x.name}\n{x.target}", justify="right")
+    for label, cells in rows(found).items():
+        if any(cells):
+            result.add_row(label, *cells)
+    return result
+
+
+def rows(found: list[Inspected]) -> dict[str, list[str]]:
+    """What the table says, by row."""
+    cells: dict[str, list[str]] = {}
+    for x in found:
+        report = x.report
+        memory, cycles = report.temporary_bytes, report.program.estimated_cycles
+        kinds = "\n".join(f"{n} {kind}" for kind, n in report.program.by_kind.items())
+        column = {
+            "kernels": str(report.program.count),
+            "of which the update": str(report.update.count or ""),
+            "of which the norm": str(report.norm.count or ""),
+            "by kind": kinds,
+            "bytes per param": _per_param(x),
+            "temporaries": "?" if memory is None else size(memory),
+            "donated, not in place": str(len(report.undonated)),
+            "trace and lower": f"{x.program.trace_seconds:.2f} s",
+            "compile": f"{x.program.compile_seconds:.2f} s",
+            "cycles (estimate)": "" if cycles is None else f"{cycles:,}",
+        }
+        for label, text in column.items():
+            cells.setdefault(label, []).append(text)
+    return cells
+
+
+def _per_param(x: Inspected) -> str:
+    moved = x.report.program.read + x.report.program.written
+    return f"{moved / x.parameters:.1f}" if x.parameters else ""
+
+
+def _inspect_all(cases: list[inspect_cases.Case], targets: list[aot.Target]) -> list[Inspected]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    found = []
+    with Progress(*columns, console=errors, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        for target in targets:
+            for case in cases:
+                progress.update(task, description=f"{case.name} for {target.name}")
+                found.append(inspect_cases.inspect(case, target))
+    return found
+
+
+def _peers(against: list[str] | None) -> list[str]:
+    others = [name for name in peer_steps.PEERS if name != OURS]
+    return [_pick({name: name for name in others}, name, "--against") for name in against or []]
+
+
+def _check_counts(found: list[Inspected], name: str, bound: int | None) -> None:
+    for x in found:
+        count = x.report.program.count
+        if bound is not None and x.name == name and count > bound:
+            _fail(f"{name} has {count} kernels on {x.target}; --fail-above {bound}.", code=1)
+
+
+def _pick(known: dict[str, Any], name: str, option: str) -> Any:
+    if name not in known:
+        _fail(f"{option} {name}: must be one of {', '.join(known)}.")
+    return known[name]
+
+
+def _fail(message: str, code: int = 2) -> NoReturn:
+    errors.print(f"inspect_hlo: {message}", style="red")
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,140 @@
+"""One AdamW step of each peer, as a pair of functions: what benches and tools compile and run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import os
+from typing import Any
+
+import jax
+
+import adamw_xla as ax
+
+LEARNING_RATE, WEIGHT_DECAY, EPSILON = 1e-3, 1e-2, 1e-8
+BOUND = 1.0
+"""What gradients are clipped to."""
+
+CLIPS = ("none", "global", "leaf", "value")
+
+Init = Callable[[Any], Any]
+Step = Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
+class NotOfferedError(ValueError):
+    """A peer has no such option."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What kind of step: the options that the peers have in common, as far as they do.
+
+    Attributes:
+      clip: of ``CLIPS``: by the norm of the tree, by each leaf's, by each element's size.
+      amsgrad: divide by the running maximum.
+      ema: keep a moving average of the params.
+      accumulate: micro-steps per update.
+    """
+
+    clip: str = "none"
+    amsgrad: bool = False
+    ema: bool = False
+    accumulate: int | None = None
+
+
+def ours(options: Options = Options(), implementation: Any = None) -> tuple[Init, Step]:
+    """This package."""
+    config = ax.AdamW(
+        LEARNING_RATE,
+        WEIGHT_DECAY,
+        epsilon=EPSILON,
+        epsilon_hat=False,
+        amsgrad=options.amsgrad,
+        use_ema=options.ema,
+        gradient_accumulation_steps=options.accumulate,
+        **_clip_arguments(options),
+    )
+
+    def init(params: Any) -> Any:
+        return ax.adamw_init(params, config)
+
+    def step(params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
+        return ax.adamw_step(params, grads, state, config, implementation=implementation)
+
+    return init, step
+
+
+def optax_adamw(options: Options = Options()) -> tuple[Init, Step]:
+    """``optax.adamw`` and ``apply_updates``."""
+    import optax
+
+    if options.ema or options.clip == "leaf":
+        what = "moving average of the params" if options.ema else "clipping by each leaf's norm"
+        raise NotOfferedError(f"optax.adamw has no {what}")
+    scale = optax.scale_by_amsgrad if options.amsgrad else optax.scale_by_adam
+    optimizer = optax.chain(
+        scale(eps=EPSILON),
+        optax.add_decayed_weights(WEIGHT_DECAY),
+        optax.scale_by_learning_rate(LEARNING_RATE),
+    )
+    if not options.amsgrad:
+        optimizer = optax.adamw(LEARNING_RATE, eps=EPSILON, weight_decay=WEIGHT_DECAY)
+    clips = {"global": optax.clip_by_global_norm, "value": optax.clip}
+    if options.clip in clips:
+        optimizer = optax.chain(clips[options.clip](BOUND), optimizer)
+    if options.accumulate is not None:
+        optimizer = optax.MultiSteps(optimizer, options.accumulate).gradient_transformation()
+
+    def step(params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return optimizer.init, step
+
+
+def keras_adamw(options: Options = Options()) -> tuple[Init, Step]:
+    """Keras' ``stateless_apply``; its state is a list of the optimizer's variables.
+
+    The optimizer is built anew wherever it is used, also under a trace, so that nothing of
+    a model's size is ever allocated for a program that is only compiled.
+    """
+    os.environ.setdefault("KERAS_BACKEND", "jax")  # read when keras is imported
+    import keras
+
+    def build(params: Any) -> Any:
+        optimizer = keras.optimizers.AdamW(
+            LEARNING_RATE,
+            WEIGHT_DECAY,
+            epsilon=EPSILON,
+            amsgrad=options.amsgrad,
+            use_ema=options.ema,
+            gradient_accumulation_steps=options.accumulate,
+            **_clip_arguments(options),
+        )
+        leaves = jax.tree.leaves(params)
+        optimizer.build([keras.Variable("zeros", shape=x.shape, dtype=x.dtype) for x in leaves])
+        return optimizer
+
+    def init(params: Any) -> Any:
+        return [variable.value for variable in build(params).variables]
+
+    def step(params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
+        leaves, treedef = jax.tree.flatten(params)
+        new, state = build(params).stateless_apply(state, jax.tree.leaves(grads), leaves)
+        return treedef.unflatten(new), state
+
+    return init, step
+
+
+def _clip_arguments(options: Options) -> dict[str, float]:
+    """Keras' names, which are ours."""
+    names = {"global": "global_clipnorm", "leaf": "clipnorm", "value": "clipvalue"}
+    return {names[options.clip]: BOUND} if options.clip in names else {}
+
+
+PEERS: dict[str, Callable[[Options], tuple[Init, Step]]] = {
+    "adamw_xla": ours,
+    "optax": optax_adamw,
+    "keras": keras_adamw,
+}
+"""Everybody whose step is a function of arrays, by name."""
