@@ -226,7 +226,7 @@ def _partial_sums(x: ir.Value, batch_rank: int) -> ir.Value:
     *batch, n = kind.shape
     longest = min(max(n // MIN_ROWS, MIN_ROW), MAX_ROW)
     columns = next((c for c in range(longest, 0, -1) if n % c == 0), 1)
-    if n <= MAX_ROW or columns < MIN_ROW:
+    if n <= MAX_UNSUMMED or columns < MIN_ROW:
         return x
     rows = ir.RankedTensorType.get([*batch, n // columns, columns], kind.element_type)
     return _reduce(hlo.reshape(rows, x), batch_rank + 1, [*batch, n // columns])
@@ -237,6 +237,9 @@ MAX_ADDED_SUMMANDS = 16
 
 MAX_MERGED_SUMMANDS = 80
 """XLA:GPU fuses what fits into 96 operands and results."""
+
+MAX_UNSUMMED = 1000
+"""So many squares are as well left to the last reduction: that saves kernels for 4 kB each."""
 
 MAX_ROW = 8192
 """XLA:GPU splits longer row reductions into two kernels."""
