@@ -134,6 +134,8 @@ def test_wide_accesses_and_no_spills(
     assert set(re.findall(r"st\.global[\w.]*", body)) == {"st.global.v4.b32"}
     narrow = re.findall(r"ld\.global(?!\.v4\.b32)[\w.]*", body)
     assert len(narrow) <= 16  # the step's scalars
+    # No operation is contracted or approximate: rounded as the interpreter rounds it.
+    assert re.findall(r"\b(?:fma\S*|div\.full\S*|\w+\.approx\S*|\S+\.ftz\S*)", body) == []
     architecture = re.search(r"\.target (\w+)", text).group(1)
     command = [environment()["PTXAS"], "-v", "--gpu-name", architecture, str(ptx)]
     command += ["-o", "/dev/null"]
