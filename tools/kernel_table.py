@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import aot
 import inspect_cases
 from inspect_cases import OURS, DoesNotFitError, Inspected
+import jax
 import jax.numpy as jnp
 import peer_steps
 from rich.console import Console
@@ -157,7 +158,10 @@ def _measure(
 
 def _cell(case: inspect_cases.Case, target: aot.Target, repeats: int) -> Cell | None:
     try:
-        cells = [Cell.of(inspect_cases.inspect(case, target)) for _ in range(repeats)]
+        cells = []
+        for _ in range(repeats):
+            jax.clear_caches()  # a program that was compiled already takes no time
+            cells.append(Cell.of(inspect_cases.inspect(case, target)))
     except DoesNotFitError as error:
         messages.print(str(error))
         return None
