@@ -20,13 +20,13 @@ from ._jax_private import devices_hold_whole_operands, is_exporting
 from .contract import UPDATE_NAME, UpdateSpec, aliases, join_leaves, split_leaves, split_operands
 from .errors import NativeUnavailableError
 
-MAX_BUCKET_LEAVES = 32
+MAX_BUCKET_LEAVES = 16
 """XLA's compile time grows faster than the operands of one custom call."""
 
 MAX_BUCKET_BYTES = 16 << 20
 """A bucket's gradients all live until its call; 16 MB take milliseconds to update."""
 
-MIN_BUCKET_BYTES = 1 << 18
+MIN_BUCKET_BYTES = 1 << 20
 """Smaller buckets cost more calls than they save memory."""
 
 MIN_BUCKETS = 32
@@ -34,6 +34,9 @@ MIN_BUCKETS = 32
 
 MIN_WITNESSED_BYTES = 1 << 16
 """Smaller operands may be copied: that costs less than knowing that they need not be."""
+
+MAX_WHOLE_WITNESS_SIZE = 1 << 14
+"""What a call waits for lives until then: so many elements of it for each operand, at most."""
 
 
 def lower(
@@ -94,7 +97,7 @@ def _lower_native(
             operand_output_aliases=in_place,
         )
         flat = call(
-            ctx.replace(avals_in=[*avals_in, *[_WITNESS] * len(earlier)], avals_out=avals_out),
+            ctx.replace(avals_in=[*avals_in, *map(_aval_like, earlier)], avals_out=avals_out),
             *args,
             *earlier,
             leaves=np.array(bucket, np.int64),
@@ -130,20 +133,17 @@ def _aliases(spec: UpdateSpec, avals_in: Sequence[Any], avals_out: Sequence[Any]
     return {i: o for o, i in aliases(spec).items() if avals_in[i].shape == avals_out[o].shape}
 
 
-_WITNESS = jax.core.ShapedArray((), np.float32)
-"""Stands for an operand that is only waited for; its dtype may be another."""
-
 _VIEWS = frozenset(
     f"stablehlo.{name}" for name in ("broadcast_in_dim", "convert", "reshape", "transpose")
 )
 
 
 def _earlier_reads(overwritten: Sequence[ir.Value]) -> list[ir.Value]:
-    """A scalar out of each computation that last read one of these values.
+    """A little out of each computation that last read one of these values.
 
     XLA copies what a call overwrites, unless every other reader is known to come
     before the call. Backpropagation through a layer reads the layer's params, but their
-    gradients do not depend on it; so the call asks for an element of its result too.
+    gradients do not depend on it; so the call asks for its result too, or an element of it.
     """
     block = ir.InsertionPoint.current.block
     readers: dict[ir.Operation, ir.Value] = {}
@@ -156,19 +156,28 @@ def _earlier_reads(overwritten: Sequence[ir.Value]) -> list[ir.Value]:
             if reader.name not in _VIEWS:
                 readers[reader] = value
                 break
-    return [x for value in readers.values() if (x := _element(value)) is not None]
+    return [x for value in readers.values() if (x := _witness(value)) is not None]
 
 
-def _element(value: ir.Value) -> ir.Value | None:
-    """The first element of a tensor; None if there is none."""
+def _witness(value: ir.Value) -> ir.Value | None:
+    """The first element of a tensor, or a small product as it is; None if there is none."""
     if not isinstance(value.type, ir.RankedTensorType):
         return None
     kind = ir.RankedTensorType(value.type)
     if not kind.has_static_shape or 0 in kind.shape:
         return None
+    # A slice is one more kernel to compile and to start, and a product is in memory anyway.
+    is_product = value.owner.name == "stablehlo.dot_general"
+    if is_product and math.prod(kind.shape) <= MAX_WHOLE_WITNESS_SIZE:
+        return value
     low, high = ([n] * kind.rank for n in (0, 1))
     first = hlo.slice(value, *(mlir.dense_int_array(x) for x in (low, high, high)))
     return hlo.reshape(ir.RankedTensorType.get([], kind.element_type), first)
+
+
+def _aval_like(value: ir.Value) -> jax.core.ShapedArray:
+    """Has the value's shape; stands for an operand that is not read, whatever its dtype."""
+    return jax.core.ShapedArray(tuple(ir.RankedTensorType(value.type).shape), np.float32)
 
 
 def _bytes(aval: Any) -> int:

@@ -19,7 +19,8 @@ namespace {
 namespace ffi = xla::ffi;
 using Int64s = ffi::Span<const std::int64_t>;
 
-// Below one chunk, waking a thread costs more than it saves.
+// Below this many elements, waking another thread costs more than it saves.
+constexpr std::int64_t kMinParallel = 128 * 1024;
 constexpr std::int64_t kMinChunk = 16 * 1024;
 constexpr std::int64_t kMaxChunk = 256 * 1024;
 constexpr std::int64_t kChunksPerThread = 4;
@@ -95,7 +96,8 @@ ffi::Error UpdateLeaves(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rema
   }
 
   const Tree work(scalars, std::move(tree));
-  const std::int64_t threads = std::max<std::int64_t>(pool.num_threads(), 1);
+  const bool alone = work.size() < kMinParallel;
+  const std::int64_t threads = alone ? 1 : std::max<std::int64_t>(pool.num_threads(), 1);
   const std::int64_t even = work.size() / (threads * kChunksPerThread);
   const std::int64_t chunk =
       std::clamp(even, kMinChunk, kMaxChunk) / Tree::kGrain * Tree::kGrain;
