@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import re
-import sys
 from typing import Any
 
+from eight_devices import main
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
@@ -273,11 +273,4 @@ CHECKS = {
 }
 
 if __name__ == "__main__":
-    assert jnp.arange(jax.device_count()).size == 8
-    for name in sys.argv[1:] or CHECKS:
-        try:
-            CHECKS[name]()
-        except Exception as error:  # report every check, then go on
-            print(f"FAILED {name}: {type(error).__name__}: {error}".replace("\n", "\n  "))
-        else:
-            print(f"passed {name}")
+    main(CHECKS)

@@ -27,11 +27,17 @@ import jax, jax.numpy as jnp, numpy as np, optax
 from jax.experimental import topologies
 import adamw_xla as ax, shapes
 
-target, model, dtype, options, who = json.loads(sys.argv[1])
+target, model, dtype, options, who, devices = json.loads(sys.argv[1])
 text = open(f"{sys.argv[2]}/targets/{target}.txtpb").read()
 topology = topologies.get_topology_desc(
-    target.upper(), platform="cuda", target_config=text, topology="1x1x1")
-place = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    target.upper(), platform="cuda", target_config=text, topology=f"1x1x{devices}")
+mesh = jax.sharding.Mesh(np.array(topology.devices), ("x",))
+
+def place(x):
+    even = x.ndim > 0 and x.shape[0] % devices == 0
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*["x"] * even))
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
 if model == "random":
     sizes = np.random.default_rng(0).integers(1, 300_000, 400)
     model = {f"{i:03}": (int(n),) for i, n in enumerate(sizes)}
@@ -48,8 +54,7 @@ else:
     config = ax.AdamW(**options)
     state = jax.eval_shape(functools.partial(ax.adamw_init, config=config), params)
     step = lambda p, g, s: ax.adamw_step(p, g, s, config, implementation="native")
-args = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (params, params, state))
+args = jax.tree.map(place, (params, params, state))
 start = time.process_time()
 traced = jax.jit(step, donate_argnums=(0, 2)).trace(*args)
 compiled = traced.lower(lowering_platforms=("cuda",)).compile()
@@ -75,11 +80,20 @@ def environment() -> dict[str, str]:
 
 
 def compiled(
-    target: str, model: str, dtype: str = "float32", who: str = "", dump: Any = None, **options: Any
+    target: str,
+    model: str,
+    dtype: str = "float32",
+    who: str = "",
+    dump: Any = None,
+    devices: int = 1,
+    **options: Any,
 ) -> tuple[str, float, int]:
-    """The optimized HLO, seconds of processor time, and bytes of temporaries."""
+    """The optimized HLO, seconds of processor time, and bytes of temporaries.
+
+    On several devices, leaves are sharded by their first dimension where it divides evenly.
+    """
     flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text=false" if dump else ""
-    case = json.dumps([target, model, dtype, options, who])
+    case = json.dumps([target, model, dtype, options, who, devices])
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, case, str(TOOLS)],
         env=environment() | {"XLA_FLAGS": flags},
@@ -105,6 +119,17 @@ def test_one_launch_without_copies(target: str, model: str) -> None:
     assert launches(text) == ["adamw_update"]
     assert not re.search(r" copy\([^)]*f32", text)
     assert temporaries < 10_000
+
+
+@pytest.mark.parametrize("options", [{}, {"global_clipnorm": 1.0}], ids=["plain", "clip"])
+def test_one_launch_on_each_of_four_devices(options: dict[str, Any]) -> None:
+    """XLA partitions the program, and each device updates its shards in place."""
+    text, _, _ = compiled("h100", "gpt2-small", devices=4, **options)
+    assert launches(text) == ["adamw_update"]
+    assert "f32[192,3072]" in text  # a shard
+    assert not re.search(r" copy\([^)]*f32", text)
+    assert not re.search("all-gather|all-to-all|collective-permute", text)
+    assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == len(options)
 
 
 @pytest.mark.parametrize("model", ["gpt2-small", "random"])

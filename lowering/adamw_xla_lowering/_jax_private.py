@@ -3,11 +3,16 @@
 Read with jax 0.10.0, 0.10.2 and 0.12.0: the same there.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+import functools
 from typing import Any
 
 import jax
 from jax.interpreters import ad
+from jaxlib import xla_client
+
+HloSharding: Any = xla_client.HloSharding
+"""What XLA tells a partitioner's callbacks, and is told by them; it has no public name."""
 
 
 def reduced_axes(aval: Any) -> frozenset[Any]:
@@ -80,3 +85,42 @@ def devices_hold_whole_operands(ctx: Any) -> bool:
     if (manual := getattr(axes, "manual_axes", None)) is not None:
         return all(size == 1 or name in manual for name, size in axes.mesh.shape.items())
     return getattr(axes, "num_devices", None) == 1
+
+
+def partitions_automatically(ctx: Any) -> bool:
+    """Whether XLA partitions ``ctx``'s whole program over several devices, none by hand.
+
+    The lowering context has no public reader for it.
+    """
+    axes = ctx.module_context.axis_context
+    return not hasattr(axes, "manual_axes") and (getattr(axes, "num_devices", None) or 1) > 1
+
+
+def register_partitioner(
+    name: str,
+    propagate: Callable[..., Any],
+    partition: Callable[..., Any],
+    infer: Callable[..., Any],
+) -> None:
+    """Has XLA call back where it partitions a custom call of this name, on every platform.
+
+    ``jax.experimental.custom_partitioning`` does this for its own primitive and no other
+    (``jax/_src/custom_partitioning.py``, at its end, in 0.10.2 and 0.12.0).
+    """
+    from jax._src import xla_bridge  # by those alone who have a kernel partitioned
+
+    register = functools.partial(
+        xla_client.register_custom_call_partitioner,
+        name=name,
+        prop_user_sharding=propagate,
+        partition=partition,
+        infer_sharding_from_operands=infer,
+        can_side_effecting_have_replicated_sharding=True,
+    )
+    register()
+    xla_bridge.register_plugin_callbacks(register)
+
+
+def uses_shardy() -> bool:
+    """Which of XLA's two partitioners is on: a public setting, which type checkers do not know."""
+    return bool(getattr(jax.config, "jax_use_shardy_partitioner"))  # noqa: B009

@@ -15,7 +15,7 @@ from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 import numpy as np
 
-from . import native, stablehlo
+from . import native, partitioned, stablehlo
 from ._jax_private import devices_hold_whole_operands, is_exporting
 from .contract import UPDATE_NAME, UpdateSpec, aliases, join_leaves, split_leaves, split_operands
 from .errors import NativeUnavailableError
@@ -44,8 +44,13 @@ def lower(
 ) -> Sequence[ir.Value]:
     """Lowers the whole tree to the kernel, or to StableHLO where it cannot run."""
     reason = 'implementation="xla"' if spec.implementation == "xla" else _refusal(ctx, spec)
+    whole = devices_hold_whole_operands(ctx)
+    if reason is None and not whole:
+        # StableHLO partitions by itself; the kernel does where it is asked for by name.
+        asked = spec.implementation == "native"
+        reason = partitioned.refusal(ctx, spec) if asked else "the program is partitioned"
     if reason is None:
-        return _lower_native(ctx, operands, spec)
+        return (_lower_native if whole else partitioned.lower)(ctx, *operands, spec=spec)
     if spec.implementation == "native":
         raise NativeUnavailableError(
             f'{UPDATE_NAME}: implementation="native" cannot run here: {reason}; '
@@ -56,14 +61,12 @@ def lower(
 
 
 def _refusal(ctx: mlir.LoweringRuleContext, spec: UpdateSpec) -> str | None:
-    """Why the kernel cannot run this equation; None if it can."""
+    """Why the kernel cannot run this equation, however it is partitioned; None if it can."""
     # Asked for by name, jax.export itself decides whether it lets a custom call pass.
     if spec.implementation is None and is_exporting(ctx):
         return "an exported program must run where this kernel is not"
     if tuple(ctx.module_context.platforms) != ("cpu",):
         return "the program is lowered for several platforms at once"
-    if not devices_hold_whole_operands(ctx):
-        return "the program is partitioned over several devices (outside of shard_map)"
     if not all(isinstance(size, int) for aval in ctx.avals_in for size in aval.shape):
         return "shapes are symbolic"
     if spec.delta:
@@ -74,7 +77,7 @@ def _refusal(ctx: mlir.LoweringRuleContext, spec: UpdateSpec) -> str | None:
 
 
 def _lower_native(
-    ctx: mlir.LoweringRuleContext, operands: Sequence[ir.Value], spec: UpdateSpec
+    ctx: mlir.LoweringRuleContext, *operands: ir.Value, spec: UpdateSpec
 ) -> Sequence[ir.Value]:
     values, avals = split_operands(spec, operands), split_operands(spec, ctx.avals_in)
     n = spec.num_leaves

@@ -12,7 +12,7 @@ from typing import Any
 from jax.extend.mlir import ir
 from jax.interpreters import mlir
 
-from . import gpu, gpu_call, native, stablehlo
+from . import gpu, gpu_call, native, partitioned, stablehlo
 from ._jax_private import devices_hold_whole_operands
 from .contract import (
     UPDATE_NAME,
@@ -49,7 +49,8 @@ def lower(
     """Lowers the whole tree to the kernel where it is asked for, or else to StableHLO."""
     if spec.implementation != "native":
         return gpu.lower(ctx, *operands, spec=spec)
-    reason = refusal(ctx)
+    whole = devices_hold_whole_operands(ctx)
+    reason = _unfit(ctx) or (None if whole else partitioned.refusal(ctx, spec))
     if reason is None and spec.delta:
         reason = "updates that are yet to be added to the params are better fused by XLA"
     if reason is not None:
@@ -57,15 +58,20 @@ def lower(
             f'{UPDATE_NAME}: implementation="native" cannot run here: {reason}; '
             'use implementation=None (choose for me) or "xla" (StableHLO).'
         )
+    if not whole:
+        return partitioned.lower(ctx, *operands, spec=spec)
     return _lower_native(ctx, operands, spec)
 
 
-def refusal(ctx: mlir.LoweringRuleContext) -> str | None:
-    """Why no kernel can run this equation; None if one can."""
+def can_run(ctx: mlir.LoweringRuleContext) -> bool:
+    """Whether a kernel can stand in this program, and read operands as they are."""
+    return _unfit(ctx) is None and devices_hold_whole_operands(ctx)
+
+
+def _unfit(ctx: mlir.LoweringRuleContext) -> str | None:
+    """Why no kernel can run this equation, however it is partitioned; None if one can."""
     if tuple(ctx.module_context.platforms) != (PLATFORM,):
         return "the program is lowered for several platforms at once"
-    if not devices_hold_whole_operands(ctx):
-        return "the program is partitioned over several devices (outside of shard_map)"
     if not all(isinstance(size, int) for aval in ctx.avals_in for size in aval.shape):
         return "shapes are symbolic"
     return gpu_call.unavailable_reason()

@@ -12,7 +12,7 @@ from jax.extend.mlir import ir
 from jax.interpreters import mlir
 
 from . import gpu_call
-from .gpu_kernel import MAX_POINTERS, launch_shape, refusal
+from .gpu_kernel import MAX_POINTERS, can_run, launch_shape
 from .gpu_pieces import Kind, Leaf
 from .triton_builder import norm_kernel
 
@@ -35,7 +35,7 @@ def partial_sums(
     """
     scale_aval, *avals = ctx.avals_in
     full = [i for i, aval in enumerate(avals) if 0 not in aval.shape]
-    if refusal(ctx) is not None or not full or len(full) + 2 > MAX_POINTERS:
+    if not can_run(ctx) or not full or len(full) + 2 > MAX_POINTERS:
         return None
     tree = [Leaf(Kind((avals[i].dtype,), ()), math.prod(avals[i].shape)) for i in full]
     launch = launch_shape()

@@ -16,7 +16,13 @@ import numpy as np
 import pytest
 from triton_interpreter import Interpreted, buffer, run
 
-from adamw_xla_lowering import NativeUnavailableError, adamw_update, gpu_call, gpu_kernel
+from adamw_xla_lowering import (
+    NativeUnavailableError,
+    adamw_update,
+    gpu_call,
+    gpu_kernel,
+    partitioned,
+)
 from adamw_xla_lowering.gpu_pieces import Kind, Launch, Leaf, cut
 from adamw_xla_lowering.triton_builder import norm_kernel
 
@@ -271,9 +277,11 @@ def test_each_device_launches_one_kernel_under_shard_map() -> None:
     assert calls == ["tensor<4xf32>, tensor<4xf32>, tensor<4xf32>"]
 
 
-def test_automatic_partitioning_is_refused() -> None:
-    with pytest.raises(NativeUnavailableError, match="partitioned over several devices"):
-        lowered_for_two(native)
+def test_a_partitioned_program_calls_back() -> None:
+    """No kernel for whole operands, which no device holds: see test_partitioned.py."""
+    text = lowered_for_two(native)
+    assert text.count(f"@{partitioned.TARGET_NAME}(") == 1
+    assert gpu_call.TARGET_NAME not in text
 
 
 def test_the_kernel_must_be_asked_for() -> None:

@@ -1,0 +1,168 @@
+"""A kernel of our own in a program that XLA partitions over several devices.
+
+XLA's partitioner knows nothing of a kernel, and would gather its operands. Here it is
+asked to call back instead: it says how operands and results are sharded, and gets the
+program that each device runs on its shards, which is the same equation on smaller leaves.
+Each leaf's state and gradient follow whichever of its results is cut the smallest; if all
+are cut alike, nothing is moved.
+
+``jax.experimental.custom_partitioning`` offers the same, but its primitive must stand in
+the jaxpr, where only ours does, and programs that have it cannot be lowered for an
+abstract mesh.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import json
+import math
+from typing import Any, TypeAlias
+
+import jax
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo as hlo
+from jax.interpreters import mlir
+import numpy as np
+
+from . import stablehlo
+from ._jax_private import (
+    HloSharding,
+    partitions_automatically,
+    register_partitioner,
+    uses_shardy,
+)
+from .contract import UpdateSpec, join_leaves, split_leaves, split_operands
+
+TARGET_NAME = "adamw_xla_partitioned_update"
+"""The custom call in lowered programs, until XLA partitions them."""
+
+Shardings: TypeAlias = Sequence[Any]
+"""``HloSharding``, one per operand or result; None where it is not known yet."""
+
+
+def refusal(ctx: mlir.LoweringRuleContext, spec: UpdateSpec) -> str | None:
+    """Why XLA cannot be asked to partition this equation; None if it can."""
+    if not partitions_automatically(ctx):
+        return "the program is partitioned over several devices (partly inside of shard_map)"
+    if spec.batch_rank:
+        return "a batch is partitioned over several devices (outside of shard_map)"
+    return None
+
+
+def lower(
+    ctx: mlir.LoweringRuleContext, *operands: ir.Value, spec: UpdateSpec
+) -> Sequence[ir.Value]:
+    """Lowers the whole tree to a call that the partitioner replaces."""
+    _register()
+    (platform,) = ctx.module_context.platforms
+    config = json.dumps({"platform": platform, **dataclasses.asdict(spec)})
+    call = hlo.CustomCallOp(
+        [_tensor(aval) for aval in ctx.avals_out],
+        list(operands),
+        call_target_name=ir.StringAttr.get(TARGET_NAME),
+        has_side_effect=ir.BoolAttr.get(False),
+        api_version=mlir.i32_attr(2),
+        called_computations=ir.ArrayAttr.get([]),
+        backend_config=ir.StringAttr.get(config),
+        operand_layouts=None,
+        result_layouts=None,
+    )
+    if uses_shardy():
+        rule = _sharding_rule(spec, ctx.avals_in)
+        call.attributes["sdy.sharding_rule"] = ir.Attribute.parse(rule)
+    return stablehlo.with_shardings(ctx, list(call.results), ctx.avals_out)
+
+
+def _tensor(aval: Any) -> ir.Type:
+    return ir.RankedTensorType.get(aval.shape, mlir.dtype_to_ir_type(aval.dtype))
+
+
+def _sharding_rule(spec: UpdateSpec, avals: Sequence[Any]) -> str:
+    """Shardy's rule: dimension d of leaf i is one factor in all its operands and results."""
+    sizes: list[int] = []
+
+    def factors(aval: Any) -> str:
+        first = len(sizes)
+        sizes.extend(aval.shape)
+        return f"[{', '.join(_factor(k) for k in range(first, len(sizes)))}]"
+
+    scalars = [factors(aval) for aval in avals[: spec.num_scalars]]
+    whole = ", ".join(_factor(k) for k in range(len(sizes)))
+    leaves = [factors(row[0]) for row in split_operands(spec, avals).leaves]
+    operands = ", ".join([*scalars, *leaves * len(spec.operand_kinds)])
+    results = ", ".join(leaves * len(spec.result_kinds))
+    extents = ", ".join(f"{_factor(k)}={size}" for k, size in enumerate(sizes))
+    return (
+        f"#sdy.op_sharding_rule<({operands})->({results}) {{{extents}}} "
+        f"need_replication={{{whole}}}>"
+    )
+
+
+def _factor(index: int) -> str:
+    """By the dialect's grammar: i, j, ... z, z_1, z_2, ..."""
+    return chr(ord("i") + index) if index < 18 else f"z_{index - 17}"
+
+
+# ------------------------------------------------------------------- XLA's callbacks
+
+
+@functools.cache
+def _register() -> None:
+    register_partitioner(TARGET_NAME, _propagate, _partition, _infer)
+
+
+def _decode(config: bytes) -> tuple[UpdateSpec, str]:
+    fields = json.loads(config)
+    platform = fields.pop("platform")
+    return UpdateSpec(**{**fields, "groups": tuple(fields["groups"])}), platform
+
+
+def _propagate(sharding: Any, shape: Any, config: bytes) -> Any:
+    """What a reader of the results would like them to have."""
+    del shape, config
+    return sharding
+
+
+def _infer(shapes: Sequence[Any], shardings: Shardings, result: Any, config: bytes) -> Any:
+    """The results' shardings where only the operands' are known: those of what they replace."""
+    del shapes
+    spec, _ = _decode(config)
+    rows = split_operands(spec, shardings).leaves
+    kinds = [spec.operand_kinds.index(kind) for kind in spec.replaced_kinds]
+    known = [next((s for s in row if s is not None), HloSharding.replicate()) for row in rows]
+    flat = join_leaves(
+        [[row[kind] or own for kind in kinds] for row, own in zip(rows, known, strict=True)]
+    )
+    return HloSharding.tuple_sharding(result, flat)
+
+
+def _partition(
+    shapes: Sequence[Any], shardings: Shardings, result: Any, result_sharding: Any, config: bytes
+) -> tuple[bytes, list[Any], Any]:
+    """The program of each device, and how its operands and results are to be sharded."""
+    spec, platform = _decode(config)
+    n = spec.num_leaves
+    wanted = split_leaves(result_sharding.tuple_elements(), n)
+    results = split_leaves(result.tuple_shapes(), n)
+    smallest = [
+        min(options, key=lambda s, shape=row[0]: math.prod(s.tile(shape).dimensions()))  # type: ignore[misc]
+        for options, row in zip(wanted, results, strict=True)
+    ]
+    args = [*shardings[: spec.num_scalars], *smallest * len(spec.operand_kinds)]
+    tiles = [s.tile(shape) for s, shape in zip(args, shapes, strict=True)]
+    structs = [jax.ShapeDtypeStruct(t.dimensions(), np.dtype(t.numpy_dtype())) for t in tiles]
+    packed = HloSharding.tuple_sharding(result, smallest * len(spec.result_kinds))
+    return _program(spec, platform, structs), args, packed
+
+
+def _program(spec: UpdateSpec, platform: str, operands: Sequence[Any]) -> bytes:
+    """The equation on these operands and one device, as MLIR bytecode."""
+    from .primitive import adamw_update_p  # whose lowering leads here
+
+    # The thread's settings are those of whoever compiles: dtypes are as given all the same,
+    # and the mesh of the whole program is not that of one device.
+    one = jax.sharding.AbstractMesh((), ())
+    with jax.enable_x64(True), jax.sharding.use_abstract_mesh(one):
+        traced = jax.jit(functools.partial(adamw_update_p.bind, spec=spec)).trace(*operands)
+        module = traced.lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")
+    return mlir.module_to_bytecode(module)

@@ -1,0 +1,34 @@
+"""Checks that need several devices: each file of them runs in one process that has eight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import functools
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import jax
+
+
+@functools.cache
+def report(script: str) -> str:
+    """What a file of checks in this folder prints, run on eight (virtual) CPU devices."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(Path(__file__).with_name(script))]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    return run.stdout + run.stderr[-3000:]
+
+
+def main(checks: Mapping[str, Callable[[], None]]) -> None:
+    """Runs the checks named on the command line, or all of them."""
+    assert jax.device_count() == 8
+    for name in sys.argv[1:] or checks:
+        try:
+            checks[name]()
+        except Exception as error:  # report every check, then go on
+            print(f"FAILED {name}: {type(error).__name__}: {error}".replace("\n", "\n  "))
+        else:
+            print(f"passed {name}")

@@ -1,0 +1,222 @@
+"""Kernels in programs that XLA partitions; ``test_partitioned.py`` runs each of these.
+
+The CPU's kernel stands for all: what differs by platform is what each device then runs.
+Run one by hand: ``XLA_FLAGS=--xla_force_host_platform_device_count=8 python
+tests/partitioned_checks.py NAME``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import functools
+import re
+from typing import Any
+
+from cpu_oracle import assert_close, expected, hyper, leaves
+from eight_devices import main
+import jax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from adamw_xla_lowering import NativeUnavailableError, adamw_update, partitioned
+
+GATHERS = re.compile(r"all-gather|all-to-all|collective-permute")
+MOVES = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute|dynamic-slice")
+SHAPES = [(16, 8), (8,), (7, 3), (0, 4), ()]
+CALL = 'custom_call_target="adamw_xla_update_cpu"'
+
+
+def update(h: Any, tree: dict[str, Any], **flags: Any) -> Any:
+    return adamw_update(h, **tree, implementation="native", **flags)
+
+
+def mesh_of(kind: AxisType = AxisType.Auto) -> Any:
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+
+
+def place(mesh: Any, h: Any, tree: dict[str, list[Any]], specs: Sequence[Any]) -> Any:
+    def put(x: Any, spec: Any) -> Any:
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    columns = {k: [put(x, s) for x, s in zip(xs, specs, strict=True)] for k, xs in tree.items()}
+    return put(h, P()), columns
+
+
+def calls(step: Any, *args: Any) -> tuple[str, str]:
+    """The compiled program, and its one line with the kernel."""
+    text = jax.jit(step).lower(*args).compile().as_text()
+    assert partitioned.TARGET_NAME not in text
+    (line,) = [line for line in text.splitlines() if CALL in line]
+    return text, line
+
+
+def check(
+    got: Any, h: Any, tree: dict[str, list[Any]], groups: Sequence[int] = (), scales: Any = None
+) -> None:
+    """Equal to the oracle, leaf by leaf."""
+    for i in range(len(tree["params"])):
+        leaf = {kind: column[i] for kind, column in tree.items()}
+        scale = 1.0 if scales is None else float(scales[i])
+        want = expected(h[groups[i] if groups else 0], leaf, leaf_scale=scale)
+        for kind, value in want.items():
+            result = getattr(got, kind)[i]
+            assert_close(result, value, f"{kind}[{i}]", leaf["params"].dtype.name)
+
+
+# ------------------------------------------------------------------------------ checks
+
+
+def each_device_updates_its_shards() -> None:
+    """Nothing moves, however params and what belongs to them are sharded alike."""
+    every = [
+        [P("x", "y"), P("y"), P(), P(), P()],
+        [P("y"), P(("x", "y")), P(), P(), P()],
+        [P()] * 5,
+    ]
+    options: dict[str, dict[str, bool]] = {"float32": {}, "bfloat16": {"amsgrad": True}}
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        for dtype, chosen in options.items():
+            for specs in every:
+                tree, mesh = leaves(SHAPES, dtype, **chosen), mesh_of(kind)
+                with jax.set_mesh(mesh):
+                    h, placed = place(mesh, hyper(), tree, specs)
+                    text, _ = calls(update, h, placed)
+                    assert not MOVES.search(text), text
+                    got = jax.jit(update)(h, placed)
+                check(got, hyper(), tree)
+                for column in (got.params, got.m, got.v):
+                    for x, spec in zip(column, specs, strict=True):
+                        where = NamedSharding(mesh, spec)
+                        assert x.sharding.is_equivalent_to(where, x.ndim), (spec, x.sharding)
+
+
+def shards_that_are_not_even() -> None:
+    """What pads a shard is updated too, and seen by nobody."""
+    tree, mesh = leaves([(8, 3)]), mesh_of()
+    h, placed = place(mesh, hyper(), tree, [P("x")])
+
+    def in_parts(h: Any, tree: dict[str, Any]) -> Any:
+        cut = {kind: [x[0][:7]] for kind, x in tree.items()}
+        where = NamedSharding(mesh, P("x"))
+        cut = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, where), cut)
+        return update(h, cut)
+
+    _, line = calls(in_parts, h, placed)
+    assert "f32[2,3]" in line, line
+    assert "f32[7,3]" not in line, line
+    check(jax.jit(in_parts)(h, placed), hyper(), {k: [x[0][:7]] for k, x in tree.items()})
+
+
+def float64_groups_and_scales() -> None:
+    """The dtypes are those of the equation, whatever the compiling thread is set to."""
+    with jax.enable_x64(True):
+        tree, mesh = leaves(SHAPES[:2], "float64", state="float64"), mesh_of()
+        scales = np.array([0.5, 2.0])
+        rows = hyper(2, dtype=np.float64)
+        h, placed = place(mesh, rows, tree, [P("x"), P()])
+        lowered = jax.jit(functools.partial(update, leaf_scale=scales, groups=[1, 0])).lower
+        program = lowered(h, placed)
+    compiled = program.compile()
+    with jax.enable_x64(True):
+        check(compiled(h, placed), rows, tree, [1, 0], scales)
+
+
+def state_that_is_cut_smaller_than_its_param() -> None:
+    """ZeRO: the device that has a part of the moments updates that part of the param."""
+    tree, mesh = leaves([(16, 8)]), mesh_of()
+    h, placed = place(mesh, hyper(), tree, [P()])
+    for kind in ("m", "v"):
+        placed[kind] = [jax.device_put(placed[kind][0], NamedSharding(mesh, P("x")))]
+    _, line = calls(update, h, placed)
+    assert "f32[4,8]" in line, line
+    assert "f32[16,8]" not in line, line
+    whole = jax.jit(update, out_shardings=NamedSharding(mesh, P()))
+    check(whole(h, placed), hyper(), tree)
+
+
+def the_older_partitioner() -> None:
+    jax.config.update("jax_use_shardy_partitioner", False)
+    try:
+        tree, mesh = leaves(SHAPES), mesh_of()
+        h, placed = place(mesh, hyper(), tree, [P("x", "y"), P("y"), P(), P(), P()])
+        text, _ = calls(update, h, placed)
+        assert not MOVES.search(text), text
+        check(jax.jit(update)(h, placed), hyper(), tree)
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", True)
+
+
+def gradients_follow_their_params() -> None:
+    """One of unknown sharding is computed in its param's; one that differs is moved."""
+    tree, mesh = leaves([(16, 8)]), mesh_of()
+    h, placed = place(mesh, hyper(), tree, [P("x", "y")])
+
+    def from_outer(h: Any, tree: dict[str, Any], a: Any, b: Any) -> Any:
+        return update(h, tree | {"grads": [a[:, None] * b[None]]})
+
+    a, b = np.linspace(-1, 1, 16, dtype=np.float32), np.linspace(0, 2, 8, dtype=np.float32)
+    text, line = calls(from_outer, h, placed, a, b)
+    assert not GATHERS.search(text), text
+    assert "f32[4,4]" in line, line
+    assert "f32[16,8]" not in line, line
+    check(jax.jit(from_outer)(h, placed, a, b), hyper(), tree | {"grads": [a[:, None] * b]})
+    placed["grads"] = [jax.device_put(tree["grads"][0], NamedSharding(mesh, P("y")))]
+    check(jax.jit(update)(h, placed), hyper(), tree)
+
+
+def in_place_where_donated() -> None:
+    tree, mesh = leaves([(64, 8)] * 3), mesh_of()
+    h, placed = place(mesh, hyper(), tree, [P("x")] * 3)
+
+    def step(h: Any, state: dict[str, Any], grads: Any) -> Any:
+        new = update(h, state | {"grads": grads})
+        return {kind: getattr(new, kind) for kind in state}
+
+    grads = placed.pop("grads")
+    compiled = jax.jit(step, donate_argnums=1).lower(h, placed, grads).compile()
+    text = compiled.as_text()
+    assert not re.search(r"f32\[16,8\]\S* copy\(", text), text
+    assert compiled.memory_analysis().alias_size_in_bytes == 9 * 16 * 8 * 4
+
+
+def what_cannot_be_partitioned_is_refused() -> None:
+    tree, mesh = leaves([(16, 8)]), mesh_of()
+    h, placed = place(mesh, hyper(), tree, [P("x")])
+    with jax.set_mesh(mesh):
+        some = jax.shard_map(update, in_specs=(P(), P("x")), out_specs=P("x"), axis_names={"x"})
+        with pytest.raises(NativeUnavailableError, match="partly inside of shard_map"):
+            jax.jit(some).lower(h, placed)
+        many = jax.vmap(update, in_axes=(0, None))
+        with pytest.raises(NativeUnavailableError, match="a batch is partitioned"):
+            jax.jit(many).lower(np.stack([hyper()] * 2), placed)
+
+
+def lowers_for_an_abstract_mesh() -> None:
+    mesh = AbstractMesh((4,), ("x",), (AxisType.Auto,))
+    struct = jax.ShapeDtypeStruct((8,), np.float32, sharding=NamedSharding(mesh, P("x")))
+    tree = {kind: [struct] for kind in ("params", "grads", "m", "v")}
+    text = jax.jit(update).trace(hyper(), tree).lower(lowering_platforms=("cuda",)).as_text()
+    assert f"stablehlo.custom_call @{partitioned.TARGET_NAME}" in text
+    rule = "<([i, j], [k], [k], [k], [k])->([k], [k], [k]) {i=1, j=16, k=8}"
+    assert f"{rule} need_replication={{i, j}}" in text, text
+
+
+CHECKS = {
+    f.__name__: f
+    for f in (
+        each_device_updates_its_shards,
+        shards_that_are_not_even,
+        float64_groups_and_scales,
+        state_that_is_cut_smaller_than_its_param,
+        the_older_partitioner,
+        gradients_follow_their_params,
+        in_place_where_donated,
+        what_cannot_be_partitioned_is_refused,
+        lowers_for_an_abstract_mesh,
+    )
+}
+
+if __name__ == "__main__":
+    main(CHECKS)
