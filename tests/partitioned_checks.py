@@ -129,11 +129,18 @@ def state_that_is_cut_smaller_than_its_param() -> None:
     h, placed = place(mesh, hyper(), tree, [P()])
     for kind in ("m", "v"):
         placed[kind] = [jax.device_put(placed[kind][0], NamedSharding(mesh, P("x")))]
-    _, line = calls(update, h, placed)
-    assert "f32[4,8]" in line, line
-    assert "f32[16,8]" not in line, line
-    whole = jax.jit(update, out_shardings=NamedSharding(mesh, P()))
-    check(whole(h, placed), hyper(), tree)
+
+    def step(h: Any, tree: dict[str, Any]) -> Any:
+        new = update(h, tree)
+        whole = jax.lax.with_sharding_constraint(new.params, NamedSharding(mesh, P()))
+        return new._replace(params=whole)
+
+    for f in (update, step):
+        _, line = calls(f, h, placed)
+        assert "f32[4,8]" in line, line
+        assert "f32[16,8]" not in line, line
+        check(jax.jit(f)(h, placed), hyper(), tree)
+    assert jax.jit(step)(h, placed).params[0].sharding.is_fully_replicated
 
 
 def the_older_partitioner() -> None:
