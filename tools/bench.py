@@ -6,15 +6,21 @@ from pathlib import Path
 from typing import Annotated
 
 import compile_bench
+import gpu_peers
 from rich.console import Console
 import step_bench
 import step_peers
 import trace_bench
 import typer
 
-CASES_HELP = f"Tree(s), of: {', '.join(step_bench.trees())}. All, if none is named."
+CASES_HELP = f"Tree(s), of: {', '.join(step_bench.trees())}. Five of them, if none is named."
 DTYPES_HELP = "Dtype(s) of the params: float32 (default), bfloat16."
-PEERS_HELP = f"Who takes part, of: {', '.join(step_peers.PEERS)}. All that can, if none is named."
+PEERS_HELP = (
+    f"Who takes part, of: {', '.join(step_peers.PEERS)}; with --device gpu, of: "
+    f"{', '.join(gpu_peers.PEERS)}. All that can, if none is named."
+)
+
+SWEEP_HELP = "Time our own choices instead: launch shapes of the kernel, what is merged. GPUs only."
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 
@@ -40,6 +46,8 @@ def trace(
 
 @app.command()
 def step(
+    device: Annotated[step_bench.Device, typer.Option(help="Where to run.")] = "cpu",
+    sweep: Annotated[bool, typer.Option(help=SWEEP_HELP)] = False,
     cases: Annotated[list[str] | None, typer.Option("--case", help=CASES_HELP)] = None,
     dtypes: Annotated[list[str] | None, typer.Option("--dtype", help=DTYPES_HELP)] = None,
     clip: Annotated[bool, typer.Option(help="Clip by the global norm too.")] = False,
@@ -51,10 +59,12 @@ def step(
     """Time of one donated optimizer step, ours beside the peers'.
 
     Ratios are of medians, with the quartiles of the rounds' own ratios in brackets. The
-    identity is what JAX takes to dispatch the same buffers; bandwidth is a plain loop that
-    reads and writes what AdamW does, the ceiling.
+    identity is what JAX takes to dispatch the same buffers; bandwidth is the ceiling: a plain
+    loop that reads and writes what AdamW does, on GPUs a copy of as many bytes. There, 20
+    steps are timed together.
     """
-    step_bench.run(cases, dtypes or ["float32"], clip, peers, rounds, json, plot, Console())
+    console, kinds = Console(), dtypes or ["float32"]
+    step_bench.run(device, sweep, cases, kinds, clip, peers, rounds, json, plot, console)
 
 
 @app.command()

@@ -13,8 +13,9 @@ from pathlib import Path
 import platform
 import statistics
 import time
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
+import gpu_peers
 import jax
 import ml_dtypes  # noqa: F401  (NumPy learns bfloat16)
 import numpy as np
@@ -24,8 +25,11 @@ from rich.progress import Progress
 from rich.table import Table
 import shapes
 import step_peers
+from step_peers import Build
 
 import adamw_xla as ax
+
+Device: TypeAlias = Literal["cpu", "gpu"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +52,16 @@ class Case:
         return f"{self.name} {self.dtype}{' clip' if self.clip else ''}"
 
 
+CASES = {
+    "cpu": ("16x4M", "16x32k", "gpt2-small", "400x64k", "1000x1k"),
+    "gpu": ("gpt2-small", "resnet50", "400x64k", "1000x1k", "1x256M"),
+}
+"""By device, what is measured if nothing is asked for."""
+
+STEPS = {"cpu": 1, "gpu": 20}
+"""Steps for each reading of the clock."""
+
+
 def trees() -> dict[str, list[tuple[int, ...]]]:
     """The trees that can be asked for, by name."""
     million, k = 1 << 20, 1 << 10
@@ -55,8 +69,10 @@ def trees() -> dict[str, list[tuple[int, ...]]]:
         "16x4M": [(4 * million,)] * 16,
         "16x32k": [(32 * k,)] * 16,  # stays in the cache, if few take part
         "gpt2-small": list(shapes.MODELS["gpt2-small"]().values()),
+        "resnet50": list(shapes.MODELS["resnet50"]().values()),
         "400x64k": [(64 * k,)] * 400,
         "1000x1k": [(k,)] * 1000,
+        "1x256M": [(256 * million,)],
     }
 
 
@@ -83,25 +99,27 @@ class Result:
         return (self.median(peer) - base) / (self.median(ours) - base), low, high
 
 
-def measure(case: Case, peers: list[str], rounds: int, progress: Progress) -> Result:
-    """Times every peer once per round, in an order that rotates."""
+def measure(
+    case: Case, peers: Mapping[str, Build], rounds: int, steps: int, progress: Progress
+) -> Result:
+    """Times ``steps`` steps of every peer once per round, in an order that rotates."""
     grads = step_peers.make_grads(case.shapes, case.dtype)
+    names = list(peers)
     built = {
-        name: step_peers.PEERS[name](case.shapes, case.dtype, grads, case.clip) for name in peers
+        name: build(case.shapes, case.dtype, grads, case.clip) for name, build in peers.items()
     }
     for peer in built.values():
-        for _ in range(2):
-            peer.step()
-    seconds: dict[str, list[float]] = {name: [] for name in peers}
+        peer.run(2)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     task = progress.add_task(case.label, total=rounds)
     gc.collect()
     gc.disable()
     try:
         for i in range(rounds):
-            for name in peers[i % len(peers) :] + peers[: i % len(peers)]:
+            for name in names[i % len(names) :] + names[: i % len(names)]:
                 start = time.perf_counter()
-                built[name].step()
-                seconds[name].append(time.perf_counter() - start)
+                built[name].run(steps)
+                seconds[name].append((time.perf_counter() - start) / steps)
             progress.advance(task)
     finally:
         gc.enable()
@@ -111,7 +129,11 @@ def measure(case: Case, peers: list[str], rounds: int, progress: Progress) -> Re
 def machine() -> str:
     """What the figures were taken on."""
     cores = len(os.sched_getaffinity(0))
-    return f"{platform.machine()}, {cores} cores, jax {jax.__version__}"
+    device = jax.devices()[0]
+    where = (
+        f"{platform.machine()}, {cores} cores" if device.platform == "cpu" else device.device_kind
+    )
+    return f"{where}, jax {jax.__version__}"
 
 
 def table(results: list[Result], ours: str) -> Table:
@@ -171,6 +193,8 @@ def as_json(results: list[Result], ours: str) -> dict[str, Any]:
 
 
 def run(
+    device: Device,
+    sweep: bool,
     cases: list[str] | None,
     dtypes: list[str],
     clip: bool,
@@ -181,21 +205,21 @@ def run(
     console: Console,
 ) -> None:
     """The command: measures, prints, and writes what was asked for."""
-    known = trees()
+    known, everyone = trees(), _everyone(device, sweep)
     chosen = [
         Case(name, _pick(known, name, "case"), dtype, with_clip)
-        for name in cases or known
+        for name in cases or CASES[device]
         for dtype in dtypes
         for with_clip in ([False, True] if clip else [False])
     ]
-    names = [name for name in peers or _able() if _pick(step_peers.PEERS, name, "peer")]
-    ours = "native" if "native" in names else "xla"
-    if ours not in names:
-        names.insert(0, ours)
+    names = peers or [name for name in everyone if _able(name)]
+    taking_part = {name: _pick(everyone, name, "peer") for name in names}
+    ours = "native" if "native" in taking_part else "xla"
+    taking_part = {ours: everyone[ours]} | taking_part
     results = []
     with Progress(console=console, transient=True) as progress:
         for case in chosen:
-            results.append(measure(case, names, rounds, progress))
+            results.append(measure(case, taking_part, rounds, STEPS[device], progress))
             gc.collect()
     console.print(table(results, ours))
     if json_path is not None:
@@ -204,18 +228,33 @@ def run(
         plot(results, ours, plot_path)
 
 
+def _everyone(device: Device, sweep: bool) -> Mapping[str, Build]:
+    """Who can be asked for there; makes it the device that JAX uses."""
+    if sweep and device == "cpu":
+        raise SystemExit("bench: --sweep is for GPUs; add --device gpu")
+    jax.config.update("jax_platforms", "cpu" if device == "cpu" else "cuda,cpu")
+    if device == "cpu":
+        return step_peers.PEERS
+    try:
+        jax.devices("cuda")
+    except RuntimeError as error:
+        raise SystemExit(
+            f"bench: JAX finds no GPU ({error}); on a machine with one: pip install 'jax[cuda12]'"
+        ) from None
+    return gpu_peers.SWEEP if sweep else gpu_peers.PEERS
+
+
 def _pick(known: Mapping[str, Any], name: str, what: str) -> Any:
     if name not in known:
         raise SystemExit(f"bench: no {what} {name!r}; choose from {', '.join(known)}")
     return known[name]
 
 
-def _able() -> list[str]:
-    """Everyone whose library is here."""
-    missing = {peer for peer in ("keras", "torch") if find_spec(peer) is None}
-    if not ax.native_available():
-        missing.add("native")
-    return [peer for peer in step_peers.PEERS if peer not in missing]
+def _able(peer: str) -> bool:
+    """Whether this peer's library is here."""
+    if peer == "native" and jax.default_backend() == "cpu":
+        return ax.native_available()
+    return peer not in ("keras", "torch") or find_spec(peer) is not None
 
 
 def plot(results: list[Result], ours: str, path: Path) -> None:

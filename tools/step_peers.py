@@ -1,18 +1,20 @@
 """Who takes part in ``bench.py step``: one class per way to make an AdamW step.
 
-Every peer owns its params and state; the gradients are shared and never donated. ``step``
-makes one step and returns when it is done.
+Every peer owns its params and state; the gradients are shared and never donated. ``run``
+makes some steps and returns when the last is done: one on CPUs, some on GPUs, where launches
+run ahead of the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 import ctypes
+import functools
 import os
 from pathlib import Path
 import subprocess
 import tempfile
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +34,8 @@ BYTES_PER_STATE = 4
 class Peer(Protocol):
     """One contestant."""
 
-    def step(self) -> None:
-        """Makes one step and waits for it."""
+    def run(self, steps: int) -> None:
+        """Makes so many steps and waits for the last."""
 
 
 def bytes_moved(shapes: list[tuple[int, ...]], dtype: str) -> int:
@@ -65,8 +67,10 @@ class Jitted:
         self.lowered = jitted.lower(self._carry, grads)
         self._compiled = self.lowered.compile()
 
-    def step(self) -> None:
-        self._carry = jax.block_until_ready(self._compiled(self._carry, self._grads))
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self._carry = self._compiled(self._carry, self._grads)
+        jax.block_until_ready(self._carry)
 
 
 def _jitted(
@@ -115,25 +119,35 @@ def identity(shapes: list[Any], dtype: str, grads: list[jax.Array], clip: bool) 
 
 
 class TorchFused:
-    """``torch.optim.AdamW(fused=True)``."""
+    """``torch.optim.AdamW(fused=True)``, on torch's device ``device``."""
 
-    def __init__(self, shapes: list[Any], dtype: str, grads: list[jax.Array], clip: bool) -> None:
+    def __init__(
+        self,
+        shapes: list[Any],
+        dtype: str,
+        grads: list[jax.Array],
+        clip: bool,
+        device: str = "cpu",
+    ) -> None:
         import torch
 
-        self._torch, self._clip = torch, clip
+        self._torch, self._clip, self._device = torch, clip, device
         kind = getattr(torch, dtype)
-        self._params = [torch.full(shape, 0.5, dtype=kind) for shape in shapes]
+        self._params = [torch.full(shape, 0.5, dtype=kind, device=device) for shape in shapes]
         for param, grad in zip(self._params, grads, strict=True):
             param.requires_grad_()
-            param.grad = torch.from_numpy(np.array(grad, np.float32)).to(kind)
+            param.grad = torch.from_numpy(np.array(grad, np.float32)).to(device, kind)
         self._optimizer = torch.optim.AdamW(
             self._params, LEARNING_RATE, eps=EPSILON, weight_decay=WEIGHT_DECAY, fused=True
         )
 
-    def step(self) -> None:
-        if self._clip:
-            self._torch.nn.utils.clip_grad_norm_(self._params, BOUND, foreach=True)
-        self._optimizer.step()
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            if self._clip:
+                self._torch.nn.utils.clip_grad_norm_(self._params, BOUND, foreach=True)
+            self._optimizer.step()
+        if self._device != "cpu":
+            self._torch.cuda.synchronize()
 
 
 class Bandwidth:
@@ -158,8 +172,9 @@ class Bandwidth:
         ]
         self._sizes = (ctypes.c_long * n)(*(leaf[0].size for leaf in self._leaves))
 
-    def step(self) -> None:
-        self._probe(len(self._leaves), self._sizes, *self._columns)
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self._probe(len(self._leaves), self._sizes, *self._columns)
 
 
 def _compile_probe() -> Path:
@@ -170,13 +185,20 @@ def _compile_probe() -> Path:
     return target
 
 
-PEERS: dict[str, Callable[..., Peer]] = {
-    "native": lambda *case: ours("native", *case),
-    "xla": lambda *case: ours("xla", *case),
+Build: TypeAlias = Callable[..., Peer]
+"""Called as (shapes, dtype, grads, clip)."""
+
+JITTED: dict[str, Build] = {
+    "native": functools.partial(ours, "native"),
+    "xla": functools.partial(ours, "xla"),
     "optax": optax_adamw,
     "keras": keras_adamw,
+}
+
+PEERS: dict[str, Build] = {
+    **JITTED,
     "torch": TorchFused,
     "identity": identity,
     "bandwidth": Bandwidth,
 }
-"""Every peer, by the name that ``--peers`` takes; each is built as (shapes, dtype, grads, clip)."""
+"""On CPUs: every peer, by the name that ``--peer`` takes; gpu_peers.py has those on GPUs."""
