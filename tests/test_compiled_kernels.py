@@ -34,6 +34,8 @@ BOUNDS = {
     ("gpt2-small", "h100", "global"): Bound(27, 70_000),
     ("resnet50", "h100", "none"): Bound(30, 10_000),
     ("resnet50", "h100", "global"): Bound(50, 84_000),
+    ("llama-1b", "h100", "none"): Bound(11, 10_000),
+    ("llama-1b", "h100", "global"): Bound(20, 110_000),
     ("gpt2-small", "v5e", "none"): Bound(148, 0),
     ("gpt2-small", "v5e", "global"): Bound(161, 25_000_000),
     ("resnet50", "v5e", "none"): Bound(161, 0),

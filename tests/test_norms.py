@@ -51,6 +51,30 @@ def test_more_summands_than_one_kernel_takes(sum_of_squares: Callable[..., jax.A
     np.testing.assert_allclose(found, _oracle(1.0, leaves).sum(), rtol=1e-6)
 
 
+@pytest.mark.parametrize("per_leaf", [False, True])
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_rows_of_very_large_leaves(
+    per_leaf: bool, batch: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are added by the kernel that sums them, here from 16 sums on that are left."""
+    monkeypatch.setattr(norms, "MIN_FOLDED_ROWS", 16)
+    leaves = _leaves(batch=batch)
+    call = functools.partial(adamw_sum_of_squares, jnp.float32(0.5), per_leaf=per_leaf)
+
+    def f(leaves: list[jax.Array]) -> jax.Array:
+        return jax.vmap(call)(leaves) if batch else call(leaves)
+
+    exported = jax.export.export(
+        jax.jit(f), platforms=("cuda",), disabled_checks=[jax.export.DisabledSafetyCheck.platform()]
+    )(leaves)
+    assert "4x16x256xf32" in exported.mlir_module()  # a quarter of 64 rows
+    found = np.asarray(run_as("cuda", f, leaves))
+    rows = [[x[i] for x in leaves] for i in range(*batch)] if batch else [leaves]
+    expected = np.array([_oracle(0.5, row) for row in rows]).reshape(*batch, -1)
+    want = expected if per_leaf else expected.sum(-1)
+    np.testing.assert_allclose(found, want, rtol=2e-6)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_one_bad_element_is_seen(sum_of_squares: Callable[..., jax.Array], bad: float) -> None:
     leaves = _leaves()

@@ -228,8 +228,11 @@ def _partial_sums(x: ir.Value, batch_rank: int) -> ir.Value:
     columns = next((c for c in range(longest, 0, -1) if n % c == 0), 1)
     if n <= MAX_UNSUMMED or columns < MIN_ROW:
         return x
-    rows = ir.RankedTensorType.get([*batch, n // columns, columns], kind.element_type)
-    return _reduce(hlo.reshape(rows, x), batch_rank + 1, [*batch, n // columns])
+    rows = n // columns
+    fold = next((k for k in (8, 4, 2) if rows % k == 0 and rows // k >= MIN_FOLDED_ROWS), 1)
+    folded = ir.RankedTensorType.get([*batch, fold, rows // fold, columns], kind.element_type)
+    dims = (batch_rank, batch_rank + 2)
+    return _sum(hlo.reshape(folded, x), dims)
 
 
 MAX_ADDED_SUMMANDS = 16
@@ -246,6 +249,9 @@ MAX_ROW = 8192
 
 MIN_ROWS = 256
 """With fewer, XLA:GPU would not fuse what makes the rows: too few blocks for a device."""
+
+MIN_FOLDED_ROWS = 2048
+"""Up to eight rows that are far apart are added by one kernel too, if so many sums are left."""
 
 MIN_ROW = 256
 """Shorter rows are worse than the compiler's own two stages."""
@@ -268,16 +274,23 @@ def _square(x: ir.Value, scale: ir.Value, batch_rank: int) -> ir.Value:
 def _reduce(x: ir.Value, batch_rank: int, shape_out: Sequence[int]) -> ir.Value:
     """Sums all dimensions behind the batch, and spreads the result over the whole batch."""
     kind = ir.RankedTensorType(x.type)
+    own = _sum(x, range(batch_rank, len(kind.shape)))
+    whole = ir.RankedTensorType.get(shape_out[:batch_rank], kind.element_type)
+    return hlo.broadcast_in_dim(whole, own, mlir.dense_int_array(list(range(batch_rank))))
+
+
+def _sum(x: ir.Value, dims: Sequence[int]) -> ir.Value:
+    """Sums some dimensions."""
+    kind = ir.RankedTensorType(x.type)
     dtype = kind.element_type
     scalar = ir.RankedTensorType.get([], dtype)
     zero = hlo.constant(ir.DenseElementsAttr.get_splat(scalar, ir.FloatAttr.get(dtype, 0.0)))
-    own = ir.RankedTensorType.get(kind.shape[:batch_rank], dtype)
-    dims = mlir.dense_int_array(list(range(batch_rank, len(kind.shape))))
-    op = hlo.ReduceOp([own], [x], [zero], dims)
+    kept = [size for d, size in enumerate(kind.shape) if d not in dims]
+    own = ir.RankedTensorType.get(kept, dtype)
+    op = hlo.ReduceOp([own], [x], [zero], mlir.dense_int_array(list(dims)))
     with ir.InsertionPoint(op.body.blocks.append(scalar, scalar)) as point:
         hlo.return_([hlo.add(*point.block.arguments)])
-    whole = ir.RankedTensorType.get(shape_out[:batch_rank], dtype)
-    return hlo.broadcast_in_dim(whole, op.results[0], mlir.dense_int_array(list(range(batch_rank))))
+    return op.results[0]
 
 
 def _axis(index: int) -> ir.IntegerAttr:
