@@ -55,7 +55,8 @@ def adamw_init(params: Any, config: AdamW) -> AdamWState:
     """Builds the state for ``params``.
 
     Works eagerly, under ``jax.jit`` and under ``jax.eval_shape``. The new arrays take the
-    shapes and shardings of the params.
+    shapes and shardings of the params; under ``jit`` with automatic axes the compiler chooses
+    their shardings, unless ``out_shardings`` says.
 
     Args:
       params: a pytree of arrays, bfloat16, float16, float32 or float64.
