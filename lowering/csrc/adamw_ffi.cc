@@ -20,7 +20,7 @@ namespace ffi = xla::ffi;
 using Int64s = ffi::Span<const std::int64_t>;
 
 // Below this many elements, waking another thread costs more than it saves.
-constexpr std::int64_t kMinParallel = 128 * 1024;
+constexpr std::int64_t kMinParallel = 64 * 1024;
 constexpr std::int64_t kMinChunk = 16 * 1024;
 constexpr std::int64_t kMaxChunk = 256 * 1024;
 constexpr std::int64_t kChunksPerThread = 4;
