@@ -64,7 +64,7 @@ def test_a_train_step_on_the_cpu_kernel():
     found = train(ax.AdamW(), (0, 1), implementation="native")
     calls = {kernel.name for kernel in found.update.kernels if kernel.kind == "custom-call"}
     assert {name for leaf in found.leaves for name in leaf.kernels} == calls
-    assert len(found.update.kernels) > len(calls)
+    assert {kernel.name for kernel in found.update.kernels} == calls
     assert found.undonated == ()
     assert all(leaf.in_place for leaf in found.leaves)
 

@@ -152,8 +152,14 @@ def test_the_call_is_in_place_when_donated() -> None:
 
 
 @pytest.mark.usefixtures("with_native")
-def test_a_train_step_copies_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backpropagation reads the weights too; all of it must come before the call."""
+@pytest.mark.parametrize(("batch", "slices"), [(16, 0), (128, 8)], ids=["whole", "element"])
+def test_a_train_step_copies_no_weights(
+    batch: int, slices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backpropagation reads the weights too; all of it must come before the call.
+
+    The call waits for what read them last, or for an element of it where it is large.
+    """
     monkeypatch.setattr(cpu, "MAX_BUCKET_BYTES", 1 << 20)
     size, layers = 256, 8
     weights = [jax.ShapeDtypeStruct((size, size), np.float32)] * layers
@@ -167,12 +173,13 @@ def test_a_train_step_copies_no_weights(monkeypatch: pytest.MonkeyPatch) -> None
         grads = jax.grad(loss)(p, x)
         return adamw_update(hyper(), p, grads, m, v, implementation=implementation)[:3]
 
-    def compiled(implementation: Any) -> Any:
+    def lowered_step(implementation: Any) -> Any:
         jitted = jax.jit(step, donate_argnums=(0, 1, 2), static_argnums=4)
-        x = jax.ShapeDtypeStruct((16, size), np.float32)
-        return jitted.lower(weights, weights, weights, x, implementation).compile()
+        x = jax.ShapeDtypeStruct((batch, size), np.float32)
+        return jitted.lower(weights, weights, weights, x, implementation)
 
-    native, xla = compiled("native"), compiled("xla")
+    assert lowered_step("native").as_text().count("stablehlo.slice") == slices
+    native, xla = (lowered_step(name).compile() for name in ("native", "xla"))
     assert f"f32[{size},{size}]{{1,0}} copy(" not in native.as_text()
     peaks = [c.memory_analysis().temp_size_in_bytes for c in (native, xla)]
     in_flight = 1 << 20  # a bucket's gradients
