@@ -8,7 +8,6 @@ tests/partitioned_checks.py NAME``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-import functools
 import re
 from typing import Any
 
@@ -115,12 +114,17 @@ def float64_groups_and_scales() -> None:
         tree, mesh = leaves(SHAPES[:2], "float64", state="float64"), mesh_of()
         scales = np.array([0.5, 2.0])
         rows = hyper(2, dtype=np.float64)
-        h, placed = place(mesh, rows, tree, [P("x"), P()])
-        lowered = jax.jit(functools.partial(update, leaf_scale=scales, groups=[1, 0])).lower
-        program = lowered(h, placed)
+        _, placed = place(mesh, rows, tree, [P("x"), P()])
+        # Scalars that come in pieces are put together.
+        h, factors = (jax.device_put(x, NamedSharding(mesh, P("y"))) for x in (rows, scales))
+
+        def step(h: Any, tree: dict[str, Any], factors: Any) -> Any:
+            return update(h, tree, leaf_scale=factors, groups=[1, 0])
+
+        program = jax.jit(step).lower(h, placed, factors)
     compiled = program.compile()
     with jax.enable_x64(True):
-        check(compiled(h, placed), rows, tree, [1, 0], scales)
+        check(compiled(h, placed, factors), rows, tree, [1, 0], scales)
 
 
 def state_that_is_cut_smaller_than_its_param() -> None:

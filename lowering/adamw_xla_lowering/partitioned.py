@@ -24,14 +24,14 @@ from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 import numpy as np
 
-from . import stablehlo
+from . import native, stablehlo
 from ._jax_private import (
     HloSharding,
     partitions_automatically,
     register_partitioner,
     uses_shardy,
 )
-from .contract import UpdateSpec, join_leaves, split_leaves, split_operands
+from .contract import UPDATE_NAME, UpdateSpec, join_leaves, split_leaves, split_operands
 
 TARGET_NAME = "adamw_xla_partitioned_update"
 """The custom call in lowered programs, until XLA partitions them."""
@@ -70,6 +70,7 @@ def lower(
     if uses_shardy():
         rule = _sharding_rule(spec, ctx.avals_in)
         call.attributes["sdy.sharding_rule"] = ir.Attribute.parse(rule)
+    native.logger.debug("%s: %d leaves, to be partitioned by XLA", UPDATE_NAME, spec.num_leaves)
     return stablehlo.with_shardings(ctx, list(call.results), ctx.avals_out)
 
 
@@ -140,6 +141,7 @@ def _partition(
     shapes: Sequence[Any], shardings: Shardings, result: Any, result_sharding: Any, config: bytes
 ) -> tuple[bytes, list[Any], Any]:
     """The program of each device, and how its operands and results are to be sharded."""
+    del shardings
     spec, platform = _decode(config)
     n = spec.num_leaves
     wanted = split_leaves(result_sharding.tuple_elements(), n)
@@ -148,7 +150,8 @@ def _partition(
         min(options, key=lambda s, shape=row[0]: math.prod(s.tile(shape).dimensions()))  # type: ignore[misc]
         for options, row in zip(wanted, results, strict=True)
     ]
-    args = [*shardings[: spec.num_scalars], *smallest * len(spec.operand_kinds)]
+    scalars = [HloSharding.replicate()] * spec.num_scalars
+    args = [*scalars, *smallest * len(spec.operand_kinds)]
     tiles = [s.tile(shape) for s, shape in zip(args, shapes, strict=True)]
     structs = [jax.ShapeDtypeStruct(t.dimensions(), np.dtype(t.numpy_dtype())) for t in tiles]
     packed = HloSharding.tuple_sharding(result, smallest * len(spec.result_kinds))
