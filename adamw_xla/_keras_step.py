@@ -97,16 +97,20 @@ class Step:
     def _with(self, config: AdamW, values: Columns) -> Columns:
         steps, sums = config.gradient_accumulation_steps, values["sums"]
         assert steps is not None
-        new = self._updated(config, values, sums, 1 / steps)
-        return new | {"sums": [jnp.zeros_like(x) for x in sums]}
+        return self._updated(config, values, sums, 1 / steps, clear=True)
 
-    def _updated(self, config: AdamW, old: Columns, grads: Arrays, scale: float) -> Columns:
-        """The columns after a real update with ``scale`` times ``grads``."""
+    def _updated(
+        self, config: AdamW, old: Columns, grads: Arrays, scale: float, clear: bool = False
+    ) -> Columns:
+        """The columns after a real update with ``scale`` times ``grads``.
+
+        With ``clear``, the gradients are the sums, and zero afterwards.
+        """
         optimizer, dtype = self._optimizer, self._dtype
         groups, kinds = groups_of([optimizer._use_weight_decay(v) for v in self._variables])
         learning_rate = as_scalar(_value(optimizer.learning_rate), dtype)
         weight_decay = as_scalar(_value(config.weight_decay), dtype)
-        new, _ = update_leaves(
+        new, _, zeros = update_leaves(
             config,
             old,
             grads,
@@ -116,8 +120,10 @@ class Step:
             groups=groups,
             dtype=dtype,
             backend=Backend(),
+            clear=clear,
         )
-        columns = {kind: x for kind, x in new._asdict().items() if x is not None}
+        found = {**new._asdict(), "sums": zeros}
+        columns = {kind: x for kind, x in found.items() if x is not None}
         return columns | (self._averaged(old, "idle", "idle_ema") if config.use_ema else {})
 
     def _averaged(self, values: Columns, variables: str, averages: str) -> Columns:

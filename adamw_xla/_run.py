@@ -103,12 +103,17 @@ class _Step:
         return 1.0 if factor is None else 1 / as_scalar(factor, self.dtype)
 
     def update_with(
-        self, params: Any, state: AdamWState, grads: list[jax.Array], scale: Scalar
+        self,
+        params: Any,
+        state: AdamWState,
+        grads: list[jax.Array],
+        scale: Scalar,
+        clear: bool = False,
     ) -> tuple[Any, AdamWState]:
-        """A real update with ``scale`` times ``grads``."""
+        """A real update with ``scale`` times ``grads``; with ``clear`` they begin anew."""
         c, take = self.config, self.leaves.take
         trees = {"params": params, "m": state.m, "v": state.v, "v_max": state.v_max}
-        new, apply = update_leaves(
+        new, apply, zeros = update_leaves(
             c,
             {k: take(x) for k, x in {**trees, "ema": state.ema}.items() if x is not None},
             grads,
@@ -119,7 +124,11 @@ class _Step:
             dtype=self.dtype,
             backend=self.backend,
             delta=self.delta,
+            clear=clear,
         )
+        if zeros is not None:
+            assert state.micro_step is not None
+            state = self._counted(state, zeros, jnp.zeros_like(state.micro_step))
         put = self.leaves.put
         return self._results(params, new.params), dataclasses.replace(
             state,
@@ -155,9 +164,8 @@ class _Step:
         def update(results: tuple[Any, AdamWState]) -> tuple[Any, AdamWState]:
             moved, state = results
             mean = self.leaves.take(state.accumulated)
-            new, state = self.update_with(params if self.delta else moved, state, mean, 1 / steps)
-            zeros = [jnp.zeros_like(a) for a in mean]
-            return new, self._counted(state, zeros, jnp.zeros_like(micro_step))
+            weights = params if self.delta else moved
+            return self.update_with(weights, state, mean, 1 / steps, clear=True)
 
         between = self._unmoved(params), self._counted(state, total, done)
         return self.backend.do_if(done >= steps, update, between)

@@ -42,6 +42,20 @@ class Rates(NamedTuple):
     decay: tuple[Scalar, ...]
 
 
+class Updated(NamedTuple):
+    """What an update makes.
+
+    Attributes:
+      leaves: the new ones.
+      apply: with ``skip_nonfinite``, whether the update was made.
+      cleared: where asked for, zeros in place of the gradients.
+    """
+
+    leaves: UpdateResult
+    apply: jax.Array | None
+    cleared: list[jax.Array] | None
+
+
 def groups_of(decays: Sequence[bool]) -> tuple[tuple[int, ...], tuple[bool, ...]]:
     """For each leaf its group, from whether it decays; and for each group whether it does."""
     kinds = tuple(sorted(set(decays), reverse=True))
@@ -63,6 +77,20 @@ def scaled_like(
     return [(g.astype(dtype) * factor).astype(a.dtype) for a, g in zip(totals, grads, strict=True)]
 
 
+def cleared(totals: Sequence[jax.Array], squares: jax.Array | None) -> list[jax.Array]:
+    """Zeros in place of ``totals``, once the sums of their squares are taken.
+
+    XLA would make one array of zeros for each shape, and copy it to every place. What a flag
+    chooses, of which XLA cannot know that it is false, is written in place. The flag hangs on
+    the sums, or XLA:GPU would clear in the kernels that make them, in copies, since the update
+    is yet to read what they clear; and is in an array, as in ``scaled_like``.
+    """
+    below = np.array([-1, -np.inf], np.float32)  # no sum is, nor is NaN
+    flags = jnp.array([False, True]) if squares is None else jnp.ravel(squares)[0] < below
+    keep = jax.lax.optimization_barrier(flags)[0]  # type: ignore[no-untyped-call]
+    return [jax.lax.select(keep, a, jnp.zeros_like(a)) for a in totals]
+
+
 def update_leaves(
     config: AdamW,
     old: Mapping[str, Sequence[jax.Array]],
@@ -75,7 +103,8 @@ def update_leaves(
     dtype: np.dtype[Any],
     backend: Backend,
     delta: bool = False,
-) -> tuple[UpdateResult, jax.Array | None]:
+    clear: bool = False,
+) -> Updated:
     """Updates the leaves with ``scale`` times ``grads``.
 
     Args:
@@ -89,9 +118,7 @@ def update_leaves(
       dtype: ``hyper_dtype`` of the params.
       backend: what does the work.
       delta: return the params' changes instead of new params.
-
-    Returns:
-      The new leaves; and with ``config.skip_nonfinite`` whether the update was made.
+      clear: return zeros in place of the gradients too.
     """
     clip = _clipping.scales(config, grads, scale, dtype, backend.sum_of_squares)
     # A NaN or an infinity anywhere is one in the sum.
@@ -122,4 +149,4 @@ def update_leaves(
         nesterov=config.nesterov,
         delta=delta,
     )
-    return new, apply
+    return Updated(new, apply, cleared(grads, clip.squares) if clear else None)
