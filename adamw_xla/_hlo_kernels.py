@@ -29,9 +29,8 @@ from typing import Literal
 from adamw_xla._hlo_bytes import reads, writes
 from adamw_xla._hlo_shapes import arrays
 from adamw_xla._hlo_text import Computation, Instruction, Module
-from adamw_xla_lowering import UPDATE_NAME
+from adamw_xla_lowering import NORM_NAME, UPDATE_NAME
 from adamw_xla_lowering.native import TARGET_NAME
-from adamw_xla_lowering.norms import NORM_NAME
 
 Platform = Literal["cpu", "cuda", "rocm", "tpu"]
 

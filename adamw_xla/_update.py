@@ -19,7 +19,11 @@ def do_if(condition: jax.Array, body: Callable[[Any], Any], x: Any) -> Any:
 
     A loop of at most one round. XLA:GPU copies what goes through a conditional (2 GB for
     GPT-2 small) and updates what a loop carries in place. A loop has no reverse derivative.
+    Eagerly it is just the body, since a loop would be compiled anew at each call.
     """
+    is_traced = isinstance(condition, jax.core.Tracer)
+    if not is_traced:
+        return body(x) if condition else x
 
     def once(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         return jnp.zeros_like(carry[0]), body(carry[1])

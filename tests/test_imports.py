@@ -18,7 +18,14 @@ LOWERING = Path(adamw_xla_lowering.__file__).parent
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *LOWERING.rglob("*.py")])
 PRIVATE_FILE = "_jax_private.py"
 # Attributes of JAX's types that no public documentation names.
-PRIVATE_NAMES = {"mat", "manual_axis_type", "lowering_parameters", "unreduced", "reduced"}
+PRIVATE_NAMES = {
+    "mat",
+    "manual_axis_type",
+    "module_context",
+    "lowering_parameters",
+    "unreduced",
+    "reduced",
+}
 # Drop-ins import the ecosystem that they are for.
 EXTRAS = {"optax": {"optax.py", "_optax_state.py"}, "keras": {"keras.py"}}
 HEAVY = ("optax", "keras", "torch", "flax", "matplotlib", "sklearn", "tensorflow", "hypothesis")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -27,6 +28,29 @@ def test_one_equation_for_the_whole_tree() -> None:
 def test_eager_is_jit() -> None:
     args = problem()
     close(step(*args), jax.jit(step)(*args))
+
+
+@pytest.mark.parametrize("options", [{}, {"global_clipnorm": 1.0}])
+def test_without_jit(options: dict[str, Any]) -> None:
+    config = ax.AdamW(**options)
+    args = problem(config)
+    want = ax.adamw_step(*args, config)
+    with jax.disable_jit():
+        close(ax.adamw_step(*args, config), want)
+
+
+def test_eager_accumulation_compiles_nothing_anew(caplog: pytest.LogCaptureFixture) -> None:
+    config = ax.AdamW(gradient_accumulation_steps=2)
+    params, grads, state = problem(config)
+    calls = []
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        for _ in range(6):
+            caplog.clear()
+            params, state = ax.adamw_step(params, grads, state, config)
+            calls.append([r for r in caplog.messages if r.startswith("Compiling")])
+    assert calls[0]  # or the messages have changed
+    assert calls[1]
+    assert not any(calls[2:])
 
 
 def test_donation_updates_in_place() -> None:
@@ -115,11 +139,14 @@ def test_checkpoint_under_grad_of_something_else() -> None:
 
 @pytest.mark.parametrize("transform", ["jvp", "grad", "linearize", "vjp", "jacfwd"])
 @pytest.mark.parametrize("jit", [False, True])
-def test_derivatives_are_refused_by_name(transform: str, jit: bool) -> None:
+@pytest.mark.parametrize("of", ["params", "grads through the norm"])
+def test_derivatives_are_refused_by_name(transform: str, jit: bool, of: str) -> None:
     params, grads, state = problem()
+    config = dataclasses.replace(CONFIG, global_clipnorm=None if of == "params" else 1.0)
 
     def loss(p: Any) -> jax.Array:
-        return jnp.sum(step(p, grads, state)[0]["a"])
+        args = (p, grads) if of == "params" else (params, p)
+        return jnp.sum(ax.adamw_step(*args, state, config)[0]["a"])
 
     f = jax.jit(loss) if jit else loss
     calls = {

@@ -2,6 +2,7 @@
 
 from .autodiff import UpdateNotDifferentiableError as UpdateNotDifferentiableError
 from .contract import COMPOSITE_NAME as COMPOSITE_NAME
+from .contract import NORM_NAME as NORM_NAME
 from .contract import NUM_SLOTS as NUM_SLOTS
 from .contract import PARAM_DTYPES as PARAM_DTYPES
 from .contract import UPDATE_NAME as UPDATE_NAME
@@ -10,10 +11,10 @@ from .contract import Slot as Slot
 from .contract import UpdateSpec as UpdateSpec
 from .contract import compute_dtype as compute_dtype
 from .contract import dtype_names as dtype_names
+from .errors import NativeUnavailableError as NativeUnavailableError
 from .native import native_available as native_available
 from .norms import adamw_sum_of_squares as adamw_sum_of_squares
 from .norms import adamw_sum_of_squares_p as adamw_sum_of_squares_p
-from .platforms import NativeUnavailableError as NativeUnavailableError
 from .primitive import UpdateResult as UpdateResult
 from .primitive import adamw_update as adamw_update
 from .primitive import adamw_update_p as adamw_update_p

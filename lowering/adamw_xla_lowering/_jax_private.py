@@ -70,6 +70,16 @@ def zero_tangent(x: Any) -> ad.Zero:
     return ad.Zero(jax.typeof(x).to_tangent_aval())
 
 
+def platforms_of(ctx: Any) -> tuple[str, ...]:
+    """The platforms that ``ctx`` lowers for; the context has no public reader for them."""
+    return tuple(ctx.module_context.platforms)
+
+
+def functions_of(ctx: Any) -> tuple[Any, Any]:
+    """The module that ``ctx`` lowers into, and its symbol table: for functions of our own."""
+    return ctx.module_context.module, ctx.module_context.symbol_table
+
+
 def is_exporting(ctx: Any) -> bool:
     """Whether ``ctx`` lowers for ``jax.export``, whose artifact outlives this process."""
     return ctx.module_context.lowering_parameters.for_export

@@ -33,6 +33,9 @@ import numpy as np
 UPDATE_NAME = "adamw_update"
 """The primitive's name: jaxprs, HLO metadata and profiles show it."""
 
+NORM_NAME = "adamw_sum_of_squares"
+"""The name of the primitive that the norms are made of."""
+
 COMPOSITE_NAME = "adamw_xla.update"
 """The name of the ``stablehlo.composite`` that stands for one leaf's update."""
 
@@ -54,7 +57,7 @@ def dtype_names() -> str:
 
 
 class Slot(enum.IntEnum):
-    """Columns of ``hyper``; csrc/adamw.h repeats this order."""
+    """Columns of ``hyper``; csrc/slice.h repeats this order, and native.py compares."""
 
     GRAD_SCALE = 0
     STEP_SIZE = 1
@@ -165,6 +168,18 @@ class UpdateSpec:
         return f"UpdateSpec({', '.join(shown)})"
 
 
+@dataclasses.dataclass(frozen=True)
+class NormSpec:
+    """The static side of a norm: one sum or one per leaf, and the rank of the batch in front.
+
+    ``implementation`` is the update's; "native" means the kernel where there is one.
+    """
+
+    per_leaf: bool
+    batch_rank: int = 0
+    implementation: Implementation | None = None
+
+
 class Operands(NamedTuple):
     """The flat operand list, cut up.
 
@@ -211,12 +226,36 @@ def compute_dtype(param_dtype: Any) -> np.dtype[Any]:
     return np.dtype(np.float64 if param_dtype == np.float64 else np.float32)
 
 
-def aliases(spec: UpdateSpec) -> dict[int, int]:
-    """Result index -> index of the operand that it replaces, if their types are the same."""
+def aliases(spec: UpdateSpec, avals_in: Sequence[Any], avals_out: Sequence[Any]) -> dict[int, int]:
+    """Operand index -> that of the result which takes its place: all but what a batch repeats."""
     n = spec.num_leaves
     kinds = [spec.operand_kinds.index(kind) for kind in spec.replaced_kinds]
-    return {
-        r * n + leaf: spec.num_scalars + kind * n + leaf
+    pairs = (
+        (spec.num_scalars + kind * n + leaf, r * n + leaf)
         for r, kind in enumerate(kinds)
         for leaf in range(n)
-    }
+    )
+    return {i: o for i, o in pairs if avals_in[i].shape == avals_out[o].shape}
+
+
+def is_one_leaf(
+    spec: UpdateSpec, scalars: Sequence[Any], row: Sequence[Any], out: Sequence[Any]
+) -> bool:
+    """Whether a leaf's batch only makes it larger: nothing repeats, and one row serves all.
+
+    Args:
+      spec: of the equation.
+      scalars: the avals of ``hyper`` and what follows it.
+      row: those of the leaf's operands.
+      out: those of its results.
+    """
+    r = spec.batch_rank
+    return all(set(x.shape[:r]) <= {1} for x in scalars) and all(
+        x.shape[:r] == out[0].shape[:r] for x in row
+    )
+
+
+def check_implementation(implementation: Any) -> None:
+    """Raises ValueError unless it is one of ``Implementation``, or None."""
+    if implementation not in (None, "xla", "native"):
+        raise ValueError(f'implementation must be None, "xla" or "native", got {implementation!r}')

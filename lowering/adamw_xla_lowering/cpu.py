@@ -4,7 +4,7 @@ XLA:CPU fuses no loops with several results, so StableHLO costs three passes per
 where the kernel makes one. What the kernel cannot run goes to StableHLO instead.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -16,9 +16,17 @@ from jax.interpreters import mlir
 import numpy as np
 
 from . import native, partitioned, stablehlo
-from ._jax_private import devices_hold_whole_operands, is_exporting
-from .contract import UPDATE_NAME, UpdateSpec, aliases, join_leaves, split_leaves, split_operands
-from .errors import NativeUnavailableError
+from ._jax_private import devices_hold_whole_operands, is_exporting, platforms_of
+from .contract import (
+    UPDATE_NAME,
+    UpdateSpec,
+    aliases,
+    is_one_leaf,
+    join_leaves,
+    split_leaves,
+    split_operands,
+)
+from .errors import unavailable
 
 MAX_BUCKET_LEAVES = 16
 """XLA's compile time grows faster than the operands of one custom call."""
@@ -31,6 +39,10 @@ MIN_BUCKET_BYTES = 1 << 20
 
 MIN_BUCKETS = 32
 """So a bucket adds at most a 32nd of the gradients to the peak, but for its last leaf."""
+
+MIN_ROW_SIZE, MAX_SHORT_ROWS = 128, 1024
+"""Members of a batch that have their own numbers are rows to the kernel, and each costs it as
+much as some hundred elements: many short ones are faster as XLA's loops."""
 
 MIN_WITNESSED_BYTES = 1 << 16
 """Smaller operands may be copied: that costs less than knowing that they need not be."""
@@ -52,10 +64,7 @@ def lower(
     if reason is None:
         return (_lower_native if whole else partitioned.lower)(ctx, *operands, spec=spec)
     if spec.implementation == "native":
-        raise NativeUnavailableError(
-            f'{UPDATE_NAME}: implementation="native" cannot run here: {reason}; '
-            'use implementation=None (choose for me) or "xla" (StableHLO).'
-        )
+        raise unavailable(reason)
     native.logger.debug("%s: %d leaves in StableHLO: %s", UPDATE_NAME, spec.num_leaves, reason)
     return stablehlo.lower(ctx, *operands, spec=spec)
 
@@ -65,7 +74,7 @@ def _refusal(ctx: mlir.LoweringRuleContext, spec: UpdateSpec) -> str | None:
     # Asked for by name, jax.export itself decides whether it lets a custom call pass.
     if spec.implementation is None and is_exporting(ctx):
         return "an exported program must run where this kernel is not"
-    if tuple(ctx.module_context.platforms) != ("cpu",):
+    if platforms_of(ctx) != ("cpu",):
         return "the program is lowered for several platforms at once"
     if not all(isinstance(size, int) for aval in ctx.avals_in for size in aval.shape):
         return "shapes are symbolic"
@@ -82,9 +91,11 @@ def _lower_native(
     values, avals = split_operands(spec, operands), split_operands(spec, ctx.avals_in)
     n = spec.num_leaves
     outs = split_leaves(ctx.avals_out, n)
-    results: list[Sequence[ir.Value]] = []
+    short = [i for i in range(n) if _has_short_rows(ctx, spec, avals.leaves[i], outs[i])]
+    lowered = stablehlo.lower_leaves(ctx, operands, spec, short) if short else []
+    results: dict[int, Sequence[ir.Value]] = dict(zip(short, lowered, strict=True))
     calls = 0
-    for bucket in _buckets(avals.leaves):
+    for bucket in _buckets({i: row for i, row in enumerate(avals.leaves) if i not in results}):
         args = [*operands[: spec.num_scalars], *join_leaves([values.leaves[i] for i in bucket])]
         avals_in = [
             *ctx.avals_in[: spec.num_scalars],
@@ -92,7 +103,7 @@ def _lower_native(
         ]
         avals_out = join_leaves([outs[i] for i in bucket])
         groups = tuple(spec.groups[i] for i in bucket)
-        in_place = _aliases(dataclasses.replace(spec, groups=groups), avals_in, avals_out)
+        in_place = aliases(dataclasses.replace(spec, groups=groups), avals_in, avals_out)
         large = [args[i] for i in in_place if _bytes(avals_in[i]) >= MIN_WITNESSED_BYTES]
         earlier = _earlier_reads(large)
         call = jax.ffi.ffi_lowering(
@@ -109,19 +120,31 @@ def _lower_native(
             **spec.options(),
         )
         flat = stablehlo.with_shardings(ctx, flat, avals_out)
-        results.extend(split_leaves(flat, len(bucket)))
+        results.update(zip(bucket, split_leaves(flat, len(bucket)), strict=True))
         calls += 1
-    native.logger.debug("%s: %d leaves in %d calls of the CPU kernel", UPDATE_NAME, n, calls)
-    return join_leaves(results)
+    message = "%s: %d leaves in %d calls of the CPU kernel, %d in StableHLO"
+    native.logger.debug(message, UPDATE_NAME, n - len(short), calls, len(short))
+    return join_leaves([results[i] for i in range(n)])
 
 
-def _buckets(leaves: Sequence[Sequence[Any]]) -> Iterator[list[int]]:
+def _has_short_rows(
+    ctx: mlir.LoweringRuleContext, spec: UpdateSpec, row: Sequence[Any], out: Sequence[Any]
+) -> bool:
+    """Whether the leaf is left to XLA, where the choice is ours."""
+    r, scalars = spec.batch_rank, ctx.avals_in[: spec.num_scalars]
+    if spec.implementation == "native" or is_one_leaf(spec, scalars, row, out):
+        return False
+    shape = out[0].shape
+    return math.prod(shape[r:]) < MIN_ROW_SIZE and math.prod(shape[:r]) > MAX_SHORT_ROWS
+
+
+def _buckets(leaves: Mapping[int, Sequence[Any]]) -> Iterator[list[int]]:
     """Neighbours in the tree, bounded in number and in bytes of gradients."""
     bucket: list[int] = []
     filled = 0
-    sizes = [_bytes(grads) for _, grads, *_ in leaves]
-    bound = min(max(sum(sizes) // MIN_BUCKETS, MIN_BUCKET_BYTES), MAX_BUCKET_BYTES)
-    for leaf, size in enumerate(sizes):
+    sizes = {leaf: _bytes(grads) for leaf, (_, grads, *_) in leaves.items()}
+    bound = min(max(sum(sizes.values()) // MIN_BUCKETS, MIN_BUCKET_BYTES), MAX_BUCKET_BYTES)
+    for leaf, size in sizes.items():
         if bucket and (len(bucket) == MAX_BUCKET_LEAVES or filled + size > bound):
             yield bucket
             bucket, filled = [], 0
@@ -129,11 +152,6 @@ def _buckets(leaves: Sequence[Sequence[Any]]) -> Iterator[list[int]]:
         filled += size
     if bucket:
         yield bucket
-
-
-def _aliases(spec: UpdateSpec, avals_in: Sequence[Any], avals_out: Sequence[Any]) -> dict[int, int]:
-    """Operand -> result that takes its place: all, but what the batch broadcasts."""
-    return {i: o for o, i in aliases(spec).items() if avals_in[i].shape == avals_out[o].shape}
 
 
 _VIEWS = frozenset(

@@ -16,6 +16,8 @@ from jax.extend.mlir import ir
 from jax.interpreters import mlir
 import numpy as np
 
+from .errors import unavailable
+
 try:
     from jaxlib.triton import dialect
 except ImportError as error:  # another jaxlib: StableHLO still works
@@ -27,6 +29,9 @@ else:
 
 TARGET_NAME = "__gpu$xla.gpu.triton"
 """The custom call that XLA:GPU compiles; only CUDA's was looked at."""
+
+MAX_PROGRAMS = 2**31 - 1
+"""What one dimension of a CUDA grid may have."""
 
 POINTER_ALIGNMENT = 16
 """Bytes; XLA aligns buffers to 128, and 16 is the widest access of a thread."""
@@ -64,7 +69,12 @@ def build(
     """Builds a kernel with one pointer parameter for each dtype in ``pointers``.
 
     ``body`` is called with the parameters, where the kernel's operations are to be put.
+
+    Raises:
+      NativeUnavailableError: there are more programs than a grid may have.
     """
+    if programs > MAX_PROGRAMS:
+        raise unavailable(f"a grid has {MAX_PROGRAMS:,} programs, and {programs:,} are needed")
     context = mlir.make_ir_context()
     tt.register_dialect(context)
     context.load_all_available_dialects()

@@ -13,16 +13,17 @@ from jax.extend.mlir import ir
 from jax.interpreters import mlir
 
 from . import gpu, gpu_call, native, partitioned, stablehlo
-from ._jax_private import devices_hold_whole_operands
+from ._jax_private import devices_hold_whole_operands, platforms_of
 from .contract import (
     UPDATE_NAME,
     UpdateSpec,
     aliases,
+    is_one_leaf,
     join_leaves,
     split_leaves,
     split_operands,
 )
-from .errors import NativeUnavailableError
+from .errors import unavailable
 from .gpu_pieces import Kind, Launch, Leaf
 from .triton_builder import update_kernel
 
@@ -39,9 +40,6 @@ PLATFORM = "cuda"
 MAX_POINTERS = 4000
 """A kernel may have 32,764 bytes of parameters (compute capability 7.0, CUDA 12.1)."""
 
-MAX_PROGRAMS = 2**31 - 1
-"""What one dimension of a CUDA grid may have."""
-
 
 def lower(
     ctx: mlir.LoweringRuleContext, *operands: ir.Value, spec: UpdateSpec
@@ -54,10 +52,7 @@ def lower(
     if reason is None and spec.delta:
         reason = "updates that are yet to be added to the params are better fused by XLA"
     if reason is not None:
-        raise NativeUnavailableError(
-            f'{UPDATE_NAME}: implementation="native" cannot run here: {reason}; '
-            'use implementation=None (choose for me) or "xla" (StableHLO).'
-        )
+        raise unavailable(reason)
     if not whole:
         return partitioned.lower(ctx, *operands, spec=spec)
     return _lower_native(ctx, operands, spec)
@@ -70,7 +65,7 @@ def can_run(ctx: mlir.LoweringRuleContext) -> bool:
 
 def _unfit(ctx: mlir.LoweringRuleContext) -> str | None:
     """Why no kernel can run this equation, however it is partitioned; None if one can."""
-    if tuple(ctx.module_context.platforms) != (PLATFORM,):
+    if platforms_of(ctx) != (PLATFORM,):
         return "the program is lowered for several platforms at once"
     if not all(isinstance(size, int) for aval in ctx.avals_in for size in aval.shape):
         return "shapes are symbolic"
@@ -118,9 +113,7 @@ def _call(
     avals_in = [*scalars, *join_leaves([avals.leaves[i] for i in part])]
     avals_out = join_leaves([outs[i] for i in part])
     own = dataclasses.replace(spec, groups=tuple(spec.groups[i] for i in part))
-    in_place = {
-        i: o for o, i in aliases(own).items() if avals_in[i].shape == avals_out[o].shape
-    }  # fmt: skip
+    in_place = aliases(own, avals_in, avals_out)
     flat = gpu_call.call(ctx, kernel, args, avals_in, avals_out, in_place)
     return split_leaves(stablehlo.with_shardings(ctx, flat, avals_out), len(part))
 
@@ -134,8 +127,7 @@ def _leaf(
     size = math.prod(out[0].shape[rank:])
     dtypes = tuple(x.dtype for x in row), tuple(x.dtype for x in out)
     own = tuple(x.shape[:rank] for x in row)
-    shared = all(set(x.shape[:rank]) <= {1} for x in scalars)
-    if shared and all(x == batch for x in own):
+    if is_one_leaf(spec, scalars, row, out):
         kind = Kind(*dtypes)
         size *= math.prod(batch)
     else:

@@ -9,12 +9,16 @@ import math
 
 import jax
 from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 
-from . import gpu_call
-from .gpu_kernel import MAX_POINTERS, can_run, launch_shape
+from . import gpu, gpu_call
+from .gpu_kernel import can_run, launch_shape
 from .gpu_pieces import Kind, Leaf
 from .triton_builder import norm_kernel
+
+MAX_NORM_LEAVES = 512
+"""Leaves of one kernel, whose compile time grows with the square of them: 2 s for so many."""
 
 MAX_SUMS = 4096
 """About how many programs there are in a large tree; XLA:GPU adds 8,192 in one kernel."""
@@ -23,7 +27,7 @@ MAX_SUMS = 4096
 def partial_sums(
     ctx: mlir.LoweringRuleContext, scale: ir.Value, leaves: Sequence[ir.Value]
 ) -> ir.Value | None:
-    """Sums of ``(scale * x)**2`` over parts of a tree without a batch.
+    """Sums of ``(scale * x)**2`` over parts of a tree without a batch, by few kernels.
 
     Args:
       ctx: of the equation, whose operands are ``scale`` and ``leaves``.
@@ -35,15 +39,19 @@ def partial_sums(
     """
     scale_aval, *avals = ctx.avals_in
     full = [i for i, aval in enumerate(avals) if 0 not in aval.shape]
-    if not can_run(ctx) or not full or len(full) + 2 > MAX_POINTERS:
+    if not can_run(ctx) or not full:
         return None
-    tree = [Leaf(Kind((avals[i].dtype,), ()), math.prod(avals[i].shape)) for i in full]
     launch = launch_shape()
-    span = -(-sum(leaf.size for leaf in tree) // (launch.block * MAX_SUMS))
-    kernel = norm_kernel(tree, scale_aval.dtype, launch, span)
-    aval_out = jax.core.ShapedArray((kernel.programs,), scale_aval.dtype)
-    operands, avals_in = [leaves[i] for i in full], [avals[i] for i in full]
-    (sums,) = gpu_call.call(
-        ctx, kernel, [scale, *operands], [scale_aval, *avals_in], [aval_out], {}
-    )
-    return sums
+    span = -(-sum(math.prod(avals[i].shape) for i in full) // (launch.block * MAX_SUMS))
+    found: list[ir.Value] = []
+    for part in gpu.cut_evenly(full, MAX_NORM_LEAVES):
+        tree = [Leaf(Kind((avals[i].dtype,), ()), math.prod(avals[i].shape)) for i in part]
+        kernel = norm_kernel(tree, scale_aval.dtype, launch, span)
+        aval_out = jax.core.ShapedArray((kernel.programs,), scale_aval.dtype)
+        operands, avals_in = [leaves[i] for i in part], [avals[i] for i in part]
+        found += gpu_call.call(
+            ctx, kernel, [scale, *operands], [scale_aval, *avals_in], [aval_out], {}
+        )
+    if len(found) == 1:
+        return found[0]
+    return hlo.concatenate(found, ir.IntegerAttr.get(ir.IntegerType.get_signless(64), 0))

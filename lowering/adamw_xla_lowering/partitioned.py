@@ -28,6 +28,7 @@ from . import native, stablehlo
 from ._jax_private import (
     HloSharding,
     partitions_automatically,
+    platforms_of,
     register_partitioner,
     uses_shardy,
 )
@@ -54,7 +55,7 @@ def lower(
 ) -> Sequence[ir.Value]:
     """Lowers the whole tree to a call that the partitioner replaces."""
     _register()
-    (platform,) = ctx.module_context.platforms
+    (platform,) = platforms_of(ctx)
     config = json.dumps({"platform": platform, **dataclasses.asdict(spec)})
     call = hlo.CustomCallOp(
         [_tensor(aval) for aval in ctx.avals_out],

@@ -1,4 +1,4 @@
-"""Which lowering each platform uses: one table, one ``register``."""
+"""Which lowering of the update each platform uses: one table, one ``register``."""
 
 from collections.abc import Callable
 import dataclasses
@@ -10,8 +10,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from . import cpu, gpu, gpu_kernel, stablehlo
-from .contract import UPDATE_NAME, Implementation, UpdateSpec
-from .errors import NativeUnavailableError as NativeUnavailableError
+from ._jax_private import platforms_of
+from .contract import Implementation, UpdateSpec
+from .errors import unavailable
 
 IMPLEMENTATION_VARIABLE = "ADAMW_XLA_IMPLEMENTATION"
 """Environment variable that says what ``implementation=None`` means: xla or native.
@@ -35,11 +36,7 @@ def default_implementation() -> Implementation | None:
 
 def _no_kernel(lower: Callable[..., Any], ctx: Any, *operands: Any, spec: UpdateSpec) -> Any:
     if spec.implementation == "native":
-        platforms = ctx.module_context.platforms
-        raise NativeUnavailableError(
-            f'{UPDATE_NAME}: implementation="native" has no kernel for {", ".join(platforms)}; '
-            'use implementation=None (choose for me) or "xla" (StableHLO).'
-        )
+        raise unavailable(f"it has no kernel for {', '.join(platforms_of(ctx))}")
     return lower(ctx, *operands, spec=spec)
 
 
@@ -53,7 +50,7 @@ LOWERINGS: dict[str | None, Callable[..., Any]] = {
 
 def _lower(ctx: mlir.LoweringRuleContext, *operands: Any, spec: UpdateSpec) -> Any:
     """The rule of the platform; for a program that must run on several, StableHLO."""
-    platforms = ctx.module_context.platforms
+    platforms = platforms_of(ctx)
     key = platforms[0] if len(platforms) == 1 else None
     if spec.implementation is None:
         spec = dataclasses.replace(spec, implementation=default_implementation())

@@ -18,6 +18,7 @@ from .contract import (
     UPDATE_NAME,
     Implementation,
     UpdateSpec,
+    check_implementation,
     compute_dtype,
     dtype_names,
     join_leaves,
@@ -84,10 +85,12 @@ def adamw_update(
 
     Raises:
       TypeError: an operand's shape or dtype does not fit; the message names it.
-      ValueError: an unknown ``implementation``, or a count of leaves that differs.
+      ValueError: an unknown ``implementation``, a count of leaves that differs, or a group
+        below 0.
+      NativeUnavailableError: at lowering, where "native" was asked for and cannot run.
+      UpdateNotDifferentiableError: where a derivative is asked for.
     """
-    if implementation not in (None, "xla", "native"):
-        raise ValueError(f'implementation must be None, "xla" or "native", got {implementation!r}')
+    check_implementation(implementation)
     columns = {"params": params, "grads": grads, "m": m, "v": v, "v_max": v_max, "ema": ema}
     given = {kind: list(column) for kind, column in columns.items() if column is not None}
     n = len(given["params"])
@@ -109,6 +112,8 @@ def adamw_update(
     )
     if spec.num_leaves != n:
         raise ValueError(f"groups has {spec.num_leaves} entries, params has {n} leaves")
+    if low := [i for i, group in enumerate(spec.groups) if group < 0]:
+        raise ValueError(f"groups[{low[0]}] is {spec.groups[low[0]]}; must be a row of hyper")
     scalars = [hyper] if leaf_scale is None else [hyper, leaf_scale]
     leaves = [x for column in given.values() for x in column]
     results = adamw_update_p.bind(*scalars, *leaves, spec=spec) if n else []
@@ -223,7 +228,8 @@ def _compiled(spec: UpdateSpec) -> Callable[..., list[jax.Array]]:
 
 
 def _impl(*operands: Any, spec: UpdateSpec) -> list[jax.Array]:
-    return _compiled(spec)(*operands)
+    with jax.disable_jit(False):  # which would come back here
+        return _compiled(spec)(*operands)
 
 
 # -------------------------------------------------------------------------- registration

@@ -17,6 +17,7 @@ from jax.interpreters import mlir
 import numpy as np
 
 from . import arithmetic
+from ._jax_private import functions_of
 from .contract import (
     COMPOSITE_NAME,
     UPDATE_NAME,
@@ -186,11 +187,11 @@ def _decomposition(
     results: Sequence[ir.Type],
 ) -> func.FuncOp:
     """The private function of one leaf: ``(row, [scale], [anchor], leaf...) -> leaf...``."""
-    module = ctx.module_context
-    with ir.InsertionPoint(module.module.body):
+    module, symbols = functions_of(ctx)
+    with ir.InsertionPoint(module.body):
         kind = (list(operands), list(results))
         function = func.FuncOp(UPDATE_NAME, kind, visibility="private")
-    module.symbol_table.insert(function)
+    symbols.insert(function)
     with ir.InsertionPoint(function.add_entry_block()):
         row, *scales = function.arguments[: -len(spec.operand_kinds)]
         leaf = dict(zip(spec.operand_kinds, function.arguments[1 + len(scales) :], strict=True))

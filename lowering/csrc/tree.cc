@@ -46,6 +46,7 @@ class FlushSubnormals {
 
 // Which of an operand's rows belongs to row `row` of the batch `batch`.
 std::int64_t RowOf(std::int64_t row, const std::int64_t* batch, const std::int64_t* own, int rank) {
+  if (rank == 1) return own[0] == 1 ? 0 : row;  // divisions cost more than short rows
   std::int64_t index = 0, stride = 1;
   for (int d = rank - 1; d >= 0; --d) {
     if (own[d] != 1) index += row % batch[d] * stride;
