@@ -12,7 +12,7 @@ from pathlib import Path
 
 import jax
 
-from .contract import Slot
+from .contract import Slot, UpdateSpec
 
 TARGET_NAME = "adamw_xla_update_cpu"
 """The custom call's target, as HLO dumps and profiles show it."""
@@ -40,9 +40,9 @@ def unavailable_reason() -> str | None:
         return f"this installation has no {_LIBRARY}: the build found no C++ compiler, or it failed"
     try:
         library = ctypes.CDLL(str(path))
-        slots = _text(library, "AdamWXlaSlots").split()
-        if slots != [slot.name for slot in Slot]:
-            return f"{path} was built from another version: its slots are {slots}"
+        slots, options = (_text(library, f"AdamWXla{x}").split() for x in ("Slots", "Options"))
+        if slots != [slot.name for slot in Slot] or options != list(UpdateSpec(()).options()):
+            return f"{path} was built from another version: it has {slots} and {options}"
         handler = jax.ffi.pycapsule(getattr(library, _SYMBOL))
         jax.ffi.register_ffi_target(TARGET_NAME, handler, platform="cpu")
     except Exception as error:  # whatever is wrong with the library, StableHLO still works

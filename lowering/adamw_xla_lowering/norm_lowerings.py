@@ -1,4 +1,8 @@
-"""The squared norm as StableHLO, for each platform, or by a kernel on GPUs."""
+"""The squared norm as StableHLO, for each platform, or by a kernel on GPUs.
+
+CPUs have no kernel of their own for it: XLA reads 268 MB of gradients at 30 to 33 GB/s on two
+cores where a loop written for it read them at 36 to 37, one millisecond sooner.
+"""
 
 from collections.abc import Iterable, Sequence
 import functools

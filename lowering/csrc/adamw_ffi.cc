@@ -111,6 +111,12 @@ ffi::Error UpdateLeaves(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rema
 }  // namespace
 }  // namespace adamw
 
+// The call's options, in the order of contract.UpdateSpec.options and of UpdateLeaves.
+#define ADAMW_OPTIONS(X)                                                        \
+  X(amsgrad) X(ema) X(ema_overwrite) X(clip_value) X(skip) X(epsilon_root)      \
+  X(nesterov) X(delta) X(leaf_scale)
+#define ADAMW_ATTRIBUTE(name) .Attr<bool>(#name)
+
 ADAMW_EXPORT XLA_FFI_Error* AdamWXlaUpdate(XLA_FFI_CallFrame* call_frame);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(AdamWXlaUpdate, adamw::UpdateLeaves,
@@ -121,22 +127,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(AdamWXlaUpdate, adamw::UpdateLeaves,
                                   .Attr<adamw::Int64s>("leaves")
                                   .Attr<adamw::Int64s>("groups")
                                   .Attr<std::int64_t>("batch_rank")
-                                  .Attr<bool>("amsgrad")
-                                  .Attr<bool>("ema")
-                                  .Attr<bool>("ema_overwrite")
-                                  .Attr<bool>("clip_value")
-                                  .Attr<bool>("skip")
-                                  .Attr<bool>("epsilon_root")
-                                  .Attr<bool>("nesterov")
-                                  .Attr<bool>("delta")
-                                  .Attr<bool>("leaf_scale"));
+                                  ADAMW_OPTIONS(ADAMW_ATTRIBUTE));
 
-// The slots of hyper in this library's order, for native.py to compare with its own.
-ADAMW_EXPORT const char* AdamWXlaSlots() {
+// The slots of hyper and the options, in this library's order, for native.py to compare with
+// its own.
 #define ADAMW_NAME(name) #name " "
-  return ADAMW_SLOTS(ADAMW_NAME);
+ADAMW_EXPORT const char* AdamWXlaSlots() { return ADAMW_SLOTS(ADAMW_NAME); }
+ADAMW_EXPORT const char* AdamWXlaOptions() { return ADAMW_OPTIONS(ADAMW_NAME); }
 #undef ADAMW_NAME
-}
 
 // The instruction set that this processor gets.
 ADAMW_EXPORT const char* AdamWXlaIsa() { return adamw::BestIsa().name; }
