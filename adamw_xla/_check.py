@@ -1,6 +1,6 @@
-"""Every check of user input, and every text that a refused call is answered with.
+"""The checks of user input, and the texts that a refused call is answered with.
 
-Each error names the argument (for a leaf, its path), what was found and what to do.
+``_check_optax`` and ``_check_keras`` have those that are theirs alone. Each error names the argument (for a leaf, its path), what was found and what to do.
 The paths are only built once something is wrong.
 """
 
@@ -25,17 +25,17 @@ _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 
 def config(c: "AdamW") -> None:
     """Checks every field of a config that is being built."""
-    _coefficients(
+    coefficients(
         rates={"learning_rate": c.learning_rate, "weight_decay": c.weight_decay},
         betas={"beta_1": c.beta_1, "beta_2": c.beta_2},
         epsilons={"epsilon": c.epsilon},
     )
     if c.epsilon_root is not None:
-        _scalar("epsilon_root", c.epsilon_root, lambda x: x >= 0, "at least 0, or None for none")
-    _scalar("ema_momentum", c.ema_momentum, lambda x: 0 <= x <= 1, "in [0, 1]")
+        scalar("epsilon_root", c.epsilon_root, lambda x: x >= 0, "at least 0, or None for none")
+    scalar("ema_momentum", c.ema_momentum, lambda x: 0 <= x <= 1, "in [0, 1]")
     for name in (*_CLIPS, "loss_scale_factor"):
         if getattr(c, name) is not None:
-            _scalar(name, getattr(c, name), lambda x: x > 0, "above 0, or None for none")
+            scalar(name, getattr(c, name), lambda x: x > 0, "above 0, or None for none")
     for name in ("amsgrad", "use_ema", "epsilon_hat", "skip_nonfinite", "nesterov"):
         flag(name, getattr(c, name))
     _count("ema_overwrite_frequency", c.ema_overwrite_frequency, 1)
@@ -52,40 +52,21 @@ def config(c: "AdamW") -> None:
         )
 
 
-def optax_arguments(
-    *,
-    learning_rate: Any,
-    b1: Any,
-    b2: Any,
-    eps: Any,
-    eps_root: Any,
-    weight_decay: Any,
-    updates_like_grads: Any,
-) -> None:
-    """Checks what ``adamw_xla.optax`` has names of its own for."""
-    _coefficients(
-        rates={"learning_rate": learning_rate, "weight_decay": weight_decay},
-        betas={"b1": b1, "b2": b2},
-        epsilons={"eps": eps, "eps_root": eps_root},
-    )
-    flag("updates_like_grads", updates_like_grads)
-
-
-def _coefficients(
+def coefficients(
     rates: Mapping[str, Any], betas: Mapping[str, Any], epsilons: Mapping[str, Any]
 ) -> None:
     for name, value in rates.items():
         scalar_or_schedule(name, value)
     for name, value in betas.items():
-        _scalar(name, value, lambda x: 0 <= x < 1, "in [0, 1)")
+        scalar(name, value, lambda x: 0 <= x < 1, "in [0, 1)")
     for name, value in epsilons.items():
-        _scalar(name, value, lambda x: x >= 0, "at least 0")
+        scalar(name, value, lambda x: x >= 0, "at least 0")
 
 
 def scalar_or_schedule(name: str, value: Any) -> None:
     """Checks a rate: a number at least 0, a scalar array, or a callable."""
     if not callable(value):
-        _scalar(name, value, lambda x: x >= 0, "at least 0")
+        scalar(name, value, lambda x: x >= 0, "at least 0")
 
 
 def state_dtype(dtype: Any, name: str = "state_dtype") -> np.dtype[Any]:
@@ -99,7 +80,7 @@ def state_dtype(dtype: Any, name: str = "state_dtype") -> np.dtype[Any]:
     return found
 
 
-def _scalar(name: str, value: Any, fits: Any, expected: str) -> None:
+def scalar(name: str, value: Any, fits: Any, expected: str) -> None:
     if isinstance(value, bool | np.bool_ | str | None) or not _is_real(value):
         raise TypeError(f"AdamW: {name} must be a real number {expected}, got {value!r}.")
     if np.ndim(value) != 0:
@@ -158,67 +139,19 @@ def is_config(value: Any) -> None:
     from adamw_xla._config import AdamW
 
     if not isinstance(value, AdamW):
-        raise TypeError(f"config must be an adamw_xla.AdamW, got {_kind(value)}.")
-
-
-def optax_call(params: Any, state: Any) -> None:
-    """Checks what is peculiar to a call through optax."""
-    from adamw_xla.optax import AdamWOptState
-
-    if params is None:
-        raise ValueError(
-            "params: is None, but the update depends on them; call update(grads, state, params)."
-        )
-    if not isinstance(state, AdamWOptState):
-        raise TypeError(
-            f"state must be what init(params) of adamw_xla.optax.adamw returned, got "
-            f"{_kind(state)}. (adamw_xla.optax.from_optax_state takes over that of optax.adamw.)"
-        )
-
-
-def moved(field: str, place: Any, value: Any) -> tuple[list[Any], Any]:
-    """The leaves and structure of a part of the state that goes to ``place`` in another."""
-    name = f"state.{field}"
-    if place is None:
-        raise ValueError(
-            f"{name}: is there, but like has no place for it. Make like with the option that "
-            "it is for, or set it to None first if it may be lost."
-        )
-    treedef: Any
-    wanted, treedef = jax.tree.flatten(place)
-    try:
-        leaves = treedef.flatten_up_to(value)
-    except ValueError:
-        _structure(name, place, value, "like")
-    for i, (x, p) in enumerate(zip(leaves, wanted, strict=True)):
-        _same_shape(name, place, i, x, p, "like")
-    return leaves, treedef
-
-
-def not_one_state(argument: str, kinds: Sequence[type], count: int) -> NoReturn:
-    """Raises for a state in which not just one AdamW is found."""
-    names = " or ".join(kind.__name__ for kind in kinds)
-    raise TypeError(
-        f"{argument}: has {count} states of AdamW in it ({names}); must have one. With several, "
-        "as in optax.multi_transform, move each by itself."
-    )
-
-
-def max_norm(value: Any) -> None:
-    """Checks the bound of a clip."""
-    _scalar("max_norm", value, lambda x: x > 0, "above 0")
+        raise TypeError(f"config must be an adamw_xla.AdamW, got {kind(value)}.")
 
 
 def updates(tree: Any, leaves: Sequence[Any]) -> None:
     """Checks gradients by themselves, as ``params``."""
     for i, leaf in enumerate(leaves):
-        _float_leaf("updates", tree, i, leaf)
+        float_leaf("updates", tree, i, leaf)
 
 
 def params(tree: Any, leaves: Sequence[Any]) -> None:
     """Checks that every leaf is an array of a real floating dtype."""
     for i, leaf in enumerate(leaves):
-        _float_leaf("params", tree, i, leaf)
+        float_leaf("params", tree, i, leaf)
 
 
 def grads(params_tree: Any, treedef: Any, leaves: Sequence[Any], tree: Any) -> list[Any]:
@@ -226,14 +159,14 @@ def grads(params_tree: Any, treedef: Any, leaves: Sequence[Any], tree: Any) -> l
     try:
         flat = treedef.flatten_up_to(tree)
     except ValueError:
-        _structure("grads", params_tree, tree)
+        structure("grads", params_tree, tree)
     for i, (g, p) in enumerate(zip(flat, leaves, strict=True)):
         if g is None:
             continue
         if not hasattr(g, "dtype") and not jax.tree_util.all_leaves([g]):
-            _structure("grads", params_tree, tree)
-        _float_leaf("grads", params_tree, i, g)
-        _same_shape("grads", params_tree, i, g, p)
+            structure("grads", params_tree, tree)
+        float_leaf("grads", params_tree, i, g)
+        same_shape("grads", params_tree, i, g, p)
     if leaves and all(g is None for g in flat):
         raise ValueError(
             "grads: every leaf is None, so there is nothing to update; pass the gradients of "
@@ -248,7 +181,7 @@ def state(params_tree: Any, treedef: Any, leaves: Sequence[Any], value: Any, c: 
 
     if not isinstance(value, AdamWState):
         raise TypeError(
-            f"state must be an adamw_xla.AdamWState, got {_kind(value)}; build it with "
+            f"state must be an adamw_xla.AdamWState, got {kind(value)}; build it with "
             "adamw_init(params, config). (The order is adamw_step(params, grads, state, config).)"
         )
     accumulates = "gradient_accumulation_steps"
@@ -271,10 +204,10 @@ def state(params_tree: Any, treedef: Any, leaves: Sequence[Any], value: Any, c: 
         if tree is None:
             continue
         if jax.tree.structure(tree) != treedef:
-            _structure(f"state.{field}", params_tree, tree)
+            structure(f"state.{field}", params_tree, tree)
         for i, (x, p) in enumerate(zip(jax.tree.leaves(tree), leaves, strict=True)):
-            _float_leaf(f"state.{field}", params_tree, i, x)
-            _same_shape(f"state.{field}", params_tree, i, x, p)
+            float_leaf(f"state.{field}", params_tree, i, x)
+            same_shape(f"state.{field}", params_tree, i, x, p)
 
 
 def is_mask_function(value: Any) -> bool:
@@ -292,7 +225,7 @@ def mask(params_tree: Any, treedef: Any, value: Any) -> list[bool]:
             jax.tree.map(lambda keep, part: jax.tree.map(lambda _: keep, part), tree, params_tree)
         )
     except (ValueError, TypeError):
-        _structure("weight_decay_mask", params_tree, tree)
+        structure("weight_decay_mask", params_tree, tree)
     for i, keep in enumerate(full):
         if isinstance(keep, jax.core.Tracer) or not isinstance(keep, bool | np.bool_):
             raise TypeError(
@@ -302,11 +235,11 @@ def mask(params_tree: Any, treedef: Any, value: Any) -> list[bool]:
     return [bool(keep) for keep in full]
 
 
-def _float_leaf(argument: str, tree: Any, index: int, leaf: Any) -> None:
+def float_leaf(argument: str, tree: Any, index: int, leaf: Any) -> None:
     dtype = getattr(leaf, "dtype", None)
     if dtype is None or not hasattr(leaf, "shape"):
         raise TypeError(
-            f"{argument}{_path(tree, index)}: must be an array, got {_kind(leaf)}; wrap it in "
+            f"{argument}{_path(tree, index)}: must be an array, got {kind(leaf)}; wrap it in "
             "jax.numpy.asarray."
         )
     if not all(isinstance(size, int) for size in leaf.shape):
@@ -322,7 +255,7 @@ def _float_leaf(argument: str, tree: Any, index: int, leaf: Any) -> None:
         )
 
 
-def _same_shape(
+def same_shape(
     argument: str, tree: Any, index: int, leaf: Any, param: Any, model: str = "params"
 ) -> None:
     if leaf.shape != param.shape:
@@ -333,40 +266,10 @@ def _same_shape(
         )
 
 
-# ---------------------------------------------------------------------------------- Keras
-
-
-def keras_backend(name: str) -> None:
-    """Refuses every backend but JAX."""
-    if name != "jax":
-        raise RuntimeError(
-            f"adamw_xla.keras.AdamW: Keras runs on the {name} backend; it must run on JAX. Set "
-            "KERAS_BACKEND=jax before Keras is imported, or use keras.optimizers.AdamW."
-        )
-
-
-def keras_variable(variable: Any) -> None:
-    """Refuses a variable that cannot be updated."""
-    if variable.dtype not in {dtype.name for dtype in PARAM_DTYPES}:
-        raise TypeError(
-            f"AdamW: variable {variable.path} has dtype {variable.dtype}; must be "
-            f"{dtype_names()}. Set its trainable=False, or give it another optimizer."
-        )
-
-
-def keras_gradient(variable: Any, grad: Any) -> None:
-    """Refuses a gradient that is not of its variable's shape."""
-    if grad.shape != variable.shape:
-        raise ValueError(
-            f"AdamW: the gradient of variable {variable.path} has shape {grad.shape}; must be "
-            f"{variable.shape}, the variable's."
-        )
-
-
 # ------------------------------------------------------------------------------ the words
 
 
-def _structure(argument: str, params_tree: Any, tree: Any, model: str = "params") -> NoReturn:
+def structure(argument: str, params_tree: Any, tree: Any, model: str = "params") -> NoReturn:
     """Raises for a tree that is not built like the model's, naming the first difference."""
     wanted, found = _paths(params_tree), _paths(tree)
     missing = [path for path in wanted if path not in set(found)]
@@ -392,5 +295,5 @@ def _path(tree: Any, index: int) -> str:
     return _paths(tree)[index]
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")

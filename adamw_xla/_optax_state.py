@@ -11,7 +11,7 @@ from jax import export
 import jax.numpy as jnp
 import optax
 
-from adamw_xla import _check
+from adamw_xla import _check_optax
 from adamw_xla._state import AdamWState
 
 
@@ -126,7 +126,7 @@ def _the_only(tree: Any, kinds: tuple[type, ...], name: str) -> Any:
     nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kinds))
     found = [x for x in nodes if isinstance(x, kinds)]
     if len(found) != 1:
-        _check.not_one_state(name, kinds, len(found))
+        _check_optax.not_one_state(name, kinds, len(found))
     return found[0]
 
 
@@ -146,7 +146,7 @@ def _filled(like: AdamWState, old: AdamWState) -> AdamWState:
         place, value = getattr(like, field.name), getattr(old, field.name)
         if value is None or (place is None and field.name in _COUNTERS):
             continue
-        leaves, treedef = _check.moved(field.name, place, value)
+        leaves, treedef = _check_optax.moved(field.name, place, value)
         dtypes = [x.dtype for x in jax.tree.leaves(place)]
         new[field.name] = treedef.unflatten(map(jnp.asarray, leaves, dtypes))
     return dataclasses.replace(like, **new)

@@ -15,7 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import keras
 
-from adamw_xla import _check
+from adamw_xla import _check, _check_keras
 from adamw_xla._config import AdamW as Config
 from adamw_xla._keras_step import Step, dense
 
@@ -108,7 +108,7 @@ class AdamW(keras.optimizers.AdamW):
         ema_at_every_call: bool = False,
         **kwargs: Any,
     ) -> None:
-        _check.keras_backend(keras.config.backend())
+        _check_keras.backend(keras.config.backend())
         _check.scalar_or_schedule("learning_rate", learning_rate)
         super().__init__(
             learning_rate=learning_rate if callable(learning_rate) else float(learning_rate),
@@ -150,7 +150,7 @@ class AdamW(keras.optimizers.AdamW):
           TypeError: a variable is not of a real floating dtype; names its path.
         """
         for variable in var_list:
-            _check.keras_variable(variable)
+            _check_keras.variable(variable)
         super().build(var_list)
 
     def add_variable_from_reference(

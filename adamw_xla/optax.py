@@ -17,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 import numpy as np
 import optax
 
-from adamw_xla import _check, _clipping
+from adamw_xla import _check, _check_optax, _clipping
 from adamw_xla._config import AdamW
 from adamw_xla._optax_state import AdamWOptState as AdamWOptState
 from adamw_xla._optax_state import from_optax_state as from_optax_state
@@ -120,7 +120,7 @@ def adamw(
       >>> print(optax.apply_updates(params, updates))
       [0.89999 1.89998 2.89997]
     """
-    _check.optax_arguments(
+    _check_optax.arguments(
         learning_rate=learning_rate,
         b1=b1,
         b2=b2,
@@ -183,7 +183,7 @@ class _Transform:
     ) -> tuple[Any, AdamWOptState]:
         """What to add to ``params``, and the new state; ``updates`` are the gradients."""
         del extra_args
-        _check.optax_call(params, state)
+        _check_optax.call(params, state)
         update = functools.partial(adamw_update, implementation=self.implementation)
         changes, new = run_step(
             params,
@@ -219,7 +219,7 @@ def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
       TypeError, ValueError: ``max_norm`` is no number above 0; and when it is used, a
         gradient is not of a real floating dtype.
     """
-    _check.max_norm(max_norm)
+    _check_optax.max_norm(max_norm)
     return optax.GradientTransformation(_stateless, functools.partial(_clip, max_norm))
 
 

@@ -1,0 +1,32 @@
+"""What ``adamw_xla.keras`` refuses, and the texts that it answers with."""
+
+from typing import Any
+
+from adamw_xla_lowering import PARAM_DTYPES, dtype_names
+
+
+def backend(name: str) -> None:
+    """Refuses every backend but JAX."""
+    if name != "jax":
+        raise RuntimeError(
+            f"adamw_xla.keras.AdamW: Keras runs on the {name} backend; it must run on JAX. Set "
+            "KERAS_BACKEND=jax before Keras is imported, or use keras.optimizers.AdamW."
+        )
+
+
+def variable(value: Any) -> None:
+    """Refuses a variable that cannot be updated."""
+    if value.dtype not in {dtype.name for dtype in PARAM_DTYPES}:
+        raise TypeError(
+            f"AdamW: variable {value.path} has dtype {value.dtype}; must be "
+            f"{dtype_names()}. Set its trainable=False, or give it another optimizer."
+        )
+
+
+def gradient(variable: Any, grad: Any) -> None:
+    """Refuses a gradient that is not of its variable's shape."""
+    if grad.shape != variable.shape:
+        raise ValueError(
+            f"AdamW: the gradient of variable {variable.path} has shape {grad.shape}; must be "
+            f"{variable.shape}, the variable's."
+        )

@@ -1,0 +1,76 @@
+"""What ``adamw_xla.optax`` refuses, and the texts that it answers with."""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import jax
+
+from adamw_xla import _check
+
+
+def arguments(
+    *,
+    learning_rate: Any,
+    b1: Any,
+    b2: Any,
+    eps: Any,
+    eps_root: Any,
+    weight_decay: Any,
+    updates_like_grads: Any,
+) -> None:
+    """Checks what ``adamw_xla.optax`` has names of its own for."""
+    _check.coefficients(
+        rates={"learning_rate": learning_rate, "weight_decay": weight_decay},
+        betas={"b1": b1, "b2": b2},
+        epsilons={"eps": eps, "eps_root": eps_root},
+    )
+    _check.flag("updates_like_grads", updates_like_grads)
+
+
+def max_norm(value: Any) -> None:
+    """Checks the bound of a clip."""
+    _check.scalar("max_norm", value, lambda x: x > 0, "above 0")
+
+
+def call(params: Any, state: Any) -> None:
+    """Checks what is peculiar to a call through optax."""
+    from adamw_xla.optax import AdamWOptState
+
+    if params is None:
+        raise ValueError(
+            "params: is None, but the update depends on them; call update(grads, state, params)."
+        )
+    if not isinstance(state, AdamWOptState):
+        raise TypeError(
+            "state must be what init(params) of adamw_xla.optax.adamw returned, got "
+            f"{_check.kind(state)}. (adamw_xla.optax.from_optax_state takes over that of "
+            "optax.adamw.)"
+        )
+
+
+def moved(field: str, place: Any, value: Any) -> tuple[list[Any], Any]:
+    """The leaves and structure of a part of the state that goes to ``place`` in another."""
+    name = f"state.{field}"
+    if place is None:
+        raise ValueError(
+            f"{name}: is there, but like has no place for it. Make like with the option that "
+            "it is for, or set it to None first if it may be lost."
+        )
+    treedef: Any
+    wanted, treedef = jax.tree.flatten(place)
+    try:
+        leaves = treedef.flatten_up_to(value)
+    except ValueError:
+        _check.structure(name, place, value, "like")
+    for i, (x, p) in enumerate(zip(leaves, wanted, strict=True)):
+        _check.same_shape(name, place, i, x, p, "like")
+    return leaves, treedef
+
+
+def not_one_state(argument: str, kinds: Sequence[type], count: int) -> NoReturn:
+    """Raises for a state in which not just one AdamW is found."""
+    names = " or ".join(kind.__name__ for kind in kinds)
+    raise TypeError(
+        f"{argument}: has {count} states of AdamW in it ({names}); must have one. With several, "
+        "as in optax.multi_transform, move each by itself."
+    )
