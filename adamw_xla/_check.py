@@ -1,10 +1,11 @@
 """The checks of user input, and the texts that a refused call is answered with.
 
-``_check_optax`` and ``_check_keras`` have those that are theirs alone. Each error names the argument (for a leaf, its path), what was found and what to do.
-The paths are only built once something is wrong.
+``_check_optax`` and ``_check_keras`` have those that are theirs alone. Each error names the
+argument (for a leaf, its path), what was found and what to do. The paths are only built once
+something is wrong.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import math
 import numbers
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -69,6 +70,14 @@ def scalar_or_schedule(name: str, value: Any) -> None:
         scalar(name, value, lambda x: x >= 0, "at least 0")
 
 
+def scheduled(name: str, value: Any) -> None:
+    """Checks a rate at one step: what a schedule returned, or a rebuilt config holds."""
+    name, expected = f"{name} (or what its schedule returns)", "at least 0"
+    _one_number(name, value, expected)
+    if not isinstance(value, jax.Array):  # of an array it would wait for the device
+        _in_range(name, value, lambda x: x >= 0, expected)
+
+
 def state_dtype(dtype: Any, name: str = "state_dtype") -> np.dtype[Any]:
     """The dtype, if state may have it."""
     try:
@@ -80,7 +89,14 @@ def state_dtype(dtype: Any, name: str = "state_dtype") -> np.dtype[Any]:
     return found
 
 
-def scalar(name: str, value: Any, fits: Any, expected: str) -> None:
+def scalar(name: str, value: Any, fits: Callable[[float], bool], expected: str) -> None:
+    """Refuses what is not one real number that fits; of a traced one, the kind and shape."""
+    _one_number(name, value, expected)
+    if not isinstance(value, jax.core.Tracer):
+        _in_range(name, value, fits, expected)
+
+
+def _one_number(name: str, value: Any, expected: str) -> None:
     if isinstance(value, bool | np.bool_ | str | None) or not _is_real(value):
         raise TypeError(f"AdamW: {name} must be a real number {expected}, got {value!r}.")
     if np.ndim(value) != 0:
@@ -88,8 +104,9 @@ def scalar(name: str, value: Any, fits: Any, expected: str) -> None:
             f"AdamW: {name} must be a scalar, got shape {np.shape(value)}. For one value per "
             "replica build the config inside of the function that is given to jax.vmap."
         )
-    if isinstance(value, jax.core.Tracer):
-        return
+
+
+def _in_range(name: str, value: Any, fits: Callable[[float], bool], expected: str) -> None:
     number = float(value)
     if not (math.isfinite(number) and fits(number)):
         raise ValueError(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
+from adamw_xla import _check
 from adamw_xla._config import AdamW, ScalarOrSchedule
 from adamw_xla_lowering import NUM_SLOTS, Slot
 
@@ -30,9 +31,13 @@ def as_scalar(value: Any, dtype: DTypeLike) -> Scalar:
     return jnp.asarray(value, dtype).reshape(())
 
 
-def evaluate(value: ScalarOrSchedule, step: jax.Array, dtype: DTypeLike) -> Scalar:
-    """The value, or what a schedule says at this step."""
-    return as_scalar(value(step) if callable(value) else value, dtype)
+def evaluate(name: str, value: ScalarOrSchedule, step: jax.Array, dtype: DTypeLike) -> Scalar:
+    """The rate of this name, or what its schedule says at this step; checked."""
+    now: Any = value(step) if callable(value) else value
+    if hasattr(now, "__jax_array__"):  # a variable of Keras, or the like
+        now = jnp.asarray(now)
+    _check.scheduled(name, now)
+    return as_scalar(now, dtype)
 
 
 def increment(count: Any, when: jax.Array | None = None) -> jax.Array:

@@ -70,8 +70,10 @@ def run_step(
     dtype = hyper_dtype([leaves[i].dtype for i in live])
 
     calls = _calls(state, config)
-    lr = evaluate(config.learning_rate if learning_rate is None else learning_rate, calls, dtype)
-    wd = evaluate(config.weight_decay if weight_decay is None else weight_decay, calls, dtype)
+    rate = config.learning_rate if learning_rate is None else learning_rate
+    decay = config.weight_decay if weight_decay is None else weight_decay
+    lr = evaluate("learning_rate", rate, calls, dtype)
+    wd = evaluate("weight_decay", decay, calls, dtype)
     rates = Rates(lr, tuple(wd if k else 0.0 for k in kinds))
     step = _Step(config, chosen, backend, dtype, rates, delta)
     live_grads = [flat[i] for i in live]

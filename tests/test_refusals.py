@@ -159,7 +159,6 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "negative rate": ({"learning_rate": -1.0}, ValueError, ["learning_rate", "at least 0"]),
     "vector rate": ({"learning_rate": jnp.ones(2)}, ValueError, ["learning_rate", "(2,)"]),
     "string decay": ({"weight_decay": "much"}, TypeError, ["weight_decay", "much"]),
-    "vector schedule": ({"learning_rate": lambda count: jnp.ones(2)}, Exception, []),
     "implementation": ({"implementation": "cuda"}, ValueError, ["implementation", "cuda"]),
 }
 
@@ -170,6 +169,37 @@ def test_step(changed: dict[str, Any], error: type[Exception], fragments: list[s
     with pytest.raises(error) as caught:
         ax.adamw_step(**call)
     assert all(fragment in str(caught.value) for fragment in fragments), str(caught.value)
+
+
+RESULTS: dict[str, tuple[Any, type[Exception], str]] = {
+    "vector": (jnp.ones(3), ValueError, r"must be a scalar, got shape \(3,\)"),
+    "vector of one": (jnp.ones(1), ValueError, r"must be a scalar, got shape \(1,\)"),
+    "numpy vector": (np.ones(1), ValueError, r"must be a scalar, got shape \(1,\)"),
+    "nothing": (None, TypeError, "must be a real number .*got None"),
+    "string": ("0.1", TypeError, "must be a real number .*got '0.1'"),
+    "list": ([0.1], TypeError, r"must be a real number .*got \[0.1\]"),
+    "flag": (jnp.array(True), TypeError, "must be a real number"),
+    "complex": (jnp.array(1j), TypeError, "must be a real number"),
+    "negative": (-0.1, ValueError, "must be finite and at least 0, got -0.1"),
+}
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
+@pytest.mark.parametrize(("result", "error", "text"), RESULTS.values(), ids=RESULTS)
+def test_results_of_schedules(
+    result: Any, error: type[Exception], text: str, name: str, traced: bool
+) -> None:
+    config = ax.AdamW(**{name: lambda count: result})  # type: ignore[arg-type]
+    step = functools.partial(ax.adamw_step, config=config)
+    with pytest.raises(error, match=rf"AdamW: {name} \(or what its schedule returns\) {text}"):
+        (jax.jit(step) if traced else step)(PARAMS, PARAMS, STATE)
+
+
+def test_a_config_that_was_rebuilt_with_vectors() -> None:
+    stacked = jax.tree.map(lambda x: jnp.full(3, x), PLAIN)
+    with pytest.raises(ValueError, match=r"learning_rate .*scalar, got shape \(3,\).*vmap"):
+        ax.adamw_step(PARAMS, PARAMS, STATE, stacked)
 
 
 @pytest.mark.parametrize(
