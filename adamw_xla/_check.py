@@ -216,15 +216,33 @@ def state(params_tree: Any, treedef: Any, leaves: Sequence[Any], value: Any, c: 
                 f"state.{field}: the state {has} it, but the config {wants} {option}: it was "
                 "built for another config. Build it with adamw_init(params, config)."
             )
+    for field in ("count", "micro_step", "skipped"):
+        counter = getattr(value, field)
+        is_number = type(counter) is int and field != "micro_step"  # that one is added to arrays
+        if not is_number and (counter is not None or field == "count"):
+            _counter(f"state.{field}", counter)
     for field in ("m", "v", "v_max", "ema", "accumulated"):
         tree = getattr(value, field)
-        if tree is None:
+        if tree is None and field not in ("m", "v"):
             continue
         if jax.tree.structure(tree) != treedef:
             structure(f"state.{field}", params_tree, tree)
         for i, (x, p) in enumerate(zip(jax.tree.leaves(tree), leaves, strict=True)):
             float_leaf(f"state.{field}", params_tree, i, x)
             same_shape(f"state.{field}", params_tree, i, x, p)
+
+
+def _counter(name: str, value: Any) -> None:
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or not hasattr(value, "shape"):
+        raise TypeError(f"{name}: must be an int32 scalar, got {value!r}.")
+    if dtype != np.int32:
+        raise TypeError(f"{name}: must be an int32 scalar, got one of dtype {dtype}.")
+    if value.shape != ():
+        raise ValueError(
+            f"{name}: must be an int32 scalar, got shape {value.shape}. A state that jax.vmap "
+            "stacked goes to a step inside of jax.vmap."
+        )
 
 
 def is_mask_function(value: Any) -> bool:

@@ -136,6 +136,9 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
         ValueError,
         ["state.m" + B, "(4,)", "(3,)"],
     ),
+    "no count": ({"state": dataclasses.replace(STATE, count=None)}, TypeError, ["state.count"]),
+    "no m": ({"state": dataclasses.replace(STATE, m=None)}, ValueError, ["state.m", "lacks", B]),
+    "no v": ({"state": dataclasses.replace(STATE, v=None)}, ValueError, ["state.v", "lacks", B]),
     "integer state": (
         {"state": dataclasses.replace(STATE, v=layer(b=jnp.ones(3, int)))},
         TypeError,
@@ -169,6 +172,45 @@ def test_step(changed: dict[str, Any], error: type[Exception], fragments: list[s
     with pytest.raises(error) as caught:
         ax.adamw_step(**call)
     assert all(fragment in str(caught.value) for fragment in fragments), str(caught.value)
+
+
+COUNTERS: dict[str, tuple[Any, type[Exception], str]] = {
+    "vector": (jnp.zeros(1, jnp.int32), ValueError, r"got shape \(1,\)\..*jax.vmap"),
+    "float": (jnp.zeros(()), TypeError, "got one of dtype float32"),
+    "Python float": (0.0, TypeError, "got 0.0"),
+    "int16": (np.int16(0), TypeError, "got one of dtype int16"),
+    "flag": (False, TypeError, "got False"),
+    "tree": ({"a": jnp.zeros((), jnp.int32)}, TypeError, "got {'a'"),
+}
+EVERY_COUNTER = ax.AdamW(gradient_accumulation_steps=2, skip_nonfinite=True)
+
+
+@pytest.mark.parametrize("field", ["count", "micro_step", "skipped"])
+@pytest.mark.parametrize(("value", "error", "text"), COUNTERS.values(), ids=COUNTERS)
+def test_counters(value: Any, error: type[Exception], text: str, field: str) -> None:
+    state = dataclasses.replace(ax.adamw_init(PARAMS, EVERY_COUNTER), **{field: value})
+    with pytest.raises(error, match=rf"state.{field}: must be an int32 scalar, {text}"):
+        ax.adamw_step(PARAMS, PARAMS, state, EVERY_COUNTER)
+
+
+@pytest.mark.parametrize("count", [0, np.int32(0), np.zeros((), np.int32)], ids=repr)
+def test_counters_that_a_checkpoint_may_bring(count: Any) -> None:
+    _, new = ax.adamw_step(PARAMS, PARAMS, dataclasses.replace(STATE, count=count), PLAIN)
+    assert new.count == 1
+
+
+def test_a_python_number_is_no_micro_step() -> None:
+    state = dataclasses.replace(ax.adamw_init(PARAMS, EVERY_COUNTER), micro_step=0)
+    with pytest.raises(TypeError, match=r"state.micro_step: must be an int32 scalar, got 0"):
+        ax.adamw_step(PARAMS, PARAMS, state, EVERY_COUNTER)
+
+
+def test_a_stacked_state_outside_of_vmap() -> None:
+    params = {"w": jnp.ones((3, 2))}
+    stacked = jax.vmap(functools.partial(ax.adamw_init, config=PLAIN))(params)
+    stacked = dataclasses.replace(stacked, count=jnp.zeros(3, jnp.int32))
+    with pytest.raises(ValueError, match=r"state.count: .*got shape \(3,\).*jax.vmap"):
+        ax.adamw_step(params, params, stacked, PLAIN)
 
 
 RESULTS: dict[str, tuple[Any, type[Exception], str]] = {
