@@ -50,12 +50,14 @@ def scales(
 
 def global_factor(norm: jax.Array, bound: ArrayLike) -> jax.Array:
     """The factor that brings a tree of this norm to at most ``bound``; NaN if it has none."""
-    bound = jnp.asarray(bound, norm.dtype)
-    factor = bound * jnp.minimum(1 / norm, 1 / bound)
-    return jnp.where(jnp.isfinite(norm), factor, jnp.nan)
+    # Optax and Keras make an infinite norm NaN, too; the quotient alone would be 0.
+    return jnp.where(jnp.isfinite(norm), leaf_factors(norm, bound), jnp.nan)
 
 
 def leaf_factors(norms: jax.Array, bound: ArrayLike) -> jax.Array:
-    """For each leaf the factor that brings its norm to at most ``bound``: [leaves]."""
+    """For each leaf the factor that brings its norm to at most ``bound``: [leaves].
+
+    It is 1 exactly where the norm is below the bound.
+    """
     bound = jnp.asarray(bound, norms.dtype)
     return bound / jnp.maximum(norms, bound)

@@ -82,6 +82,9 @@ class AdamW:
       clipvalue: clip each gradient element to [-clipvalue, clipvalue].
       global_clipnorm: clip the gradient of the whole tree to this L2 norm. Inside of
         ``jax.shard_map`` each device sees, and clips by, the norm of what it holds.
+        A norm that overflows (float32: gradients of some 1e19) is no number to clip by. As in
+        Keras, with ``global_clipnorm`` everything becomes NaN, and with ``clipnorm`` the leaf's
+        gradient becomes 0; ``skip_nonfinite`` skips both.
       use_ema: keep a moving average of the params; ``adamw_finalize`` returns it.
       ema_momentum: its momentum, in [0, 1].
       ema_overwrite_frequency: replace the params by their average every so many updates.

@@ -129,7 +129,7 @@ def step(
         factors = {i: o.clipnorm / max(_norm([x]), o.clipnorm) for i, x in g.items()}
     elif o.global_clipnorm is not None:
         norm, bound = _norm(list(g.values())), o.global_clipnorm
-        factor = bound * min(1 / norm if norm else np.inf, 1 / bound)
+        factor = min(1.0, bound / norm if norm else np.inf)
         factors = dict.fromkeys(live, factor if np.isfinite(norm) else np.nan)
     else:
         factors = dict.fromkeys(live, 1.0)

@@ -15,6 +15,7 @@ import pytest
 from runs import close, run, same, tree
 
 import adamw_xla as ax
+from adamw_xla import _clipping
 from adamw_xla._run import run_step
 from adamw_xla._update import Backend, do_if
 from adamw_xla_lowering import adamw_sum_of_squares, adamw_update
@@ -65,6 +66,47 @@ def test_overrides(value: Any) -> None:
 @pytest.mark.parametrize("rate", [1, np.float32(1), np.int64(1), jnp.float32(1), jnp.bfloat16(1)])
 def test_any_real_scalar_is_a_rate(rate: Any) -> None:
     close(run(ax.AdamW(learning_rate=rate))[0], run(ax.AdamW(learning_rate=1.0))[0])
+
+
+# --------------------------------------------------------------------------------- clipping
+
+
+@pytest.mark.parametrize("bound", [1.7, 0.3, 3.0, 1e-3, 1e4])
+@pytest.mark.parametrize("clip", ["clipnorm", "global_clipnorm"])
+@pytest.mark.parametrize("traced", [False, True], ids=["constant", "traced"])
+def test_below_the_bound_a_clip_changes_no_bit(clip: str, bound: float, traced: bool) -> None:
+    config, unclipped = ax.AdamW(**{clip: bound}), ax.AdamW()
+    grads = jax.tree.map(lambda g: g * (bound / 16), tree(1))
+
+    def step(config: ax.AdamW, params: Any, state: Any) -> Any:
+        return ax.adamw_step(params, grads, state, config)
+
+    state = ax.adamw_init(tree(), config)
+    if traced:
+        results = [jax.jit(step)(c, tree(), state) for c in (config, unclipped)]
+    else:
+        results = [jax.jit(functools.partial(step, c))(tree(), state) for c in (config, unclipped)]
+    same(*results)
+
+
+def test_below_any_bound_the_factors_are_one() -> None:
+    bounds = jnp.asarray(np.random.default_rng(0).uniform(0.01, 10.0, 500), jnp.float32)
+    for fraction in (0.0, 0.5, 1.0):
+        for factor in (_clipping.global_factor, _clipping.leaf_factors):
+            np.testing.assert_array_equal(factor(fraction * bounds, bounds), 1.0)
+
+
+@pytest.mark.parametrize(("clip", "m"), [("clipnorm", 0.0), ("global_clipnorm", np.nan)])
+def test_a_norm_that_overflows(clip: str, m: float) -> None:
+    params = {"w": jnp.ones(3)}
+    grads = {"w": jnp.full(3, 1e20)}
+    for skip in (False, True):
+        config = ax.AdamW(**{clip: 1.0}, skip_nonfinite=skip)  # type: ignore[arg-type]
+        new, state = ax.adamw_step(params, grads, ax.adamw_init(params, config), config)
+        np.testing.assert_array_equal(state.m["w"], 0.0 if skip else m)
+        assert (state.skipped == 1) if skip else (state.count == 1)
+        if skip:
+            same(new, params)
 
 
 # --------------------------------------------- skipping, accumulation, average, loss scale
