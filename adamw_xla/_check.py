@@ -135,15 +135,26 @@ def flag(name: str, value: Any) -> None:
     if not isinstance(value, bool | np.bool_):
         raise TypeError(
             f"AdamW: {name} must be True or False, got {value!r}. It is a choice, not data: it "
-            "cannot be traced."
+            f"cannot be traced.{_static(name, value)}"
         )
+
+
+def _static(name: str, value: Any) -> str:
+    if not isinstance(value, jax.Array):
+        return ""
+    return (
+        " (optax.inject_hyperparams makes arrays of numbers: name this one in its "
+        f"static_args=({name!r},).)"
+    )
 
 
 def _count(name: str, value: Any, least: int) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"AdamW: {name} must be an integer or None, got {value!r}.")
+        raise TypeError(
+            f"AdamW: {name} must be an integer or None, got {value!r}.{_static(name, value)}"
+        )
     if value < least:
         raise ValueError(f"AdamW: {name} must be at least {least}, or None; got {value}.")
 
@@ -159,16 +170,10 @@ def is_config(value: Any) -> None:
         raise TypeError(f"config must be an adamw_xla.AdamW, got {kind(value)}.")
 
 
-def updates(tree: Any, leaves: Sequence[Any]) -> None:
-    """Checks gradients by themselves, as ``params``."""
-    for i, leaf in enumerate(leaves):
-        float_leaf("updates", tree, i, leaf)
-
-
-def params(tree: Any, leaves: Sequence[Any]) -> None:
+def params(tree: Any, leaves: Sequence[Any], argument: str = "params") -> None:
     """Checks that every leaf is an array of a real floating dtype."""
     for i, leaf in enumerate(leaves):
-        float_leaf("params", tree, i, leaf)
+        float_leaf(argument, tree, i, leaf)
 
 
 def grads(params_tree: Any, treedef: Any, leaves: Sequence[Any], tree: Any) -> list[Any]:
@@ -247,7 +252,19 @@ def _counter(name: str, value: Any) -> None:
 
 def is_mask_function(value: Any) -> bool:
     """Whether a mask is to be called; a tree of bools may be callable too (an Equinox module)."""
-    return callable(value) and not any(isinstance(x, bool) for x in jax.tree.leaves(value))
+    return callable(value) and not any(is_known_bool(x) for x in jax.tree.leaves(value))
+
+
+def is_known_bool(value: Any) -> bool:
+    """Whether this is a bool, or an array of one that is known now."""
+    if isinstance(value, bool | np.bool_):
+        return True
+    return (
+        isinstance(value, jax.Array | np.ndarray)
+        and not isinstance(value, jax.core.Tracer)
+        and value.dtype == bool
+        and value.ndim == 0
+    )
 
 
 def mask(params_tree: Any, treedef: Any, value: Any) -> list[bool]:
@@ -262,7 +279,7 @@ def mask(params_tree: Any, treedef: Any, value: Any) -> list[bool]:
     except (ValueError, TypeError):
         structure("weight_decay_mask", params_tree, tree)
     for i, keep in enumerate(full):
-        if isinstance(keep, jax.core.Tracer) or not isinstance(keep, bool | np.bool_):
+        if not is_known_bool(keep):
             raise TypeError(
                 f"weight_decay_mask{_path(params_tree, i)}: must be True or False, known when "
                 f"the step is traced; got {keep!r}."

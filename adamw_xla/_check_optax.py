@@ -17,6 +17,7 @@ def arguments(
     eps_root: Any,
     weight_decay: Any,
     updates_like_grads: Any,
+    implementation: Any,
 ) -> None:
     """Checks what ``adamw_xla.optax`` has names of its own for."""
     _check.coefficients(
@@ -25,6 +26,10 @@ def arguments(
         epsilons={"eps": eps, "eps_root": eps_root},
     )
     _check.flag("updates_like_grads", updates_like_grads)
+    if implementation not in (None, "xla", "native"):
+        raise ValueError(
+            f'AdamW: implementation must be None, "xla" or "native", got {implementation!r}.'
+        )
 
 
 def max_norm(value: Any) -> None:

@@ -27,7 +27,9 @@ class _Static:
     @classmethod
     def of(cls, tree: Any) -> _Static:
         leaves, treedef = jax.tree.flatten(tree)
-        return cls(tuple(leaves), treedef)
+        # Arrays have no hash.
+        known = (bool(x) if _check.is_known_bool(x) else x for x in leaves)
+        return cls(tuple(known), treedef)
 
     def tree(self) -> Any:
         return jax.tree.unflatten(self.treedef, self.leaves)
@@ -96,8 +98,8 @@ class AdamW:
       epsilon_hat: True: epsilon as in Keras and before Section 2.1 of Kingma and Ba.
         False: as in their Algorithm 1, PyTorch and optax.
       weight_decay_mask: a pytree of bools, a prefix of the params' tree, or a callable
-        from params to one: False where there is no decay. Takes the place of Keras'
-        ``exclude_from_weight_decay``.
+        from params to one: False where there is no decay. Arrays of one bool will do, if they
+        are known when a step is traced. Takes the place of Keras' ``exclude_from_weight_decay``.
       skip_nonfinite: a step whose gradient has a NaN or an infinity, or whose squared norm
         overflows (so that ``v`` would never recover), leaves params, state and count as they
         were, and is counted in ``state.skipped``. Decided on the device.

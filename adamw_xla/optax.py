@@ -81,7 +81,8 @@ def adamw(
       weight_decay: strength of the decoupled decay, times the learning rate; the kinds of
         ``learning_rate``.
       mask: a pytree of bools, a prefix of the params' tree, or a callable from params to
-        one: False where there is no decay.
+        one: False where there is no decay. Arrays of one bool will do, if they are known when
+        a step is traced.
       nesterov: Nesterov momentum, as ``optax.nadamw``.
       amsgrad: divide by the running maximum of the second moments.
       clipnorm: clip each leaf's gradient to this norm.
@@ -108,7 +109,10 @@ def adamw(
       updates that are None, and extra arguments are ignored.
 
     Raises:
-      TypeError, ValueError: an argument is of the wrong kind or out of its range.
+      TypeError, ValueError: an argument is of the wrong kind or out of its range. Choices
+        (``nesterov``, ``ema_overwrite_frequency``, ``gradient_accumulation_steps``, ...) cannot
+        be traced: to ``optax.inject_hyperparams`` name the integers among them as
+        ``static_args``. ``update`` raises what ``adamw_xla.adamw_step`` does.
 
     Example:
       >>> import adamw_xla.optax, jax, jax.numpy as jnp, optax
@@ -128,6 +132,7 @@ def adamw(
         eps_root=eps_root,
         weight_decay=weight_decay,
         updates_like_grads=updates_like_grads,
+        implementation=implementation,
     )
     config = AdamW(
         learning_rate=learning_rate,
@@ -231,7 +236,7 @@ def _stateless(params: Any) -> optax.EmptyState:
 def _clip(max_norm: ArrayLike, updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     del params
     leaves = jax.tree.leaves(updates)
-    _check.updates(updates, leaves)
+    _check.params(updates, leaves, "updates")
     wide = any(x.dtype == np.float64 for x in leaves)
     one = jnp.ones((), np.float64 if wide else np.float32)
     factor = _clipping.global_factor(jnp.sqrt(adamw_sum_of_squares(one, leaves)), max_norm)

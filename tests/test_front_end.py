@@ -186,6 +186,8 @@ MASKS = {
     "prefix": {"w": True, "b": False},
     "callable": lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
     "numpy_bool": {"w": np.True_, "b": [np.False_, False]},
+    "arrays": {"w": jnp.array(True), "b": [np.array(False), jnp.array(False)]},
+    "array_prefix": {"w": jnp.array(True), "b": jnp.array(False)},
 }
 
 
@@ -196,6 +198,14 @@ def test_weight_decay_mask(mask: Any) -> None:
     undecayed, _ = run(ax.AdamW(weight_decay=0.0))
     close(masked, {"w": decayed["w"], "b": undecayed["b"]})
     assert not np.allclose(decayed["b"][0], undecayed["b"][0], rtol=1e-5)
+
+
+def test_a_config_with_a_mask_of_arrays_may_be_an_argument() -> None:
+    params, grads = tree(), tree(1)
+    configs = [ax.AdamW(weight_decay_mask=MASKS[name]) for name in ("arrays", "full")]
+    step = jax.jit(lambda c: ax.adamw_step(params, grads, ax.adamw_init(params, c), c))
+    same(*(step(config) for config in configs))
+    assert step._cache_size() == 1
 
 
 @pytest.mark.parametrize("value", [True, False])

@@ -61,6 +61,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "nesterov_and_eps_root": {"nesterov": True, "eps_root": 2.0**-6},
     "nesterov_and_schedules": {"nesterov": True, "learning_rate": RATE, "weight_decay": DECAY},
     "mask": {"mask": MASK},
+    "mask_of_arrays": {"mask": [jnp.array(x) for x in MASK]},
     "mask_function": {"mask": lambda params: [p.ndim > 1 for p in params]},
     "mu_dtype": {"mu_dtype": jnp.float32},
 }

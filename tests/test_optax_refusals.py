@@ -33,6 +33,8 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"updates_like_grads": "yes"}, TypeError, "updates_like_grads must be True or False"),
     ({"clipnorm": 1.0, "clipvalue": 1.0}, ValueError, "at most one clip option"),
     ({"epsilon": 1e-8}, TypeError, "epsilon"),
+    ({"implementation": "fast"}, ValueError, "implementation must be .*\"native\", got 'fast'"),
+    ({"gradient_accumulation_steps": 2.5}, TypeError, r"integer or None, got 2\.5\.$"),
 ]
 
 
@@ -40,6 +42,27 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         axo.adamw(**{"learning_rate": 0.1} | options)
+
+
+CHOICES: dict[str, dict[str, Any]] = {
+    "gradient_accumulation_steps": {"gradient_accumulation_steps": 3},
+    "ema_overwrite_frequency": {"use_ema": True, "ema_overwrite_frequency": 2},
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_injected_choices_point_to_static_args(name: str) -> None:
+    injected = optax.inject_hyperparams(axo.adamw)(0.1, **CHOICES[name])
+    with pytest.raises(TypeError, match=rf"{name} must be .*static_args=\('{name}',\)"):
+        injected.init(PARAMS)
+    static = optax.inject_hyperparams(axo.adamw, static_args=(name,))(0.1, **CHOICES[name])
+    static.update(PARAMS, static.init(PARAMS), PARAMS)
+
+
+def test_an_injected_flag_points_to_static_args() -> None:
+    injected = optax.inject_hyperparams(axo.adamw)(0.1, nesterov=jnp.array(True))
+    with pytest.raises(TypeError, match=r"nesterov must be .*static_args=\('nesterov',\)"):
+        injected.init(PARAMS)
 
 
 @pytest.mark.parametrize("norm", [0.0, -1.0, "x", None])

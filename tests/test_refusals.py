@@ -149,6 +149,11 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
         TypeError,
         ["weight_decay_mask" + B, "True or False"],
     ),
+    "mask of arrays": (
+        {"config": ax.AdamW(weight_decay_mask=layer(w=True, b=jnp.ones(3, bool)))},
+        TypeError,
+        ["weight_decay_mask" + B, "True or False"],
+    ),
     "mask of another tree": (
         {"config": ax.AdamW(weight_decay_mask={"other": True})},
         ValueError,
