@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 
 from adamw_xla import _check
 
@@ -78,4 +79,23 @@ def not_one_state(argument: str, kinds: Sequence[type], count: int) -> NoReturn:
     raise TypeError(
         f"{argument}: has {count} states of AdamW in it ({names}); must have one. With several, "
         "as in optax.multi_transform, move each by itself."
+    )
+
+
+def same_shapes(path: str, tree: Any, like: Any) -> None:
+    """Refuses a wrapper's part whose leaves have other shapes than those of ``like``."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    for (key, x), p in zip(flat, jax.tree.leaves(like), strict=True):
+        if np.shape(x) != np.shape(p):
+            raise ValueError(
+                f"{path}{jax.tree_util.keystr(key)}: has shape {np.shape(x)}; must be "
+                f"{np.shape(p)}, the shape in like."
+            )
+
+
+def no_place(path: str, inner: str) -> NoReturn:
+    """Raises for a part of a wrapper's state that would be lost."""
+    raise ValueError(
+        f"{path}: is there, but like has no place for it. Make like with the same wrapper around "
+        f"adamw, or, if it may be lost, pass {inner} alone."
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -11,7 +10,7 @@ from jax import export
 import jax.numpy as jnp
 import optax
 
-from adamw_xla import _check_optax
+from adamw_xla import _check_optax, _optax_wrappers
 from adamw_xla._state import AdamWState
 
 
@@ -59,6 +58,19 @@ State = TypeVar("State")
 def from_optax_state(opt_state: Any, like: State) -> State:
     """Goes on here with a training that ``optax.adamw`` began.
 
+    The count and the moments come from ``opt_state``, in the dtypes of ``like``. So does what
+    wrappers hold that both have, in the same order around AdamW: what ``optax.MultiSteps`` has
+    accumulated, hyperparameters that ``optax.inject_hyperparams`` holds (also those that were
+    set by hand), the traces of others in an ``optax.chain``. Wrappers that ``like`` alone has
+    stay as in ``like``, and schedules, wherever they are, count on.
+
+    From ``like`` come, always, the options of the transformations themselves: hyperparameters
+    that are not injected on both sides, masks and schedules' functions. ``skipped`` is lost
+    where ``like`` does not count it.
+
+    The new state shares arrays with ``opt_state`` (and ``like``). Donating it to a jitted step
+    deletes them there too; copy it first, ``jax.tree.map(jnp.copy, state)``, to use both.
+
     Args:
       opt_state: a state of ``optax.adamw`` (or of ``adamw`` here), alone or inside of
         others: ``optax.chain``, ``optax.inject_hyperparams``, ``optax.MultiSteps``.
@@ -66,12 +78,12 @@ def from_optax_state(opt_state: Any, like: State) -> State:
         or ``init(params)`` of a transformation with ``adamw`` in it.
 
     Returns:
-      ``like`` with the count and the moments of ``opt_state``, in the dtypes of ``like``;
-      its schedules count on from there too. All else is as in ``like``.
+      A state built as ``like``.
 
     Raises:
       TypeError: a state has no AdamW in it, or several.
-      ValueError: the trees or shapes differ, or ``like`` has no place for what is there.
+      ValueError: the trees or shapes differ, or ``like`` has no place for what is there: for
+        a field of AdamW's state, or for what a wrapper holds.
     """
     return _moved(opt_state, like, "opt_state", (AdamWState, AdamWOptState))
 
@@ -85,7 +97,7 @@ def to_optax_state(state: Any, like: State) -> State:
         transformation with ``optax.adamw`` in it.
 
     Returns:
-      As ``from_optax_state``.
+      As ``from_optax_state``, which says what moves; it shares arrays with ``state``.
 
     Raises:
       TypeError, ValueError: as ``from_optax_state``.
@@ -95,31 +107,10 @@ def to_optax_state(state: Any, like: State) -> State:
 
 def _moved(source: Any, like: Any, name: str, targets: tuple[type, ...]) -> Any:
     kinds = (AdamWState, AdamWOptState, optax.ScaleByAdamState)
-    old = _as_native(_the_only(source, kinds, name))
-    target = _the_only(like, targets, "like")
-    new = _filled(_as_native(target), old)
+    old, target = _the_only(source, kinds, name), _the_only(like, targets, "like")
+    new = _filled(_as_native(target), _as_native(old))
     filled: Any = new if isinstance(target, AdamWState) else type(target)(*_values(new, target))
-    return _exchanged(like, target, filled, new.count)
-
-
-def _exchanged(tree: Any, target: Any, filled: Any, count: jax.Array) -> Any:
-    """``tree`` with ``filled`` for ``target``, and with ``count`` in optax's schedules."""
-    exchange = functools.partial(_exchange, target=target, filled=filled, count=count)
-    return jax.tree.map(exchange, tree, is_leaf=lambda x: x is target or _has_schedule(x))
-
-
-def _exchange(node: Any, target: Any, filled: Any, count: jax.Array) -> Any:
-    if node is target:
-        return filled
-    if not _has_schedule(node):
-        return node
-    fields = {k: _exchanged(x, target, filled, count) for k, x in node._asdict().items()}
-    # A copy: a state that has one array twice cannot be donated.
-    return type(node)(**{**fields, "count": jnp.array(count)})
-
-
-def _has_schedule(node: Any) -> bool:
-    return type(node).__name__ in _SCHEDULES  # some are no public names of optax
+    return _optax_wrappers.exchanged(name, source, like, old, target, filled, new.count)
 
 
 def _the_only(tree: Any, kinds: tuple[type, ...], name: str) -> Any:
@@ -153,10 +144,3 @@ def _filled(like: AdamWState, old: AdamWState) -> AdamWState:
 
 
 _COUNTERS = ("micro_step", "skipped")
-
-_SCHEDULES = {
-    "InjectStatefulHyperparamsState",
-    "ScaleByScheduleState",
-    "WeightDecaySchedule",
-    "WrappedScheduleState",
-}

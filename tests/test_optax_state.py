@@ -149,15 +149,6 @@ def test_our_own_state_moves_whole() -> None:
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-def test_under_multi_steps() -> None:
-    every = optax.MultiSteps(optax.adamw(LR, weight_decay=WD, **BETA), 4)
-    mine = optax.MultiSteps(axo.adamw(LR, weight_decay=WD, **BETA), 4)
-    params, state, grads = begin(Optax(every))
-    params, state = train(Optax(every), params, state, grads[:8])
-    moved = axo.from_optax_state(state, mine.init(params))
-    assert moved.inner_opt_state.count == 2
-
-
 PARAMS = {"a": jnp.ones(3), "b": {"c": jnp.ones(())}}
 STOCK, OURS = optax.adamw(LR), axo.adamw(LR)
 AMSGRAD = axo.adamw(LR, amsgrad=True)
