@@ -1,19 +1,20 @@
 """The checks of user input, and the texts that a refused call is answered with.
 
-``_check_optax`` and ``_check_keras`` have those that are theirs alone. Each error names the
-argument (for a leaf, its path), what was found and what to do. The paths are only built once
-something is wrong.
+``_check_leaves`` has those of one leaf or tree, ``_check_optax`` and ``_check_keras`` what is
+theirs alone. Each error names the argument (for a leaf, its path), what was found and what to
+do. The paths are only built once something is wrong.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 import math
 import numbers
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adamw_xla._check_leaves import float_leaf, kind, path, same_shape, structure
 from adamw_xla_lowering import PARAM_DTYPES, dtype_names
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def config(c: "AdamW") -> None:
 def coefficients(
     rates: Mapping[str, Any], betas: Mapping[str, Any], epsilons: Mapping[str, Any]
 ) -> None:
+    """Checks the numbers that every front end has, by the names that it has for them."""
     for name, value in rates.items():
         scalar_or_schedule(name, value)
     for name, value in betas.items():
@@ -281,71 +283,7 @@ def mask(params_tree: Any, treedef: Any, value: Any) -> list[bool]:
     for i, keep in enumerate(full):
         if not is_known_bool(keep):
             raise TypeError(
-                f"weight_decay_mask{_path(params_tree, i)}: must be True or False, known when "
+                f"weight_decay_mask{path(params_tree, i)}: must be True or False, known when "
                 f"the step is traced; got {keep!r}."
             )
     return [bool(keep) for keep in full]
-
-
-def float_leaf(argument: str, tree: Any, index: int, leaf: Any) -> None:
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is None or not hasattr(leaf, "shape"):
-        raise TypeError(
-            f"{argument}{_path(tree, index)}: must be an array, got {kind(leaf)}; wrap it in "
-            "jax.numpy.asarray."
-        )
-    if not all(isinstance(size, int) for size in leaf.shape):
-        raise TypeError(
-            f"{argument}{_path(tree, index)}: has the symbolic shape {leaf.shape}; export with "
-            "concrete shapes."
-        )
-    if dtype not in PARAM_DTYPES:
-        raise TypeError(
-            f"{argument}{_path(tree, index)}: has dtype {dtype}; must be "
-            f"{dtype_names()}. Keep other leaves out of the tree that is trained "
-            "(None stands for no leaf)."
-        )
-
-
-def same_shape(
-    argument: str, tree: Any, index: int, leaf: Any, param: Any, model: str = "params"
-) -> None:
-    if leaf.shape != param.shape:
-        path = _path(tree, index)
-        raise ValueError(
-            f"{argument}{path}: has shape {leaf.shape}; must be {param.shape}, the shape of "
-            f"{model}{path}."
-        )
-
-
-# ------------------------------------------------------------------------------ the words
-
-
-def structure(argument: str, params_tree: Any, tree: Any, model: str = "params") -> NoReturn:
-    """Raises for a tree that is not built like the model's, naming the first difference."""
-    wanted, found = _paths(params_tree), _paths(tree)
-    missing = [path for path in wanted if path not in set(found)]
-    extra = [path for path in found if path not in set(wanted)]
-    if missing:
-        what = f"lacks {missing[0] or 'the leaf'}, which {model} has"
-    elif extra:
-        what = f"has {extra[0]}, which {model} lacks"
-    else:
-        what = (
-            f"is built of other containers: {jax.tree.structure(tree)} and not "
-            f"{jax.tree.structure(params_tree)}"
-        )
-    raise ValueError(f"{argument}: {what}; it must have the tree structure of {model}.")
-
-
-def _paths(tree: Any) -> list[str]:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [jax.tree_util.keystr(path) for path, _ in flat]
-
-
-def _path(tree: Any, index: int) -> str:
-    return _paths(tree)[index]
-
-
-def kind(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")

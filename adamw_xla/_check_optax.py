@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from adamw_xla import _check
+from adamw_xla._check_leaves import kind, same_shape, structure
 
 
 def arguments(
@@ -49,7 +50,7 @@ def call(params: Any, state: Any) -> None:
     if not isinstance(state, AdamWOptState):
         raise TypeError(
             "state must be what init(params) of adamw_xla.optax.adamw returned, got "
-            f"{_check.kind(state)}. (adamw_xla.optax.from_optax_state takes over that of "
+            f"{kind(state)}. (adamw_xla.optax.from_optax_state takes over that of "
             "optax.adamw.)"
         )
 
@@ -67,9 +68,9 @@ def moved(field: str, place: Any, value: Any) -> tuple[list[Any], Any]:
     try:
         leaves = treedef.flatten_up_to(value)
     except ValueError:
-        _check.structure(name, place, value, "like")
+        structure(name, place, value, "like")
     for i, (x, p) in enumerate(zip(leaves, wanted, strict=True)):
-        _check.same_shape(name, place, i, x, p, "like")
+        same_shape(name, place, i, x, p, "like")
     return leaves, treedef
 
 

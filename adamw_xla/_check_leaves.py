@@ -1,0 +1,72 @@
+"""Checks of one leaf or one tree, which name it by its path."""
+
+from typing import Any, NoReturn
+
+import jax
+
+from adamw_xla_lowering import PARAM_DTYPES, dtype_names
+
+
+def float_leaf(argument: str, tree: Any, index: int, leaf: Any) -> None:
+    """Refuses a leaf that is no array of a real floating dtype; ``tree`` has its path."""
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not hasattr(leaf, "shape"):
+        raise TypeError(
+            f"{argument}{path(tree, index)}: must be an array, got {kind(leaf)}; wrap it in "
+            "jax.numpy.asarray."
+        )
+    if not all(isinstance(size, int) for size in leaf.shape):
+        raise TypeError(
+            f"{argument}{path(tree, index)}: has the symbolic shape {leaf.shape}; export with "
+            "concrete shapes."
+        )
+    if dtype not in PARAM_DTYPES:
+        raise TypeError(
+            f"{argument}{path(tree, index)}: has dtype {dtype}; must be "
+            f"{dtype_names()}. Keep other leaves out of the tree that is trained "
+            "(None stands for no leaf)."
+        )
+
+
+def same_shape(
+    argument: str, tree: Any, index: int, leaf: Any, param: Any, model: str = "params"
+) -> None:
+    """Refuses a leaf that has not the shape of its param."""
+    if leaf.shape != param.shape:
+        where = path(tree, index)
+        raise ValueError(
+            f"{argument}{where}: has shape {leaf.shape}; must be {param.shape}, the shape of "
+            f"{model}{where}."
+        )
+
+
+def structure(argument: str, params_tree: Any, tree: Any, model: str = "params") -> NoReturn:
+    """Raises for a tree that is not built like the model's, naming the first difference."""
+    wanted, found = _paths(params_tree), _paths(tree)
+    missing = [where for where in wanted if where not in set(found)]
+    extra = [where for where in found if where not in set(wanted)]
+    if missing:
+        what = f"lacks {missing[0] or 'the leaf'}, which {model} has"
+    elif extra:
+        what = f"has {extra[0]}, which {model} lacks"
+    else:
+        what = (
+            f"is built of other containers: {jax.tree.structure(tree)} and not "
+            f"{jax.tree.structure(params_tree)}"
+        )
+    raise ValueError(f"{argument}: {what}; it must have the tree structure of {model}.")
+
+
+def _paths(tree: Any) -> list[str]:
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [jax.tree_util.keystr(path) for path, _ in flat]
+
+
+def path(tree: Any, index: int) -> str:
+    """Where the leaf of this index stands, as in ``['layer'][0]``."""
+    return _paths(tree)[index]
+
+
+def kind(value: Any) -> str:
+    """The full name of a value's class."""
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
