@@ -14,6 +14,31 @@ def backend(name: str) -> None:
         )
 
 
+_NEVER_CALLED = (
+    "update_step",
+    "_backend_update_step",
+    "_apply_weight_decay",
+    "_clip_gradients",
+    "_clip_by_norm",
+    "_update_model_variables_moving_average",
+    "_overwrite_model_variables_with_average_value",
+)
+
+
+def subclass(cls: type, ours: type) -> None:
+    """Refuses a subclass that overrides what the update of all variables does not call."""
+    whole = "_backend_apply_gradients"
+    if getattr(cls, whole) is not getattr(ours, whole):
+        return  # it may well call them
+    for name in _NEVER_CALLED:
+        if getattr(cls, name) is not getattr(ours, name):
+            raise TypeError(
+                f"AdamW: {cls.__name__} overrides {name}, which is never called: "
+                "adamw_xla.keras.AdamW updates all variables at once. Derive "
+                f"{cls.__name__} from keras.optimizers.AdamW."
+            )
+
+
 def variable(value: Any) -> None:
     """Refuses a variable that cannot be updated."""
     if value.dtype not in {dtype.name for dtype in PARAM_DTYPES}:

@@ -72,8 +72,31 @@ class AdamW(keras.optimizers.AdamW):
 
     Raises:
       RuntimeError: Keras runs on another backend than JAX.
-      TypeError: an argument is of the wrong kind.
+      TypeError: an argument is of the wrong kind; or a subclass overrides ``update_step`` (or
+        one of stock Keras' private methods for a variable, a clip or the average), which
+        would never be called.
       ValueError: an argument is out of its range, or two contradict each other.
+
+    Refused, unlike by the stock class, are gradients that would have to be broadcast to their
+    variable, a ``keras.Variable`` as beta, ``gradient_accumulation_steps=2.0``, and, when it is
+    built, variables that are not of a real floating dtype.
+
+    A ``.keras`` file names its optimizer's class. One of this class opens where
+    ``adamw_xla.keras`` was not imported with ``keras.saving.load_model(path,
+    custom_objects={"adamw_xla>AdamW": keras.optimizers.AdamW})``; where it was, Keras takes
+    the registered class, whatever the custom objects say. One of the stock class always opens
+    as that, since Keras looks for its own classes first. To go on with the other class, build
+    it from the optimizer's config, and load the state from the same file:
+
+    >>> import keras
+    >>> from adamw_xla.keras import AdamW
+    >>> def with_ours(path):
+    ...     model = keras.saving.load_model(path)
+    ...     optimizer = AdamW.from_config(model.optimizer.get_config())
+    ...     optimizer.build(model.trainable_variables)
+    ...     model.compile(optimizer=optimizer, loss=model.loss)
+    ...     model.load_weights(path)
+    ...     return model
 
     Example:
       >>> import keras, numpy as np
@@ -109,6 +132,7 @@ class AdamW(keras.optimizers.AdamW):
         **kwargs: Any,
     ) -> None:
         _check_keras.backend(keras.config.backend())
+        _check_keras.subclass(type(self), AdamW)
         _check.scalar_or_schedule("learning_rate", learning_rate)
         super().__init__(
             learning_rate=learning_rate if callable(learning_rate) else float(learning_rate),

@@ -93,6 +93,12 @@ def test_a_file_of_ours_opens_without_this_package(tmp_path: Path) -> None:
     code = """
 import keras, numpy, sys
 stock = keras.optimizers.AdamW
+try:
+    keras.saving.load_model(sys.argv[1])
+except TypeError as error:
+    assert "Could not locate class" in str(error)
+else:
+    raise AssertionError
 model = keras.saving.load_model(sys.argv[1], custom_objects={"adamw_xla>AdamW": stock})
 assert type(model.optimizer) is stock
 assert not any(name.startswith("adamw_xla") for name in sys.modules)
@@ -103,6 +109,40 @@ numpy.savez(sys.argv[2], *[v.numpy() for v in model.optimizer.variables])
     with np.load(tmp_path / "state.npz") as found:
         for variable, key in zip(model.optimizer.variables, found, strict=True):
             np.testing.assert_array_equal(variable.numpy(), found[key])
+
+
+@pytest.mark.parametrize("cls", [AdamW, Stock], ids=["ours", "stock"])
+def test_custom_objects_do_not_exchange_the_classes_once_both_are_known(
+    tmp_path: Path, cls: Any
+) -> None:
+    """What the documentation says of ``load_model``: if Keras changes it, say less."""
+    path = tmp_path / "model.keras"
+    fit(cls(**OPTIONS), epochs=1).save(path)
+    other = Stock if cls is AdamW else AdamW
+    names = ("AdamW", "adamw", "adamw_xla>AdamW", "keras.optimizers>AdamW", "Custom>AdamW")
+    for key in names:
+        loaded = keras.saving.load_model(path, custom_objects={key: other})
+        assert type(loaded.optimizer) is cls
+
+
+@pytest.mark.parametrize(("first", "second"), [(AdamW, Stock), (Stock, AdamW)])
+def test_a_loaded_model_goes_on_with_the_other_class(
+    tmp_path: Path, first: Any, second: Any
+) -> None:
+    path = tmp_path / "model.keras"
+    options = OPTIONS | ({"ema_at_every_call": True} if first is AdamW else {})
+    fit(first(**options), epochs=1).save(path)
+    model, loaded = (keras.saving.load_model(path) for _ in range(2))
+    config = loaded.optimizer.get_config()
+    if second is AdamW:
+        optimizer = AdamW.from_config(config | {"ema_at_every_call": True})
+    else:
+        optimizer = Stock.from_config({k: v for k, v in config.items() if k not in OURS_ONLY})
+    optimizer.build(model.trainable_variables)
+    compiled(model, optimizer).load_weights(path)
+    assert type(model.optimizer) is second
+    same(model, loaded)
+    close(go_on(model).trainable_variables, go_on(loaded).trainable_variables)
 
 
 @pytest.mark.parametrize(("first", "second"), [(AdamW, Stock), (Stock, AdamW)])
@@ -189,7 +229,8 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "clip": ({"clipnorm": -1.0}, ValueError, "AdamW: clipnorm must be"),
     "clips": ({"clipnorm": 1.0, "clipvalue": 1.0}, ValueError, "Only one of `clipnorm`"),
     "steps": ({"gradient_accumulation_steps": 1}, ValueError, "gradient_accumulation_steps"),
-    "steps kind": ({"gradient_accumulation_steps": 2.5}, TypeError, "must be an integer"),
+    "steps kind": ({"gradient_accumulation_steps": 2.0}, TypeError, "must be an integer"),
+    "beta variable": ({"beta_1": keras.Variable(0.9)}, TypeError, "beta_1 must be a real number"),
     "momentum": ({"use_ema": True, "ema_momentum": 2.0}, ValueError, "ema_momentum"),
     "frequency": ({"use_ema": True, "ema_overwrite_frequency": 0}, ValueError, "at least 1"),
     "state": ({"float32_state": 1}, TypeError, "AdamW: float32_state must be True or False"),
@@ -216,9 +257,43 @@ def test_variables_and_gradients_that_do_not_fit_are_named() -> None:
         AdamW().build([keras.Variable(np.ones(2, np.int32), dtype="int32", name="counts")])
     variable = keras.Variable(np.ones((2, 3)), name="kernel")
     optimizer = AdamW()
-    with pytest.raises(ValueError, match=r"kernel has shape \(3,\); must be \(2, 3\)"):
-        optimizer.apply([np.ones(3)], [variable])
+    for grad, shape in ((np.ones(3), r"\(3,\)"), (np.float32(1), r"\(\)"), (1.0, r"\(\)")):
+        with pytest.raises(ValueError, match=rf"kernel has shape {shape}; must be \(2, 3\)"):
+            optimizer.apply([grad], [variable])
     np.testing.assert_array_equal(variable.numpy(), 1.0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "update_step",
+        "_backend_update_step",
+        "_apply_weight_decay",
+        "_clip_gradients",
+        "_clip_by_norm",
+        "_update_model_variables_moving_average",
+        "_overwrite_model_variables_with_average_value",
+    ],
+)
+def test_a_subclass_with_a_method_that_is_never_called(name: str) -> None:
+    method = {name: lambda self, *args: getattr(super(AdamW, self), name)(*args)}
+    other = type("Mine", (AdamW,), method)
+    with pytest.raises(TypeError, match=rf"AdamW: Mine overrides {name}, .*from keras.optimizers"):
+        other()
+    called = {"_backend_apply_gradients": Stock._backend_apply_gradients}
+    variable = keras.Variable(np.ones(3), name="w")
+    type("Whole", (AdamW,), method | called)().apply([np.ones(3, np.float32)], [variable])
+    assert np.all(variable.numpy() < 1)
+
+
+def test_a_subclass_that_overrides_nothing_of_this_kind() -> None:
+    class Mine(AdamW):
+        def _use_weight_decay(self, variable: Any) -> bool:
+            return False
+
+    variable = keras.Variable(np.ones(3), name="w")
+    Mine(weight_decay=1e3).apply([np.ones(3, np.float32)], [variable])
+    np.testing.assert_allclose(variable.numpy(), 0.999, rtol=1e-6)
 
 
 def test_another_backend_is_refused() -> None:
