@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracle
 from peers import BETAS, LR, SHAPES, STEPS, WD, Arrays, close, problem
 import pytest
 
@@ -63,7 +64,6 @@ SHARED: dict[str, dict[str, Any]] = {
     "mask": {"mask": MASK},
     "mask_of_arrays": {"mask": [jnp.array(x) for x in MASK]},
     "mask_function": {"mask": lambda params: [p.ndim > 1 for p in params]},
-    "mu_dtype": {"mu_dtype": jnp.float32},
 }
 OPTIONS = {"learning_rate": LR, "weight_decay": WD, "b1": BETAS[0], "b2": BETAS[1]}
 
@@ -78,6 +78,62 @@ def test_options_that_optax_has(options: dict[str, Any], clip: bool) -> None:
     (ours, state), (theirs, _) = (run(t, params, grads) for t in transforms)
     close(ours, theirs)
     assert optax.tree_utils.tree_get(state, "count") == STEPS
+
+
+def far(ours: Any, theirs: Any) -> float:
+    """The largest difference in a leaf, relative to its largest element."""
+    wide = ([np.asarray(x, np.float64) for x in leaves] for leaves in (ours, theirs))
+    return max(float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in zip(*wide, strict=True))
+
+
+def test_with_default_betas_float64_is_nearer_to_ours() -> None:
+    """optax takes powers of the float32 next to 0.999, and 1 - b2**t is off by 1e-5 of itself."""
+    params, grads = problem()
+    options = {"learning_rate": LR, "weight_decay": WD}
+    ours, theirs = (run(f(**options), params, grads)[0] for f in (axo.adamw, optax.adamw))
+    exact = [p.astype(np.float64) for p in params]
+    state = oracle.init(exact)
+    config = oracle.Options(LR, WD, 0.9, 0.999, epsilon=1e-8, epsilon_hat=False)
+    for g in grads:
+        exact, state, _ = oracle.step(exact, [x.astype(np.float64) for x in g], state, config)
+    assert far(ours, exact) <= 1e-6 < far(theirs, exact) <= 1e-5
+    assert far(ours, theirs) <= 1e-5
+
+
+BF16 = {"mu_dtype": jnp.bfloat16}
+UNIT = 2.0**-8  # what rounding to bfloat16 may move a number, relatively
+
+
+@pytest.mark.parametrize("more", [{}, {"nesterov": True}], ids=["plain", "nesterov"])
+def test_bfloat16_moments_with_a_beta_that_bfloat16_has(more: dict[str, Any]) -> None:
+    """The same roundings, but where the unrounded moments lie on both sides of a midpoint.
+
+    One such moment is 2 UNIT off, and is forgotten in 1 / (1 - b1) steps: room for one.
+    """
+    params, grads = problem()
+    (ours, state), (theirs, stock_state) = (
+        run(f(**OPTIONS, **BF16, **more), params, grads) for f in (axo.adamw, optax.adamw)
+    )
+    one = LR * 2 * UNIT / (1 - BETAS[0])
+    close(ours, theirs, 1e-6 + one / min(np.max(np.abs(x)) for x in theirs))
+    assert {x.dtype.name for x in [*state.mu, *stock_state[0].mu]} == {"bfloat16"}
+
+
+@pytest.mark.parametrize("more", [{}, {"nesterov": True}], ids=["plain", "nesterov"])
+def test_bfloat16_moments_with_the_default_betas(more: dict[str, Any]) -> None:
+    """Here b1 stays float32: m is off by one rounding a step, each forgotten at rate 1 - b1.
+
+    optax multiplies by the bfloat16 next to 0.9, too, which makes m 1.5% smaller.
+    """
+    params, grads = problem()
+    options = {"learning_rate": LR, "weight_decay": WD, **more}
+    exact = run(axo.adamw(**options), params, grads)[0]
+    ours, theirs = (run(f(**options, **BF16), params, grads)[0] for f in (axo.adamw, optax.adamw))
+    roundings = UNIT / (1 - 0.9)
+    beta = (0.9 - float(jnp.bfloat16(0.9))) / (1 - 0.9)
+    assert far(ours, exact) <= roundings
+    assert far(ours, theirs) <= beta + 2 * roundings
+    assert far(ours, exact) < far(theirs, exact) / 2
 
 
 def test_nadamw() -> None:

@@ -18,6 +18,8 @@ STATE = SOLVER.init(PARAMS)
 
 ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"learning_rate": -0.1}, ValueError, "learning_rate must be .*at least 0, got -0.1"),
+    ({"learning_rate": jnp.full(1, 0.1)}, ValueError, r"learning_rate must be a scalar.*\(1,\)"),
+    ({"weight_decay": -0.1}, ValueError, "weight_decay must be .*at least 0, got -0.1"),
     ({"learning_rate": None}, TypeError, "learning_rate must be .*got None"),
     ({"b1": 1.0}, ValueError, r"b1 must be .*in \[0, 1\), got 1.0"),
     ({"b2": lambda count: 0.9}, TypeError, "b2 must be a real number"),
@@ -83,6 +85,7 @@ CALLS: dict[str, tuple[tuple[Any, Any, Any], type[Exception], str]] = {
     ),
     "order": ((PARAMS, PARAMS, STATE), TypeError, "state must be what init"),
     "integer params": ((PARAMS, STATE, INTEGER_B), TypeError, r"params\['b'\]: has dtype int32"),
+    "Python number": ((PARAMS, STATE, {**PARAMS, "b": 1.0}), TypeError, r"\['b'\]: must be an a"),
     "missing gradient": (({"w": PARAMS["w"]}, STATE, PARAMS), ValueError, r"grads: lacks \['b'\]"),
     "other shape": (
         ({**PARAMS, "b": jnp.ones(2)}, STATE, PARAMS),
