@@ -66,7 +66,8 @@ def adamw_init(params: Any, config: AdamW) -> AdamWState:
       The state before the first update.
 
     Raises:
-      TypeError: a leaf is no array, or not of a real floating dtype; names its path.
+      TypeError: ``config`` is no ``AdamW``; or a leaf is no array, or not of a real floating
+        dtype: names its path.
     """
     _check.is_config(config)
     treedef: Any

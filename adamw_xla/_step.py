@@ -1,4 +1,4 @@
-"""``adamw_step`` and its kin: check, make the step's scalars, update."""
+"""``adamw_step`` and its kin, which a training calls; ``_run`` does the work."""
 
 from __future__ import annotations
 
@@ -37,18 +37,28 @@ def adamw_step(
         that is None is frozen: its param and state stay as they are.
       state: from ``adamw_init(params, config)`` or the last step.
       config: the hyperparameters.
-      learning_rate: takes the place of the config's for this step.
+      learning_rate: takes the place of the config's for this step: a number or scalar array,
+        traced or not, or a schedule.
       weight_decay: likewise.
       implementation: "xla" (StableHLO on every platform; what ``jax.export`` writes),
-        "native" (this platform's own kernel, or an error that says why not), or None: the
-        faster of what can run.
+        "native" (this platform's own kernel, or an error that says why not), or None: what
+        ``ADAMW_XLA_IMPLEMENTATION`` says, else on CPUs the kernel where it was built and XLA
+        does not partition the program, and StableHLO elsewhere. The kernel is the faster for
+        large leaves; of a thousand leaves of a thousand elements each "xla" is.
 
     Returns:
       New params and new state, of the structures, shapes and dtypes of the old.
 
     Raises:
-      TypeError: a leaf's dtype or kind does not fit; the message names its path.
-      ValueError: a tree or shape does not fit, or the state is another config's.
+      TypeError: a leaf's dtype or kind does not fit; the message names its path. Or a rate, or
+        what its schedule returns, is no real number.
+      ValueError: a tree or shape does not fit, or the state is another config's; a rate is no
+        scalar, or negative; ``implementation``, or when the program is lowered
+        ``ADAMW_XLA_IMPLEMENTATION``, is neither "xla" nor "native".
+      adamw_xla.lowering.NativeUnavailableError: when the program is lowered, "native" was asked
+        for and there is no kernel; says why.
+      adamw_xla.lowering.UpdateNotDifferentiableError: a derivative through the step was asked
+        for; ``adamw_xla.reference.adamw_step`` has it.
 
     Example:
       >>> import adamw_xla as ax, functools, jax, jax.numpy as jnp
@@ -91,7 +101,8 @@ def adamw_finalize(params: Any, state: AdamWState, config: AdamW) -> Any:
       ``state.ema`` in the dtypes of ``params``; without ``use_ema`` params as they are.
 
     Raises:
-      TypeError, ValueError: as ``adamw_step``.
+      TypeError: ``config``, ``state`` or a leaf of ``params`` is of the wrong kind or dtype.
+      ValueError: the state does not fit the params, or is another config's.
     """
     _check.is_config(config)
     leaves, treedef = jax.tree.flatten(params)
@@ -107,6 +118,16 @@ def scale_loss(loss: jax.Array, config: AdamW) -> jax.Array:
 
     Differentiate the scaled loss; ``adamw_step`` divides its gradients again. It keeps
     small float16 gradients from becoming zero.
+
+    Args:
+      loss: an array of any shape, of a real floating dtype.
+      config: the hyperparameters.
+
+    Returns:
+      The scaled loss, of the shape and dtype of ``loss``.
+
+    Raises:
+      TypeError: ``config`` is no ``AdamW``.
     """
     _check.is_config(config)
     factor = config.loss_scale_factor

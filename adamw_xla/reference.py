@@ -31,8 +31,9 @@ def adamw_step(
 ) -> tuple[Any, AdamWState]:
     """Makes one step of AdamW, differentiable with respect to everything but the counts.
 
-    Arguments, results and errors are those of ``adamw_xla.adamw_step``. The derivative of
-    the square root at ``v == 0`` is taken as 0: there the true one is infinite.
+    Arguments and results are those of ``adamw_xla.adamw_step``, but for ``implementation``, and
+    so are the TypeErrors and ValueErrors. The derivative of the square root at ``v == 0`` is
+    taken as 0: there the true one is infinite.
 
     Example:
       >>> import adamw_xla as ax, jax, jax.numpy as jnp
