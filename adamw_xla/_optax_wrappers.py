@@ -67,7 +67,7 @@ def exchanged(
             if i in pairs:
                 children[k] = _taken(theirs[pairs[i]], wrapper, k, count)
             elif _has_schedule(wrapper.node) and wrapper.keys[k] == ".count":
-                children[k] = jnp.array(count)
+                children[k] = _count(child, count)
             else:
                 children[k] = _counted(child, count)
         new = wrapper.treedef.unflatten(children)
@@ -166,10 +166,16 @@ def _counted(tree: Any, count: jax.Array, target: Any = None, filled: Any = None
         if not _has_schedule(node):
             return node
         fields = {k: _counted(x, count) for k, x in node._asdict().items()}
-        # A copy: a state that has one array twice cannot be donated.
-        return type(node)(**{**fields, "count": jnp.array(count)})
+        return type(node)(**{**fields, "count": _count(node.count, count)})
 
     return jax.tree.map(change, tree, is_leaf=lambda x: x is target or _has_schedule(x))
+
+
+def _count(place: Any, count: Any) -> Any:
+    """The count, in the box that Flax keeps arrays in, if there is one around ``place``."""
+    (value,) = jax.tree.leaves(count)
+    # A copy: a state that has one array twice cannot be donated.
+    return jax.tree.map(lambda _: jnp.array(value), place)
 
 
 def _kept(child: tuple[int, Any]) -> list[Any]:

@@ -201,3 +201,34 @@ def test_traced_states_move() -> None:
     assert jax.tree.structure(moved) == jax.tree.structure(eager)
     for x, y in zip(jax.tree.leaves(moved), jax.tree.leaves(eager), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("way", ["to_ours", "to_optax"])
+@pytest.mark.parametrize("name", ["trace_in_front", "injected", "multi_steps"])
+def test_the_state_of_an_optimizer_of_flax(name: str, way: str) -> None:
+    """Flax keeps each array, also a count, in a box of its own."""
+    nnx = pytest.importorskip("flax.nnx")
+
+    def loss(model: Any) -> Any:
+        return jnp.sum(model(jnp.ones((1, 3))) ** 2)
+
+    def step(model: Any, optimizer: Any) -> None:
+        optimizer.update(model, nnx.grad(loss)(model))
+
+    def make(adamw: Any) -> tuple[Any, Any]:
+        model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+        return model, nnx.Optimizer(model, WRAPPERS[name](adamw), wrt=nnx.Param)
+
+    first, second = WAYS[way]
+    (model, one), (_, other) = make(first), make(second)
+    for _ in range(4):
+        step(model, one)
+    moved = MOVE[second](one.opt_state, other.opt_state)
+    assert jax.tree.structure(moved) == jax.tree.structure(other.opt_state)
+    other.opt_state = moved
+    twin = nnx.clone(model)
+    for _ in range(2):
+        step(model, one)
+        step(twin, other)
+    for a, b in zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, twin)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
