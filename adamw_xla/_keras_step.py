@@ -77,7 +77,7 @@ class Step:
         values["sums"] = [a + g for a, g in zip(old, scaled, strict=True)]
         last = (self._optimizer._iterations.value + 1) % steps == 0
         everywhere = self._config.use_ema and self._optimizer.ema_at_every_call
-        values = _do_if(last, self._with_sums_alone if everywhere else self._with_sums, values)
+        values = do_if(last, self._with_sums_alone if everywhere else self._with_sums, values)
         if everywhere:
             values |= self._averaged(values, "params", "ema")
             values |= self._averaged(values, "idle", "idle_ema")
@@ -155,10 +155,3 @@ def _pairs(columns: dict[str, Variables], values: Columns) -> Iterable[tuple[Any
 
 def _value(x: Any) -> Any:
     return getattr(x, "value", x)
-
-
-def _do_if(condition: jax.Array, body: Any, x: Any) -> Any:
-    """``do_if``; eagerly just the body, which would be compiled anew at each call."""
-    if isinstance(condition, jax.core.Tracer):
-        return do_if(condition, body, x)
-    return body(x) if condition else x

@@ -14,7 +14,6 @@ from .contract import dtype_names as dtype_names
 from .errors import NativeUnavailableError as NativeUnavailableError
 from .native import native_available as native_available
 from .norms import adamw_sum_of_squares as adamw_sum_of_squares
-from .norms import adamw_sum_of_squares_p as adamw_sum_of_squares_p
 from .primitive import UpdateResult as UpdateResult
 from .primitive import adamw_update as adamw_update
 from .primitive import adamw_update_p as adamw_update_p
