@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import os
 from typing import Any
 
+from bounded import Bounded, assert_within
 import ml_dtypes
 import numpy as np
 import pytest
@@ -17,8 +18,25 @@ DTYPES = {
     "float64": np.dtype(np.float64),
 }
 
-# Half a unit in the last place of a rounded result, and the rounding of the arithmetic.
-TOLERANCE = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 4e-6, "float64": 1e-12}
+OPTIONS: list[dict[str, bool]] = [
+    {},
+    {"amsgrad": True},
+    {"ema": True},
+    {"ema": True, "ema_overwrite": True},
+    {"clip_value": True},
+    {"skip": True},
+    {"epsilon_root": True},
+    {"nesterov": True},
+    {
+        "amsgrad": True,
+        "ema": True,
+        "ema_overwrite": True,
+        "clip_value": True,
+        "skip": True,
+        "epsilon_root": True,
+        "nesterov": True,
+    },
+]
 
 
 def require_native() -> None:
@@ -85,6 +103,16 @@ def leaves(
     return tree
 
 
+def split(options: dict[str, bool]) -> tuple[dict[str, bool], dict[str, bool]]:
+    """Options that are operands, and options that are arguments."""
+    operands = {key: on for key, on in options.items() if key in ("amsgrad", "ema")}
+    return operands, {key: on for key, on in options.items() if key not in operands}
+
+
+def compute_dtype(params: Any) -> Any:
+    return np.dtype(np.float64 if params.dtype == np.float64 else np.float32)
+
+
 def expected(
     row: Any,
     leaf: dict[str, Any],
@@ -95,38 +123,52 @@ def expected(
     skip: bool = False,
     epsilon_root: bool = False,
     nesterov: bool = False,
-) -> dict[str, Any]:
-    """The new leaf, in float64."""
-    s = {slot: float(row[slot]) for slot in Slot}
-    x = {kind: np.asarray(value).astype(np.float64) for kind, value in leaf.items()}
-    if skip and s[Slot.APPLY] == 0:
+) -> dict[str, Bounded]:
+    """The new leaf, in float64, and how far rounding may move it.
+
+    A leaf that was expected from an earlier step brings the errors of that step along.
+    """
+    params = leaf["params"]
+    dtype = params.arithmetic if isinstance(params, Bounded) else compute_dtype(params)
+    s = {slot: Bounded.operand(row[slot], dtype) for slot in Slot}
+    x = {kind: Bounded.operand(value, dtype) for kind, value in leaf.items()}
+    if skip and s[Slot.APPLY].value == 0:
         return {kind: value for kind, value in x.items() if kind != "grads"}
     with np.errstate(all="ignore"):
-        g = s[Slot.GRAD_SCALE] * leaf_scale * x["grads"]
+        g = s[Slot.GRAD_SCALE] * x["grads"]
+        if leaf_scale != 1:
+            g = g * Bounded.operand(leaf_scale, dtype)
         if clip_value:
-            g = np.clip(g, -s[Slot.CLIP_VALUE], s[Slot.CLIP_VALUE])
+            g = g.clip(s[Slot.CLIP_VALUE])
         m = s[Slot.BETA_1] * x["m"] + s[Slot.ONE_MINUS_BETA_1] * g
-        v = s[Slot.BETA_2] * x["v"] + s[Slot.ONE_MINUS_BETA_2] * g**2
-        w = np.maximum(x["v_max"], v) if "v_max" in x else v
+        v = s[Slot.BETA_2] * x["v"] + s[Slot.ONE_MINUS_BETA_2] * (g * g)
+        w = x["v_max"].maximum(v) if "v_max" in x else v
         square = w + s[Slot.EPSILON_ROOT] if epsilon_root else w
-        along = s[Slot.STEP_SIZE] * m + (s[Slot.GRAD_STEP_SIZE] * g if nesterov else 0.0)
-        step = along / (np.sqrt(square) * s[Slot.V_CORRECTION] + s[Slot.EPSILON])
-        p = x["params"] - s[Slot.DECAY_RATE] * x["params"] - step
+        along = s[Slot.STEP_SIZE] * m
+        if nesterov:
+            along = along + s[Slot.GRAD_STEP_SIZE] * g
+        step = along / (square.sqrt() * s[Slot.V_CORRECTION] + s[Slot.EPSILON])
+        p = x["params"] - (s[Slot.DECAY_RATE] * x["params"] + step)
         new = {"params": p, "m": m, "v": v}
         if "v_max" in x:
             new["v_max"] = w
         if "ema" in x:
             e = s[Slot.EMA_MOMENTUM] * x["ema"] + s[Slot.ONE_MINUS_EMA_MOMENTUM] * p
             new["ema"] = e
-            if ema_overwrite and s[Slot.EMA_OVERWRITE] != 0:
+            if ema_overwrite and s[Slot.EMA_OVERWRITE].value != 0:
                 new["params"] = e
     return new
 
 
-def assert_close(got: Any, want: Any, name: str, param: str = "float32") -> None:
-    """Equal to what the dtypes of result and arithmetic can hold; NaN, infinity in place."""
-    arithmetic = "float64" if param == "float64" else "float32"
-    tolerance = max(TOLERANCE[got.dtype.name], TOLERANCE[arithmetic])
-    np.testing.assert_allclose(
-        np.asarray(got).astype(np.float64), want, rtol=tolerance, atol=tolerance, err_msg=name
-    )
+def check(got: Any, h: Any, tree: dict[str, Any], groups: Any = None, **flags: bool) -> None:
+    """Every leaf of a result is what the formulas say, and like what it replaces."""
+    scales = tree.get("leaf_scale")
+    for i in range(len(tree["params"])):
+        leaf = {kind: column[i] for kind, column in tree.items() if kind != "leaf_scale"}
+        scale = 1.0 if scales is None else float(scales[i])
+        want = expected(h[groups[i] if groups else 0], leaf, leaf_scale=scale, **flags)
+        for kind, value in want.items():
+            result = getattr(got, kind)[i]
+            assert result.shape == leaf[kind].shape
+            assert result.dtype == leaf[kind].dtype
+            assert_within(result, value, f"{kind}[{i}]")

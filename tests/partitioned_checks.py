@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import re
 from typing import Any
 
-from cpu_oracle import assert_close, expected, hyper, leaves
+from cpu_oracle import check, hyper, leaves
 from eight_devices import main
 import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
@@ -49,19 +49,6 @@ def calls(step: Any, *args: Any) -> tuple[str, str]:
     assert partitioned.TARGET_NAME not in text
     (line,) = [line for line in text.splitlines() if CALL in line]
     return text, line
-
-
-def check(
-    got: Any, h: Any, tree: dict[str, list[Any]], groups: Sequence[int] = (), scales: Any = None
-) -> None:
-    """Equal to the oracle, leaf by leaf."""
-    for i in range(len(tree["params"])):
-        leaf = {kind: column[i] for kind, column in tree.items()}
-        scale = 1.0 if scales is None else float(scales[i])
-        want = expected(h[groups[i] if groups else 0], leaf, leaf_scale=scale)
-        for kind, value in want.items():
-            result = getattr(got, kind)[i]
-            assert_close(result, value, f"{kind}[{i}]", leaf["params"].dtype.name)
 
 
 # ------------------------------------------------------------------------------ checks
@@ -124,7 +111,7 @@ def float64_groups_and_scales() -> None:
         program = jax.jit(step).lower(h, placed, factors)
     compiled = program.compile()
     with jax.enable_x64(True):
-        check(compiled(h, placed, factors), rows, tree, [1, 0], scales)
+        check(compiled(h, placed, factors), rows, tree | {"leaf_scale": scales}, [1, 0])
 
 
 def state_that_is_cut_smaller_than_its_param() -> None:

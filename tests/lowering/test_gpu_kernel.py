@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 import functools
+import math
 import re
 from typing import Any
 
-from cpu_oracle import DTYPES, assert_close, expected, hyper, leaves
+from bounded import assert_within
+from cpu_oracle import DTYPES, OPTIONS, check, expected, hyper, leaves, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jax
@@ -18,6 +20,7 @@ from triton_interpreter import Interpreted, buffer, run
 
 from adamw_xla_lowering import (
     NativeUnavailableError,
+    UpdateResult,
     adamw_update,
     gpu_call,
     gpu_kernel,
@@ -26,8 +29,7 @@ from adamw_xla_lowering import (
 from adamw_xla_lowering.gpu_pieces import Kind, Launch, Leaf, cut
 from adamw_xla_lowering.triton_builder import norm_kernel
 
-FLAGS = ("ema_overwrite", "clip_value", "skip")
-KINDS = ("params", "m", "v", "v_max", "ema")
+FLAGS = ("ema_overwrite", "clip_value", "skip", "epsilon_root", "nesterov")
 
 
 @pytest.fixture
@@ -37,34 +39,21 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Interpreted]:
     jax.clear_caches()
 
 
-def update(h: Any, tree: dict[str, Any], **flags: Any) -> dict[str, Any]:
+def update(h: Any, tree: dict[str, Any], **flags: Any) -> UpdateResult:
     step = functools.partial(adamw_update, implementation="native", **flags)
-    result = jax.jit(lambda h, tree: step(h, **tree))(h, tree)
-    return {kind: getattr(result, kind) for kind in KINDS if getattr(result, kind) is not None}
+    return jax.jit(lambda h, tree: step(h, **tree))(h, tree)
 
 
-def check(h: Any, tree: dict[str, Any], param: str, **flags: Any) -> None:
+def check_update(h: Any, tree: dict[str, Any], groups: Any = None, **flags: Any) -> None:
     """Compares every leaf with the formulas."""
-    n = len(tree["params"])
-    scale = tree.get("leaf_scale")
-    got = update(h, tree, **flags)
-    groups = flags.pop("groups", [0] * n)
-    for i in range(n):
-        leaf = {kind: column[i] for kind, column in tree.items() if kind != "leaf_scale"}
-        factor = 1.0 if scale is None else float(scale[i])
-        oracle = {k: flags[k] for k in ("clip_value", "ema_overwrite", "skip") if k in flags}
-        want = expected(h[groups[i]], leaf, leaf_scale=factor, **oracle)
-        for kind, column in got.items():
-            assert column[i].shape == leaf[kind].shape
-            assert column[i].dtype == leaf[kind].dtype
-            assert_close(column[i], want[kind], f"{kind}[{i}]", leaf["params"].dtype.name)
+    check(update(h, tree, groups=groups, **flags), h, tree, groups, **flags)
 
 
 SHAPES = [(6,), (2, 3), (), (0, 4), (1,), (64,), (65,), (128,), (5, 16), (15,), (200,)]
 
 
 def test_a_plain_tree_is_one_kernel(interpreted: Interpreted) -> None:
-    check(hyper(), leaves(SHAPES), "float32")
+    check_update(hyper(), leaves(SHAPES))
     assert len(interpreted.kernels) == 1
 
 
@@ -112,49 +101,34 @@ def test_any_tree_and_options_match_the_formulas(interpreted: Interpreted) -> No
         if "ema" not in tree:
             flags.pop("ema_overwrite", None)
         interpreted.kernels.clear()
-        check(hyper(3, APPLY=case["apply"]), tree, "float32", groups=case["groups"], **flags)
+        check_update(hyper(3, APPLY=case["apply"]), tree, groups=case["groups"], **flags)
         empty = all(0 in shape for shape in case["shapes"])
         assert len(interpreted.kernels) == (0 if empty else 1)
 
     one()
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {"nesterov": True},
-        {"epsilon_root": True},
-        {"clip_value": True, "skip": True},
-        {"ema": True, "amsgrad": True, "ema_overwrite": True},
-    ],
-    ids=lambda flags: "+".join(flags),
-)
-def test_agrees_with_stablehlo(flags: dict[str, bool], interpreted: Interpreted) -> None:
-    """Both are built from one description, but of other operations: a few ulps."""
-    operands = {key: on for key, on in flags.items() if key in ("amsgrad", "ema")}
-    flags = {key: on for key, on in flags.items() if key not in operands}
-    tree = leaves(SHAPES, **operands)
-    h = hyper(GRAD_STEP_SIZE=0.3, EPSILON_ROOT=0.01)
-    native = update(h, tree, **flags)
-    plain = jax.jit(lambda h, t: adamw_update(h, **t, implementation="xla", **flags))(h, tree)
-    for kind, column in native.items():
-        for x, y in zip(column, getattr(plain, kind), strict=True):
-            np.testing.assert_allclose(x, y, rtol=2e-6, atol=2e-7, err_msg=kind)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o) or "plain")
+def test_each_option_matches_the_formulas(
+    options: dict[str, bool], interpreted: Interpreted
+) -> None:
+    operands, flags = split(options)
+    check_update(hyper(), leaves(SHAPES, **operands), **flags)
 
 
 def test_what_is_skipped_keeps_its_bits(interpreted: Interpreted) -> None:
     tree = leaves(SHAPES, "bfloat16", ema=True)
     tree["grads"] = [np.full_like(x, np.nan) for x in tree["grads"]]
     got = update(hyper(APPLY=0.0), tree, skip=True)
-    for kind, column in got.items():
-        for x, y in zip(column, tree[kind], strict=True):
+    for kind in ("params", "m", "v", "ema"):
+        for x, y in zip(getattr(got, kind), tree[kind], strict=True):
             assert np.asarray(x).tobytes() == y.tobytes()
 
 
 def test_nan_and_infinity_stay_where_they_are(interpreted: Interpreted) -> None:
     tree = leaves([(70,)])
     tree["grads"][0][[3, 69]] = np.nan, np.inf
-    check(hyper(CLIP_VALUE=10.0), tree, "float32", clip_value=True)
+    check_update(hyper(CLIP_VALUE=10.0), tree, clip_value=True)
 
 
 def test_float64(interpreted: Interpreted) -> None:
@@ -162,7 +136,7 @@ def test_float64(interpreted: Interpreted) -> None:
         tree: dict[str, list[Any]] = leaves([(70,)], "float64", state="float64")
         for kind, column in leaves([(70,)], "bfloat16").items():
             tree[kind] += column
-        check(hyper(dtype=np.float64), tree, "float64")
+        check_update(hyper(dtype=np.float64), tree)
 
 
 BATCHES = {
@@ -192,7 +166,7 @@ def test_under_vmap(case: str, shape: tuple[int, ...], interpreted: Interpreted)
             leaf = {k: col[i][replica] if k in batched else col[i] for k, col in tree.items()}
             want = expected(row[1 - i], leaf)
             for kind, column in zip(("params", "m", "v"), columns, strict=True):
-                assert_close(column[i][replica], want[kind], f"{kind}[{i}]")
+                assert_within(column[i][replica], want[kind], f"{kind}[{i}]")
     assert len(interpreted.kernels) == 1
 
 
@@ -213,7 +187,7 @@ def test_under_two_vmaps_that_share_nothing(interpreted: Interpreted) -> None:
             leaf = {"params": tree["params"][0], "v": tree["v"][0]}
             want = expected(hyper()[0], leaf | {"m": tree["m"][0][b], "grads": grads[a]})
             for kind, column in zip(("params", "m", "v"), columns, strict=True):
-                assert_close(column[0][a, b], want[kind], kind)
+                assert_within(column[0][a, b], want[kind], kind)
 
 
 def test_too_many_leaves_are_split_into_few_kernels(
@@ -222,7 +196,7 @@ def test_too_many_leaves_are_split_into_few_kernels(
     tree = leaves([(3,)] * 9)
     tree["leaf_scale"] = np.linspace(0.5, 1.5, 9).astype(np.float32)
     monkeypatch.setattr(gpu_kernel, "MAX_POINTERS", 2 + 7 * 4)
-    check(hyper(2), tree, "float32", groups=[i % 2 for i in range(9)])
+    check_update(hyper(2), tree, groups=[i % 2 for i in range(9)])
     assert len(interpreted.kernels) == 3
 
 
@@ -246,8 +220,12 @@ def test_partial_sums(span: int, scale: Any) -> None:
     sums = buffer(np.full(kernel.programs, np.nan, scale.dtype))
     run(kernel, [buffer(scale), *map(buffer, arrays), sums])
     assert (sums.writes == 1).all()
-    want = sum(((0.5 * x.astype(np.float64)) ** 2).sum() for x in arrays)
-    np.testing.assert_allclose(sums.data.sum(dtype=np.float64), want, rtol=1e-6)
+    found = math.fsum(sums.data)
+    want = math.fsum(y for x in arrays for y in (0.5 * x.astype(np.float64)) ** 2)
+    # No term is negative, so the sum is off by no more roundings than one of them meets: in
+    # the dtype (which the square doubles), its square, the walk, the halving, and in `want`.
+    roundings = 2 + 1 + (span - 1) + math.log2(64) + 1
+    assert abs(found - want) <= roundings * np.finfo(scale.dtype).eps / 2 * want
 
 
 def native(h: Any, tree: dict[str, Any]) -> Any:
@@ -324,4 +302,4 @@ def test_under_three_vmaps_of_which_an_operand_has_two(interpreted: Interpreted)
         leaf = {kind: tree[kind][0] for kind in ("params", "v")}
         want = expected(hyper()[0], leaf | {"m": m[a, c], "grads": grads[b]})
         for kind, column in zip(("params", "m", "v"), columns, strict=True):
-            assert_close(column[0][a, b, c], want[kind], kind)
+            assert_within(column[0][a, b, c], want[kind], kind)
