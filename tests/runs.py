@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from comparing import close, same
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import adamw_xla as ax
+
+__all__ = ["close", "run", "same", "tree"]
 
 
 def tree(seed: int = 0) -> dict[str, Any]:
@@ -26,14 +29,3 @@ def run(config: ax.AdamW, calls: int = 1, params: Any = None, **overrides: Any) 
     for k in range(calls):
         params, state = step(params, tree(k + 1), state)
     return params, state
-
-
-def same(a: Any, b: Any) -> None:
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
-
-
-def close(a: Any, b: Any) -> None:
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-6, atol=1e-7)

@@ -10,6 +10,7 @@ import functools
 import re
 from typing import Any
 
+from comparing import close
 from eight_devices import main
 import jax
 import jax.numpy as jnp
@@ -47,11 +48,6 @@ def varying_axes(x: Any) -> frozenset[str]:
 def expected(params: Any, grads: Any, config: ax.AdamW = CONFIG) -> Any:
     state = ax.adamw_init(params, config)
     return ax.adamw_step(params, grads, state, config)
-
-
-def close(a: Any, b: Any) -> None:
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-6, atol=3e-8)
 
 
 def fields(state: ax.AdamWState) -> list[Any]:

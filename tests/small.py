@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from comparing import close
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import adamw_xla as ax
 from adamw_xla.lowering import adamw_update_p
+
+__all__ = ["CONFIG", "SHAPES", "close", "equations", "problem", "step", "tree"]
 
 CONFIG = ax.AdamW(learning_rate=0.01, amsgrad=True, use_ema=True)
 SHAPES = {"a": (4, 3), "b": (3,), "c": ()}
@@ -29,12 +32,6 @@ def problem(config: ax.AdamW = CONFIG) -> tuple[Any, Any, ax.AdamWState]:
 
 def step(params: Any, grads: Any, state: Any) -> Any:
     return ax.adamw_step(params, grads, state, CONFIG)
-
-
-def close(a: Any, b: Any) -> None:
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=5e-7, atol=3e-8)
 
 
 def equations(jaxpr: Any) -> list[Any]:
