@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from comparing import close, same
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import adamw_xla as ax
-
-__all__ = ["close", "run", "same", "tree"]
 
 
 def tree(seed: int = 0) -> dict[str, Any]:

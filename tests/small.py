@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from comparing import close
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import adamw_xla as ax
 from adamw_xla.lowering import adamw_update_p
-
-__all__ = ["CONFIG", "SHAPES", "close", "equations", "problem", "step", "tree"]
 
 CONFIG = ax.AdamW(learning_rate=0.01, amsgrad=True, use_ema=True)
 SHAPES = {"a": (4, 3), "b": (3,), "c": ()}

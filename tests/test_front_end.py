@@ -12,12 +12,13 @@ import importlib
 import inspect
 from typing import Any
 
+from comparing import close, same
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
-from runs import close, run, same, tree
+from runs import run, tree
 
 import adamw_xla as ax
 

@@ -6,13 +6,14 @@ import dataclasses
 import functools
 from typing import Any
 
+from comparing import close, same
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
 import optax
 import pytest
-from runs import close, run, same, tree
+from runs import run, tree
 
 import adamw_xla as ax
 from adamw_xla import _clipping

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from comparing import close
 import jax
 from jax import export
 from jax.interpreters import ad
@@ -13,7 +14,7 @@ from jax.interpreters import partial_eval as pe
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import CONFIG, SHAPES, close, equations, problem, step, tree
+from small import CONFIG, SHAPES, equations, problem, step, tree
 
 import adamw_xla as ax
 from adamw_xla.lowering import UpdateNotDifferentiableError, adamw_update_p

@@ -6,10 +6,11 @@ import functools
 import itertools
 from typing import Any
 
+from comparing import close
 import jax
 import jax.numpy as jnp
 import pytest
-from small import CONFIG, close, equations, problem, step, tree
+from small import CONFIG, equations, problem, step, tree
 
 import adamw_xla as ax
 
