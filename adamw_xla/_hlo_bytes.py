@@ -9,23 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from adamw_xla._hlo_opcodes import ASYNC_RESULT, IN_PLACE, SLICE_STARTS, SLICES
 from adamw_xla._hlo_shapes import Array, Shape, Tuple, arrays
 from adamw_xla._hlo_text import Computation, Instruction, Module
-
-_SLICES = frozenset({"dynamic-slice", "gather", "slice"})
-_SLICE_STARTS = frozenset({"dynamic-slice-start", "slice-start"})
-_IN_PLACE = {"dynamic-update-slice": 1, "scatter": -1}
-"""Opcodes that write into their first operand, and which operand holds what they write."""
-
-_ASYNC_RESULT = {
-    "all-gather-start": 1,
-    "async-start": 1,
-    "collective-permute-start": 1,
-    "copy-start": 0,
-    "dynamic-slice-start": 1,
-    "slice-start": 1,
-}
-"""Which part of an asynchronous instruction's result is the result."""
 
 
 def reads(module: Module, computation: Computation, instruction: Instruction) -> dict[str, int]:
@@ -42,10 +28,10 @@ def reads(module: Module, computation: Computation, instruction: Instruction) ->
     first = next(iter(whole), None)
     if first is None:
         return {}
-    if instruction.opcode in _SLICES or instruction.opcode in _SLICE_STARTS:
+    if instruction.opcode in SLICES | SLICE_STARTS:
         sliced = sum(x.bytes for x in arrays(result_shape(instruction)))
         return {**whole, first: min(whole[first], sliced)}
-    if instruction.opcode in _IN_PLACE:
+    if instruction.opcode in IN_PLACE:
         return {**whole, first: 0}
     return whole
 
@@ -60,7 +46,7 @@ def writes(module: Module, instruction: Instruction) -> list[int]:
 
 def result_shape(instruction: Instruction) -> Shape:
     """The shape of what is computed, without what an asynchronous start carries along."""
-    part = _ASYNC_RESULT.get(instruction.opcode)
+    part = ASYNC_RESULT.get(instruction.opcode)
     if part is None or not isinstance(instruction.shape, Tuple):
         return instruction.shape
     return instruction.shape.parts[part]
@@ -76,9 +62,9 @@ def _fused_read(fused: Computation, number: int, whole: int) -> int:
     read = 0
     for user, operand in _uses(fused, fused.parameters[number]):
         first = user.operands[0] == operand
-        if user.opcode in _SLICES and first:
+        if user.opcode in SLICES and first:
             read += sum(x.bytes for x in arrays(user.shape))
-        elif not (user.opcode in _IN_PLACE and first and user.operands.count(operand) == 1):
+        elif not (user.opcode in IN_PLACE and first and user.operands.count(operand) == 1):
             return whole
     return read
 
@@ -107,7 +93,7 @@ def _fused_writes(results: Sequence[Array], fused: Computation) -> list[int]:
 def _written(fused: Computation, result: Instruction) -> int:
     while result.opcode == "bitcast":
         result = fused.by_name[result.operands[0]]
-    which = _IN_PLACE.get(result.opcode)
+    which = IN_PLACE.get(result.opcode)
     if which is not None:
         result = fused.by_name[result.operands[which]]
     return sum(x.bytes for x in arrays(result.shape))

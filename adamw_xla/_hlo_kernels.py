@@ -27,6 +27,7 @@ import re
 from typing import Literal
 
 from adamw_xla._hlo_bytes import reads, writes
+from adamw_xla._hlo_opcodes import FREE, MOVE_STARTS, MOVES, VIEWS
 from adamw_xla._hlo_shapes import arrays
 from adamw_xla._hlo_text import Computation, Instruction, Module
 from adamw_xla_lowering import NORM_NAME, UPDATE_NAME
@@ -108,36 +109,18 @@ def kernels_of(module: Module, platform: Platform) -> list[Kernel]:
 def kind_of(instruction: Instruction, platform: Platform) -> str | None:
     """What kind of launch an instruction is; None if it is none."""
     opcode = instruction.opcode
-    if opcode in _FREE or opcode.endswith(("-done", "-update")) or _is_walked(instruction):
+    if opcode in FREE or opcode.endswith(("-done", "-update")) or _is_walked(instruction):
         return None
     if platform != "tpu":
         return opcode.removesuffix("-start")
     if opcode == "custom-call" and _TPU_VIEW.search(instruction.tail):
         return None
-    if opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
+    if opcode in MOVE_STARTS:
         return "async-copy"
     if all(not x.dims for x in arrays(instruction.shape)) and opcode != "fusion":
         return "scalar" if opcode not in ("reduce", "custom-call") else opcode
     return opcode.removesuffix("-start")
 
-
-_FREE = frozenset(
-    {
-        "add-dependency",
-        "after-all",
-        "bitcast",
-        "constant",
-        "domain",
-        "get-dimension-size",
-        "get-tuple-element",
-        "optimization-barrier",
-        "opt-barrier",
-        "parameter",
-        "partition-id",
-        "replica-id",
-        "tuple",
-    }
-)
 
 _TPU_VIEW = re.compile(r'custom_call_target="(ConcatBitcast|AllocateBuffer)"')
 
@@ -167,9 +150,6 @@ def _scheduled(
 
 # ------------------------------------------------------------------------------ whose work
 
-_MOVERS = frozenset({"copy", "copy-start", "copy-done", "slice-start", "slice-done", "custom-call"})
-_VIEWS = frozenset({"bitcast", "get-tuple-element", "copy-done", "slice-done"})
-
 
 def _parts(module: Module, computation: Computation) -> dict[str, str]:
     """For each instruction whose work it does: by its metadata, or by whom it serves.
@@ -193,7 +173,7 @@ def _parts(module: Module, computation: Computation) -> dict[str, str]:
 def _moves(instruction: Instruction) -> bool:
     if instruction.opcode == "custom-call":
         return _TPU_VIEW.search(instruction.tail) is not None
-    return instruction.opcode in _MOVERS or instruction.opcode in _VIEWS
+    return instruction.opcode in MOVES | VIEWS | {"get-tuple-element"}
 
 
 def _named_part(module: Module, instruction: Instruction) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from adamw_xla._hlo_kernels import Kernel
+from adamw_xla._hlo_opcodes import MOVES, VIEWS
 from adamw_xla._hlo_shapes import Array, Tuple, arrays
 from adamw_xla._hlo_text import Computation, Instruction, Module
 
@@ -179,7 +180,7 @@ def _readers(module: Module, kernels: Iterable[Kernel]) -> dict[int, list[str]]:
     for kernel in kernels:
         computation = module.computations[kernel.computation]
         instruction = computation.by_name[kernel.name]
-        if kernel.kind in ("async-copy", "copy"):
+        if instruction.opcode in MOVES:
             continue
         largest = max((x.elements for x in arrays(instruction.shape)), default=0)
         for operand in dict.fromkeys(instruction.operands):
@@ -214,20 +215,6 @@ def _param(prefix: str, suffix: str, moment: Input, read: Sequence[Input]) -> In
 
 # --------------------------------------------------------------------------- where data is from
 
-_THROUGH = frozenset(
-    {
-        "add-dependency",
-        "bitcast",
-        "copy",
-        "copy-done",
-        "copy-start",
-        "optimization-barrier",
-        "opt-barrier",
-        "slice-done",
-        "slice-start",
-    }
-)
-
 
 def entry_parameter(module: Module, computation: Computation, name: str) -> int | None:
     """The entry parameter that a value is, or is a copy, a piece or a prefetch of."""
@@ -260,7 +247,7 @@ def _hands_on(module: Module, instruction: Instruction, path: tuple[int, ...]) -
         return '"ConcatBitcast"' in instruction.tail
     if instruction.opcode == "while":
         return bool(path) and _is_invariant(module, instruction, path[0])
-    return instruction.opcode in _THROUGH
+    return instruction.opcode in VIEWS | MOVES
 
 
 def _is_invariant(module: Module, loop: Instruction, index: int) -> bool:

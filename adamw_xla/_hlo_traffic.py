@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 
 from adamw_xla._hlo_bytes import reads, writes
 from adamw_xla._hlo_kernels import Kernel
+from adamw_xla._hlo_opcodes import VIEWS
 from adamw_xla._hlo_shapes import arrays
 from adamw_xla._hlo_text import Computation, Module
 
 Value = tuple[str, int | None]
 """The name of an instruction, and which element of its tuple; None: the whole result."""
-
-_VIEWS = frozenset({"add-dependency", "bitcast", "optimization-barrier", "opt-barrier"})
 
 
 def least(module: Module, kernels: Sequence[Kernel]) -> int:
@@ -46,7 +45,7 @@ def _written(module: Module, computation: Computation, own: set[str]) -> int:
     """Bytes of results that are used outside."""
     used = set(_expanded(computation, computation.root.name))
     for instruction in computation.instructions:
-        view = instruction.opcode in (*_VIEWS, "tuple", "get-tuple-element")
+        view = instruction.opcode in (*VIEWS, "tuple", "get-tuple-element")
         if instruction.name in own or view or instruction.opcode.endswith("-done"):
             continue
         for operand in instruction.operands:
@@ -63,7 +62,7 @@ def _source(computation: Computation, name: str) -> Value:
     """Where a value was made; tuples, barriers and the like only hand it on."""
     while (instruction := computation.by_name.get(name)) is not None:
         opcode = instruction.opcode
-        if opcode in _VIEWS or opcode.endswith("-done"):
+        if opcode in VIEWS or opcode.endswith("-done"):
             name = instruction.operands[0]
         elif opcode == "get-tuple-element":
             source = _source(computation, instruction.operands[0])[0]

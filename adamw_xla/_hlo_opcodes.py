@@ -1,0 +1,48 @@
+"""HLO's opcodes by what they do: one table for all that read a program."""
+
+from __future__ import annotations
+
+FREE = frozenset(
+    {
+        "add-dependency",
+        "after-all",
+        "bitcast",
+        "constant",
+        "domain",
+        "get-dimension-size",
+        "get-tuple-element",
+        "optimization-barrier",
+        "opt-barrier",
+        "parameter",
+        "partition-id",
+        "replica-id",
+        "tuple",
+    }
+)
+"""What launches nothing."""
+
+VIEWS = frozenset({"add-dependency", "bitcast", "optimization-barrier", "opt-barrier"})
+"""What hands on its first operand without touching it."""
+
+MOVE_STARTS = frozenset({"copy-start", "dynamic-slice-start", "slice-start"})
+"""What has its first operand, or a piece of it, moved in the background."""
+
+MOVES = MOVE_STARTS | {"copy", "copy-done", "dynamic-slice-done", "slice-done"}
+"""What moves data, or hands on what was moved; nothing is computed."""
+
+SLICES = frozenset({"dynamic-slice", "gather", "slice"})
+SLICE_STARTS = frozenset({"dynamic-slice-start", "slice-start"})
+"""What reads no more of its first operand than it returns."""
+
+IN_PLACE = {"dynamic-update-slice": 1, "scatter": -1}
+"""What writes into its first operand, and which operand holds what it writes."""
+
+ASYNC_RESULT = {
+    "all-gather-start": 1,
+    "async-start": 1,
+    "collective-permute-start": 1,
+    "copy-start": 0,
+    "dynamic-slice-start": 1,
+    "slice-start": 1,
+}
+"""Which part of what an asynchronous instruction returns is its result."""
