@@ -98,6 +98,40 @@ def test_calls_are_what_stands_in_them():
     assert [k.name for k in report(module(parallel, extra=extra)).program.kernels] == ["y"]
 
 
+LOOP = """\
+        %condition (c: (s32[], f32[8])) -> pred[] {
+          %c = (s32[], f32[8]{0}) parameter(0)
+          %i = s32[] get-tuple-element(%c), index=0
+          %n = s32[] constant(3)
+          ROOT %less = pred[] compare(%i, %n), direction=LT
+        }
+
+        %body (b: (s32[], f32[8])) -> (s32[], f32[8]) {
+          %b = (s32[], f32[8]{0}) parameter(0)
+          %j = s32[] get-tuple-element(%b), index=0
+          %x = f32[8]{0} get-tuple-element(%b), index=1
+          %y = f32[8]{0} negate(%x)
+          ROOT %next = (s32[], f32[8]{0}) tuple(%j, %y)
+        }
+
+        """
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_conditions_run_where_the_length_of_a_loop_is_not_known(platform):
+    body = """\
+          %t = (s32[], f32[8]{0}) parameter(0)
+          ROOT %w = (s32[], f32[8]{0}) while(%t), condition=%condition, body=%body
+        """
+    unknown = report(module(body, extra=LOOP), platform=platform).program
+    assert [(k.name, k.times) for k in unknown.kernels] == [("less", None), ("y", None)]
+    known = body.replace("=%body\n", """=%body, backend_config={"known_trip_count":{"n":"3"}}\n""")
+    counted = report(module(known, extra=LOOP), platform=platform).program
+    assert counted.launches == 3
+    # A TPU's may run; it computes on scalars alone, which are no launches.
+    assert [k.name for k in counted.kernels] == (["less"] if platform == "tpu" else []) + ["y"]
+
+
 def test_copies_are_of_those_whom_they_serve():
     body = """\
           %x = f32[8]{0} parameter(0), metadata={op_name="x"}
