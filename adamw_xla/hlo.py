@@ -19,7 +19,7 @@ from typing import Any, cast, get_args
 from adamw_xla import _hlo_traffic
 from adamw_xla._hlo_kernels import NORM, UPDATE, Kernel, Platform, kernels_of, platform_of
 from adamw_xla._hlo_leaves import Input, Leaf, donated_inputs, inputs_of, leaves_of
-from adamw_xla._hlo_summary import summary
+from adamw_xla._hlo_summary import size, summary
 from adamw_xla._hlo_text import HloSyntaxError, parse
 
 
@@ -124,7 +124,11 @@ class Report:
 
     @property
     def undonated(self) -> tuple[Input, ...]:
-        """Arguments that the caller donated, and whose buffers are not reused all the same."""
+        """Arguments that the caller donated, and whose buffers are not reused all the same.
+
+        One that the program never uses is not among them: ``jax.jit`` leaves it out of the
+        program, unless it was called with ``keep_unused=True``.
+        """
         return tuple(x for x in self.inputs if x.donated and x.output is None)
 
     @property
@@ -177,7 +181,8 @@ def report(
     Args:
       compiled: ``jax.jit(f, ...).lower(...).compile()``, or optimized HLO as text: its
         ``as_text()``, or a file that XLA dumped, ``*after_optimizations.txt``.
-      platform: whose rules apply, of "cpu", "cuda", "rocm" and "tpu"; None: seen in the text.
+      platform: whose rules apply, of "cpu", "cuda", "rocm" and "tpu"; None: as the
+        text looks; AMD's GPUs look like NVIDIA's there, and their rules are the same.
       donated: for each parameter of the program, whether it was donated. None: as above.
 
     Returns:
@@ -239,4 +244,14 @@ def _memory(compiled: Any) -> tuple[int | None, int | None]:
     return temporary, int(memory.argument_size_in_bytes + results) + temporary
 
 
-__all__ = ["HloSyntaxError", "Input", "Kernel", "Leaf", "Part", "Platform", "Report", "report"]
+__all__ = [
+    "HloSyntaxError",
+    "Input",
+    "Kernel",
+    "Leaf",
+    "Part",
+    "Platform",
+    "Report",
+    "report",
+    "size",
+]
