@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import json
 from pathlib import Path
 import statistics
@@ -12,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import peer_steps
+from peer_steps import Init, Step
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -22,21 +23,13 @@ import adamw_xla as ax
 LAYERS, WIDTH, BATCH = 24, 512, 64
 OURS, PEER = "adamw_xla", "optax"
 
-Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 
-
-def optimizers() -> dict[str, tuple[Callable[[Any], Any], Step]]:
+def optimizers() -> dict[str, tuple[Init, Step]]:
     """Who takes part: how each begins, and its step."""
-    config, peer = ax.AdamW(), optax.adamw(1e-3)
-
-    def ours(params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
-        return ax.adamw_step(params, grads, state, config)
-
-    def theirs(params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
-        updates, state = peer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return {OURS: (lambda params: ax.adamw_init(params, config), ours), PEER: (peer.init, theirs)}
+    return {
+        OURS: peer_steps.of_config(ax.AdamW()),
+        PEER: peer_steps.of_optax(optax.adamw(1e-3)),
+    }
 
 
 def compile_seconds(leaves: int, repeats: int) -> dict[str, list[float]]:

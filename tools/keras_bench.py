@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from trace_bench import no_gc
+from timing import no_gc
 
 import adamw_xla as ax
 from adamw_xla.keras import AdamW

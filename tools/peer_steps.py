@@ -54,6 +54,11 @@ def ours(options: Options = Options(), implementation: Any = None) -> tuple[Init
         gradient_accumulation_steps=options.accumulate,
         **_clip_arguments(options),
     )
+    return of_config(config, implementation)
+
+
+def of_config(config: ax.AdamW, implementation: Any = None) -> tuple[Init, Step]:
+    """This package, with any config."""
 
     def init(params: Any) -> Any:
         return ax.adamw_init(params, config)
@@ -84,6 +89,12 @@ def optax_adamw(options: Options = Options()) -> tuple[Init, Step]:
         optimizer = optax.chain(clips[options.clip](BOUND), optimizer)
     if options.accumulate is not None:
         optimizer = optax.MultiSteps(optimizer, options.accumulate).gradient_transformation()
+    return of_optax(optimizer)
+
+
+def of_optax(optimizer: Any) -> tuple[Init, Step]:
+    """Any of optax' optimizers, and ``apply_updates``."""
+    import optax
 
     def step(params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
         updates, state = optimizer.update(grads, state, params)
@@ -124,6 +135,13 @@ def keras_adamw(options: Options = Options()) -> tuple[Init, Step]:
         return treedef.unflatten(new), state
 
     return init, step
+
+
+def barrier(params: Any, grads: Any, state: Any) -> tuple[Any, Any]:
+    """No step at all: what JAX takes for the same buffers. Donate, and it moves nothing."""
+    # A bare identity would be forwarded: its outputs never reach the program.
+    params, _, state = jax.lax.optimization_barrier((params, grads, state))
+    return params, state
 
 
 def _clip_arguments(options: Options) -> dict[str, float]:

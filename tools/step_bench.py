@@ -7,18 +7,14 @@ import dataclasses
 import gc
 from importlib.util import find_spec
 import json
-import math
-import os
 from pathlib import Path
-import platform
+import shutil
 import statistics
 import time
 from typing import Any, Literal, TypeAlias
 
 import gpu_peers
 import jax
-import ml_dtypes  # noqa: F401  (NumPy learns bfloat16)
-import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
@@ -26,6 +22,7 @@ from rich.table import Table
 import shapes
 import step_peers
 from step_peers import Build
+from timing import no_gc, processor
 
 import adamw_xla as ax
 
@@ -43,9 +40,8 @@ class Case:
 
     @property
     def least_bytes(self) -> int:
-        """What a step must read and write: param and moments twice, the gradient once."""
-        width = np.dtype(self.dtype).itemsize
-        return sum(map(math.prod, self.shapes)) * (3 * width + 4 * 4)
+        """What a step must read and write."""
+        return step_peers.bytes_moved(self.shapes, self.dtype)
 
     @property
     def label(self) -> str:
@@ -112,27 +108,20 @@ def measure(
         peer.run(2)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     task = progress.add_task(case.label, total=rounds)
-    gc.collect()
-    gc.disable()
-    try:
+    with no_gc():
         for i in range(rounds):
             for name in names[i % len(names) :] + names[: i % len(names)]:
                 start = time.perf_counter()
                 built[name].run(steps)
                 seconds[name].append((time.perf_counter() - start) / steps)
             progress.advance(task)
-    finally:
-        gc.enable()
     return Result(case, seconds)
 
 
 def machine() -> str:
     """What the figures were taken on."""
-    cores = len(os.sched_getaffinity(0))
     device = jax.devices()[0]
-    where = (
-        f"{platform.machine()}, {cores} cores" if device.platform == "cpu" else device.device_kind
-    )
+    where = processor() if device.platform == "cpu" else device.device_kind
     return f"{where}, jax {jax.__version__}"
 
 
@@ -178,7 +167,7 @@ def as_json(results: list[Result], ours: str) -> dict[str, Any]:
     """Every round's seconds, for who wants to look closer."""
     rows = []
     for result in results:
-        moved = step_peers.bytes_moved(result.case.shapes, result.case.dtype)
+        moved = result.case.least_bytes
         rows.append(
             {
                 "case": result.case.label,
@@ -214,6 +203,10 @@ def run(
     ]
     names = peers or [name for name in everyone if _able(name)]
     taking_part = {name: _pick(everyone, name, "peer") for name in names}
+    if unable := [name for name in names if not _able(name)]:
+        raise SystemExit(f"bench: {unable[0]} cannot run here; {_NEEDED[unable[0]]}")
+    if plot_path is not None and find_spec("matplotlib") is None:
+        raise SystemExit("bench: --plot needs matplotlib: pip install -e '.[demo]'")
     ours = "native" if "native" in taking_part else "xla"
     taking_part = {ours: everyone[ours]} | taking_part
     results = []
@@ -251,10 +244,19 @@ def _pick(known: Mapping[str, Any], name: str, what: str) -> Any:
 
 
 def _able(peer: str) -> bool:
-    """Whether this peer's library is here."""
-    if peer == "native" and jax.default_backend() == "cpu":
-        return ax.native_available()
+    """Whether all is here that this peer needs."""
+    if jax.default_backend() == "cpu" and peer in ("native", "bandwidth"):
+        return ax.native_available() if peer == "native" else shutil.which("cc") is not None
     return peer not in ("keras", "torch") or find_spec(peer) is not None
+
+
+_NEEDED = {
+    "native": "the CPU kernel was not built",
+    "bandwidth": "it is compiled by cc, which is not there",
+    "keras": "pip install -e '.[peers]'",
+    "torch": "pip install -e '.[peers]'",
+}
+"""What is missing where a peer is not able."""
 
 
 def plot(results: list[Result], ours: str, path: Path) -> None:

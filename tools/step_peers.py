@@ -64,8 +64,7 @@ class Jitted:
         self._grads = grads
         self._carry = (params, state)
         jitted = jax.jit(lambda carry, grads: fn(carry[0], grads, carry[1]), donate_argnums=0)
-        self.lowered = jitted.lower(self._carry, grads)
-        self._compiled = self.lowered.compile()
+        self._compiled = jitted.lower(self._carry, grads).compile()
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
@@ -108,14 +107,8 @@ def _options(clip: bool) -> peer_steps.Options:
 def identity(shapes: list[Any], dtype: str, grads: list[jax.Array], clip: bool) -> Peer:
     """JAX's own dispatch of the same buffers: the floor with many leaves."""
     del clip
-
-    def fn(params: Any, grads: Any, state: Any) -> Any:
-        # A bare identity would be forwarded past the executable.
-        params, _, state = jax.lax.optimization_barrier((params, grads, state))
-        return params, state
-
     params = make_params(shapes, dtype)
-    return Jitted(fn, params, grads, ax.adamw_init(params, ax.AdamW()))
+    return Jitted(peer_steps.barrier, params, grads, ax.adamw_init(params, ax.AdamW()))
 
 
 class TorchFused:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-import contextlib
+from collections.abc import Callable, Sequence
 import dataclasses
-import gc
 import json
-import os
 from pathlib import Path
-import platform
 import statistics
 import time
 from typing import Any
 
 import jax
 import optax
+import peer_steps
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 import shapes
+from timing import no_gc, processor
 
 import adamw_xla as ax
 
@@ -57,26 +55,13 @@ class Result:
 def programs(leaves: int) -> dict[str, Program]:
     """Who takes part, on the same tree; no memory is allocated."""
     params = shapes.structs(shapes.repeated(leaves))
-    config = ax.AdamW(learning_rate=1e-3, weight_decay=4e-3)
-    tx = optax.adamw(1e-3, weight_decay=4e-3)
-    state = jax.eval_shape(lambda p: ax.adamw_init(p, config), params)
-
-    def ours(params: Any, grads: Any, state: Any) -> Any:
-        return ax.adamw_step(params, grads, state, config)
-
-    def peer(params: Any, grads: Any, state: Any) -> Any:
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    def barrier(params: Any, grads: Any, state: Any) -> Any:
-        # A bare identity would be forwarded: its outputs never reach the program.
-        params, _, state = jax.lax.optimization_barrier((params, grads, state))
-        return params, state
-
+    init, ours = peer_steps.of_config(ax.AdamW(learning_rate=1e-3, weight_decay=4e-3))
+    peer_init, peer = peer_steps.of_optax(optax.adamw(1e-3, weight_decay=4e-3))
+    state = jax.eval_shape(init, params)
     return {
         OURS: Program(ours, (params, params, state)),
-        PEER: Program(peer, (params, params, jax.eval_shape(tx.init, params))),
-        FLOOR: Program(barrier, (params, params, state)),
+        PEER: Program(peer, (params, params, jax.eval_shape(peer_init, params))),
+        FLOOR: Program(peer_steps.barrier, (params, params, state)),
     }
 
 
@@ -109,17 +94,6 @@ def _trace_and_lower(program: Program) -> tuple[float, float]:
     return middle - start, end - middle
 
 
-@contextlib.contextmanager
-def no_gc() -> Iterator[None]:
-    """No pauses for garbage inside of what is timed."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 # ------------------------------------------------------------------------------- report
 
 
@@ -134,10 +108,7 @@ def run(leaves: Sequence[int], repeats: int, path: Path | None, console: Console
     for result in results:
         console.print(ratios(result), highlight=False)
     if path is not None:
-        try:
-            path.write_text(json.dumps(as_json(results), indent=2) + "\n")
-        except OSError as error:
-            raise SystemExit(f"bench: cannot write {path}: {error.strerror}") from None
+        path.write_text(json.dumps(as_json(results), indent=2) + "\n")
 
 
 def table(results: Sequence[Result], repeats: int) -> Table:
@@ -196,5 +167,4 @@ def as_json(results: Sequence[Result]) -> dict[str, Any]:
 
 def machine() -> str:
     """What the figures were taken on."""
-    cores = len(os.sched_getaffinity(0))
-    return f"{platform.machine()}, {cores} cores, jax {jax.__version__}, optax {optax.__version__}"
+    return f"{processor()}, jax {jax.__version__}, optax {optax.__version__}"
