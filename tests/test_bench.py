@@ -60,6 +60,8 @@ def test_the_sweep_reaches_the_lowering(monkeypatch: pytest.MonkeyPatch) -> None
         (["--device", "gpu"], "JAX finds no GPU"),
         (["--peer", "nobody"], "no peer 'nobody'; choose from native"),
         (["--case", "nothing"], "no case 'nothing'; choose from 16x4M"),
+        (["--json", "nowhere/x.json"], "cannot write nowhere/x.json: No such file or directory"),
+        (["--plot", "nowhere/x.png"], "cannot write nowhere/x.png: No such file or directory"),
     ],
 )
 def test_refusals(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,4 +70,20 @@ def test_refusals(arguments: list[str], message: str, monkeypatch: pytest.Monkey
         pytest.skip("there is one")
     done = CliRunner().invoke(bench.app, ["step", *arguments])
     assert done.exit_code == 1
+    assert message in str(done.output) + str(done.exception)
+
+
+@pytest.mark.parametrize("command", ["trace", "compile", "keras"])
+def test_files_are_refused_before_anything_is_timed(command: str) -> None:
+    done = CliRunner().invoke(bench.app, [command, "--json", "nowhere/x.json"])
+    assert done.exit_code == 1
+    assert "cannot write nowhere/x.json: No such file" in str(done.output) + str(done.exception)
+
+
+@pytest.mark.parametrize("peer", ["torch", "keras"])
+def test_a_peer_that_is_not_there(peer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_bench, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(step_bench, "find_spec", lambda _: None)
+    done = CliRunner().invoke(bench.app, ["step", "--peer", peer])
+    message = f"bench: {peer} cannot run here; pip install -e '.[peers]'"
     assert message in str(done.output) + str(done.exception)

@@ -6,6 +6,8 @@ from html.parser import HTMLParser
 import json
 from pathlib import Path
 import re
+import subprocess
+import sys
 import textwrap
 
 import aot
@@ -17,6 +19,7 @@ from typer.testing import CliRunner
 import adamw_xla as ax
 
 runner = CliRunner()
+TOOLS = Path(inspect_hlo.__file__).parent
 SHAPES = {"w": [64, 32], "b": [32], "<odd & name>": [3]}
 
 
@@ -139,10 +142,14 @@ def test_any_train_step(tmp_path, monkeypatch):
                 jitted = jax.jit(train_step, donate_argnames=("params", "state"))
                 return jitted, (params, state, jax.ShapeDtypeStruct((2, 8), "float32"))
 
-            def wrong():
-                return 3
+            wrong = lambda: 3
+            no_tuple = lambda: (jax.jit(jnp.sin), 3)
+            no_array = lambda: (jax.jit(jnp.sin), (jnp.ones(3), {"x": "text"}))
+            wants_one = lambda model: 3
+            number = 3
         """)
     )
+    (tmp_path / "no_syntax.py").write_text("def inspected(:\n")
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "report.json"
     run("--function", "my_train_step:inspected", "--json", str(out))
@@ -151,8 +158,21 @@ def test_any_train_step(tmp_path, monkeypatch):
     donated = {x["name"] for x in found["inputs"] if x["donated"]}
     assert donated == {"params['w']", "state.count", "state.m['w']", "state.v['w']"}
     run("--function", "my_train_step:inspected", "--fail-above", "0", status=1)
-    assert "must return (function, args)" in run("--function", "my_train_step:wrong", status=2)
+    for function, message in USERS_MISTAKES.items():
+        assert f"inspect_hlo: --function {function}: {message}" in run(
+            "--function", function, status=2
+        )
 
+
+USERS_MISTAKES = {
+    "my_train_step:wrong": "must return (function, args): what jax.jit returned",
+    "my_train_step:no_tuple": "must return (function, args): what jax.jit returned",
+    "my_train_step:no_array": "args[1]['x'] is of type str; must be an array",
+    "my_train_step:wants_one": "is called without arguments: missing a required argument",
+    "my_train_step:number": "number is of type int; must be module:callable.",
+    "my_train_step:nothing": "nothing is not there; must be module:callable.",
+    "no_syntax:inspected": "invalid syntax (no_syntax.py, line 1).",
+}
 
 MISTAKES = {
     "--target v2": "--target v2: must be one of cpu, h100, a100",
@@ -162,6 +182,13 @@ MISTAKES = {
     "--model nowhere.json": "--model nowhere.json: is neither a file nor one of gpt2-small",
     "--function nowhere": "--function nowhere: must be module:callable.",
     "--function no.such:thing": "--function no.such:thing: No module named 'no'.",
+    "--function no_such:x:": "--function no_such:x:: No module named 'no_such'.",
+    "--function folder/file:x": "--function folder/file:x: must be module:callable.",
+    "--function os:sep": "--function os:sep: sep is of type str; must be module:callable.",
+    "--function a:b --against optax --ema": "--function compiles the step that it names; leave "
+    "out --against, --ema.",
+    "--function a:b --model gpt2-small --clip none": "--function compiles the step that it names; "
+    "leave out --model, --clip.",
     "--ema --against optax": "optax.adamw has no moving average of the params; leave it out",
 }
 
@@ -171,11 +198,52 @@ def test_mistakes_get_one_line(arguments):
     assert f"inspect_hlo: {MISTAKES[arguments]}" in run(*arguments.split(), status=2)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "3", '[["a"]]', "[[2, -1]]", '{"w": 4}'])
+HUGE, MANY = "[[100000000000000000000]]", "[[16777216, 16777216], [16777216, 16777216]]"
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "3", '[["a"]]', "[[2, -1]]", '{"w": 4}', HUGE, MANY]
+)
 def test_mistakes_in_a_file_of_shapes(content, tmp_path):
     path = tmp_path / "bad.json"
     path.write_text(content)
     assert f"inspect_hlo: --model {path}: " in run("--model", str(path), status=2)
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "problem"),
+    [
+        ("--json", "nowhere/x.json", "cannot be written: No such file or directory."),
+        ("--json", "file/x.json", "cannot be written: Not a directory."),
+        ("--json", ".", "cannot be written: Is a directory."),
+        ("--dump", "file", "cannot be written to: File exists."),
+        ("--dump", "file/below", "cannot be written to: Not a directory."),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is_compiled(
+    option, name, problem, model, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(inspect_hlo, "_inspect_all", lambda *_: pytest.fail("compiled"))
+    printed = run("--model", model, option, str(tmp_path / name), status=2)
+    assert f"{option} {tmp_path / name}: {problem}" in printed
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "model.json"}
+
+
+def test_a_json_file_may_be_written_over(model, tmp_path):
+    out = tmp_path / "report.json"
+    out.write_text("[]")
+    run("--model", model, "--json", str(out))
+    assert json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("tool", ["inspect_hlo", "kernel_table", "bench", "demo"])
+@pytest.mark.parametrize("missing", ["rich", "typer"])
+def test_a_missing_library_is_named_with_its_command(tool, missing):
+    code = f"import sys; sys.modules[{missing!r}] = None; import {tool}"
+    found = subprocess.run([sys.executable, "-c", code], cwd=TOOLS, capture_output=True, text=True)
+    assert found.returncode == 2
+    assert re.fullmatch(rf"{tool}: needs {missing}: pip install -e '\.\[[\w,-]+\]'\n", found.stderr)
 
 
 @pytest.mark.parametrize(("target", "extra"), [("a100", "gpu-compile"), ("v6e", "tpu-compile")])
@@ -183,6 +251,19 @@ def test_a_missing_compiler_is_named_with_its_command(target, extra, model, monk
     monkeypatch.setattr(aot, "_is_there", lambda module: False)
     printed = run("--target", target, "--model", model, status=2)
     assert re.search(rf"inspect_hlo: {target} needs .*: pip install -e '\.\[{extra}\]'", printed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "v2"], "--target v2: must be one of cpu, h100"),
+        (["--json", "nowhere/x.json"], "--json nowhere/x.json: cannot be written: No such file"),
+    ],
+)
+def test_mistakes_of_the_kernel_table(arguments, message):
+    result = runner.invoke(kernel_table.app, arguments)
+    assert result.exit_code == 2
+    assert f"kernel_table: {message}" in " ".join(result.output.split())
 
 
 def test_markdown_table():

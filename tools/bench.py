@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import compile_bench
-import gpu_peers
-from rich.console import Console
-import step_bench
-import step_peers
-import trace_bench
-import typer
+import cli
+
+with cli.extra("bench", "bench"):
+    import compile_bench
+    import gpu_peers
+    from rich.console import Console
+    import step_bench
+    import step_peers
+    import trace_bench
+    import typer
 
 CASES_HELP = f"Tree(s), of: {', '.join(step_bench.trees())}. Five of them, if none is named."
 DTYPES_HELP = "Dtype(s) of the params: float32 (default), bfloat16."
@@ -41,6 +44,7 @@ def trace(
     Beside our step stand optax.adamw with apply_updates, and one barrier on
     the same buffers: what jax.jit itself takes for so many leaves.
     """
+    _check_writable(json)
     trace_bench.run(leaves, repeats, json, Console())
 
 
@@ -63,6 +67,7 @@ def step(
     loop that reads and writes what AdamW does, on GPUs a copy of as many bytes. There, 20
     steps are timed together.
     """
+    _check_writable(json, plot)
     console, kinds = Console(), dtypes or ["float32"]
     step_bench.run(device, sweep, cases, kinds, clip, peers, rounds, json, plot, console)
 
@@ -78,6 +83,7 @@ def compile(
     The train step is a residual MLP of 24 layers that are not scanned, so that every
     gradient is a leaf of its own.
     """
+    _check_writable(json)
     compile_bench.run(leaves, repeats, json, Console())
 
 
@@ -93,9 +99,18 @@ def keras(
     adamw_xla.keras.AdamW beside keras.optimizers.AdamW on the same deep MLP, in turn: fresh
     models from cold caches, then the last two models, step by step.
     """
-    import keras_bench  # only here: Keras takes seconds to import
+    _check_writable(json)
+    with cli.extra("bench", "bench,keras"):
+        import keras_bench  # only here: Keras takes seconds to import
 
     keras_bench.run(variables, width, rounds, json, Console())
+
+
+def _check_writable(*paths: Path | None) -> None:
+    """Refuses what cannot be written before anything is timed."""
+    for path in paths:
+        if path is not None and (problem := cli.file_problem(path)):
+            raise SystemExit(f"bench: cannot write {path}: {problem}")
 
 
 if __name__ == "__main__":

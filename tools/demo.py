@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-import re
 import sys
-import tempfile
 import time
 from typing import Annotated, Any
 
-import digits
-import jax
-import jax.numpy as jnp
-import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-import typer
+import cli
 
-import adamw_xla as ax
+with cli.extra("demo", "demo"):
+    import digits
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    import typer
+
+    import adamw_xla as ax
 
 BAR = 0.97
 """The held-out accuracy below which the demo fails."""
@@ -53,12 +54,8 @@ def main(
 
 
 def _check_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        _fail(f"cannot write to {out}: {error.strerror}", code=2)
+    if problem := cli.folder_problem(out):
+        _fail(f"cannot write to {out}: {problem}", code=2)
 
 
 def _fail(message: str, code: int) -> None:
@@ -123,17 +120,14 @@ def train_one(out: Path, seed: int, epochs: int) -> float:
 def inspect(train_step: Any, *args: Any) -> None:
     """Says how the program that runs contains the update."""
     lowered = train_step.lower(*args)
-    text, compiled = lowered.as_text(), lowered.compile().as_text()
-    composites = text.count(f'stablehlo.composite "{ax.lowering.COMPOSITE_NAME}"')
-    named = [line for line in compiled.splitlines() if re.search(r'op_name="[^"]*adamw_up', line)]
-    entry = compiled[compiled.index("\nENTRY ") :]
-    kernels = sum(line in entry and "fusion(" in line for line in named)
-    calls = sum("custom-call(" in line for line in named)
+    report = ax.hlo.report(lowered.compile())
+    composites = lowered.as_text().count(f'stablehlo.composite "{ax.lowering.COMPOSITE_NAME}"')
+    kinds = ", ".join(f"{n} {kind}" for kind, n in report.update.by_kind.items())
     leaves = len(jax.tree.leaves(args[0]))
     console.print(
         f"  StableHLO: {composites} {ax.lowering.COMPOSITE_NAME} composites for {leaves} leaves\n"
-        f"  compiled for {jax.default_backend()}: {kernels} loops, {calls} custom calls, "
-        f"{len(named)} instructions say {ax.lowering.UPDATE_NAME}"
+        f"  compiled for {jax.default_backend()}: {report.program.count} kernels,\n"
+        f"    {report.update.count} the update's ({kinds}), {report.norm.count} the norm's"
     )
 
 
@@ -261,7 +255,7 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def _saved(path: Path) -> None:
-    console.print(f"  wrote {path}", soft_wrap=True)
+    console.print(f"  wrote {path}", soft_wrap=True, markup=False, emoji=False)
 
 
 if __name__ == "__main__":

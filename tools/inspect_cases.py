@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import importlib
+from inspect import signature
 import json
+import math
 from pathlib import Path
 import sys
 from typing import Any
@@ -18,6 +20,9 @@ import shapes
 import adamw_xla as ax
 
 OURS = "adamw_xla"
+
+MOST_PARAMS = 1 << 48
+"""More than any device holds; XLA ends the process where a leaf's bytes exceed 64 bits."""
 
 
 class CaseError(ValueError):
@@ -67,19 +72,24 @@ def load_shapes(model: str) -> shapes.Shapes:
     if model in shapes.MODELS:
         return shapes.MODELS[model]()
     path = Path(model)
-    if not path.is_file():
-        raise CaseError(
-            f"--model {model}: is neither a file nor one of {', '.join(shapes.MODELS)}."
-        )
     try:
+        if not path.is_file():
+            raise CaseError(
+                f"--model {model}: is neither a file nor one of {', '.join(shapes.MODELS)}."
+            )
         found = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except CaseError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise CaseError(f"--model {model}: cannot be read as JSON: {error}.") from None
     if isinstance(found, list):
         found = {str(i): shape for i, shape in enumerate(found)}
     if not isinstance(found, Mapping) or not found:
         raise CaseError(f"--model {model}: must hold a list of shapes, or an object of them.")
-    return {name: _shape(model, name, shape) for name, shape in found.items()}
+    result = {name: _shape(model, name, shape) for name, shape in found.items()}
+    if sum(math.prod(max(n, 1) for n in shape) for shape in result.values()) > MOST_PARAMS:
+        raise CaseError(f"--model {model}: has more than 2^48 params; no device holds as many.")
+    return result
 
 
 def _shape(model: str, name: str, shape: Any) -> shapes.Shape:
@@ -108,22 +118,66 @@ def optimizer_step(
 
 
 def users_step(path: str) -> Case:
-    """The case that ``module:callable`` returns."""
+    """The case that ``module:callable`` returns.
+
+    What the module or the callable itself raises is left to its traceback: it is the user's.
+    """
     module_name, _, attribute = path.partition(":")
-    if not module_name or not attribute:
+    if not attribute or not all(part.isidentifier() for part in module_name.split(".")):
         raise CaseError(f"--function {path}: must be module:callable.")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        build = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+        module = importlib.import_module(module_name)
+    except (ImportError, SyntaxError) as error:
         raise CaseError(f"--function {path}: {error}.") from None
+    build = getattr(module, attribute, None)
+    if not callable(build):
+        what = (
+            f"is of type {type(build).__name__}" if hasattr(module, attribute) else "is not there"
+        )
+        raise CaseError(f"--function {path}: {attribute} {what}; must be module:callable.")
+    try:
+        signature(build).bind()
+    except TypeError as error:
+        raise CaseError(f"--function {path}: is called without arguments: {error}.") from None
+    except ValueError:  # written in C, and does not say
+        pass
     built = build()
-    if not isinstance(built, tuple) or len(built) != 2 or not callable(built[0]):
+    if not (
+        isinstance(built, tuple)
+        and len(built) == 2
+        and callable(built[0])
+        and isinstance(built[1], tuple | list)
+    ):
         raise CaseError(
             f"--function {path}: must return (function, args): what jax.jit returned, and a "
-            f"tuple of arrays or jax.ShapeDtypeStructs to call it with; got {type(built)}."
+            f"tuple of arrays or jax.ShapeDtypeStructs to call it with; got {_kinds(built)}."
         )
+    for key, leaf in jax.tree_util.tree_leaves_with_path(tuple(built[1])):
+        if not _has_type(leaf):
+            name = f"args{jax.tree_util.keystr(key)}"
+            raise CaseError(
+                f"--function {path}: {name} is of type {type(leaf).__name__}; must be an array or "
+                "a jax.ShapeDtypeStruct."
+            )
     return Case(path, built[0], tuple(built[1]))
+
+
+def _kinds(built: Any) -> str:
+    """``(PjitFunction, int)``: as much as says what is wrong."""
+    if not isinstance(built, tuple):
+        return type(built).__name__
+    return f"({', '.join(type(x).__name__ for x in built)})"
+
+
+def _has_type(leaf: Any) -> bool:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return True
+    try:
+        jax.typeof(leaf)
+    except TypeError:
+        return False
+    return True
 
 
 def inspect(case: Case, target: aot.Target) -> Inspected:

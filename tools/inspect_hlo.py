@@ -6,18 +6,21 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import aot
-import inspect_cases
-from inspect_cases import OURS, CaseError, Inspected
-import inspect_page
-import peer_steps
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
-import shapes
-import typer
+import cli
 
-from adamw_xla._hlo_summary import size
+with cli.extra("inspect_hlo", "inspect"):
+    import aot
+    import inspect_cases
+    from inspect_cases import OURS, CaseError, Inspected
+    import inspect_page
+    import peer_steps
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+    import shapes
+    import typer
+
+    from adamw_xla.hlo import size
 
 TARGET_HELP = (
     f"What to compile for, of: {', '.join(aot.TARGETS)}; may be given several times. GPUs need "
@@ -37,12 +40,18 @@ FAIL_HELP = (
     "Exit with status 1 if this package's program, or --function's, has more kernels than this."
 )
 
+OF_A_MODEL = ("model", "against", "clip", "amsgrad", "ema", "accumulate", "dtype")
+"""Options that say what step to make of a model; one's own step has all of it."""
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-errors = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+# Names and paths are the user's: neither [tags] nor :codes: mean anything in them.
+errors = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+output = Console(markup=False, emoji=False)
 
 
 @app.command()
 def main(
+    context: typer.Context,
     targets: Annotated[list[str], typer.Option("--target", help=TARGET_HELP)] = ["h100"],  # noqa: B006
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "gpt2-small",
     against: Annotated[
@@ -80,6 +89,10 @@ def main(
 
     inspect_hlo.py --target v5e --function my_project.train:inspected --fail-above 300
     """
+    given = [name for name in OF_A_MODEL if _is_given(context, name)]
+    if function is not None and given:
+        names = ", ".join(f"--{name}" for name in given)
+        _fail(f"--function compiles the step that it names; leave out {names}.")
     chosen = [_pick(aot.TARGETS, name, "--target") for name in targets]
     options = peer_steps.Options(clip=clip, amsgrad=amsgrad, ema=ema, accumulate=accumulate)
     if clip not in peer_steps.CLIPS:
@@ -97,18 +110,15 @@ def main(
                 inspect_cases.optimizer_step(who, model_shapes, dtype, options)
                 for who in [OURS, *_peers(against)]
             ]
+        _check_outputs(dump, json_path)
         found = _inspect_all(cases, chosen)
     except (CaseError, aot.UnavailableError) as error:
         _fail(str(error))
-    Console().print(table(found))
+    output.print(table(found))
     for inspected in found:
         if details:
             print(inspected.report)
-        if dump is not None:
-            for path in inspect_page.write(inspected, dump):
-                errors.print(f"wrote {path}")
-    if json_path is not None:
-        json_path.write_text(json.dumps([x.to_json() for x in found], indent=1))
+    _write(found, dump, json_path)
     _check_counts(found, cases[0].name, fail_above)
 
 
@@ -154,7 +164,8 @@ def _per_param(x: Inspected) -> str:
 
 
 def _inspect_all(cases: list[inspect_cases.Case], targets: list[aot.Target]) -> list[Inspected]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    text = TextColumn("{task.description}", markup=False)
+    columns = (SpinnerColumn(), text, TimeElapsedColumn())
     found = []
     with Progress(*columns, console=errors, transient=True) as progress:
         task = progress.add_task("", total=None)
@@ -163,6 +174,30 @@ def _inspect_all(cases: list[inspect_cases.Case], targets: list[aot.Target]) -> 
                 progress.update(task, description=f"{case.name} for {target.name}")
                 found.append(inspect_cases.inspect(case, target))
     return found
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _check_outputs(dump: Path | None, json_path: Path | None) -> None:
+    """Refuses what cannot be written before anything is compiled."""
+    if json_path is not None and (problem := cli.file_problem(json_path)):
+        _fail(f"--json {json_path}: cannot be written: {problem}.")
+    if dump is not None and (problem := cli.folder_problem(dump)):
+        _fail(f"--dump {dump}: cannot be written to: {problem}.")
+
+
+def _write(found: list[Inspected], dump: Path | None, json_path: Path | None) -> None:
+    try:
+        for inspected in found if dump is not None else []:
+            for path in inspect_page.write(inspected, dump):
+                errors.print(f"wrote {path}")
+        if json_path is not None:
+            json_path.write_text(json.dumps([x.to_json() for x in found], indent=1))
+    except OSError as error:
+        _fail(f"cannot write {error.filename}: {error.strerror}.")
 
 
 def _peers(against: list[str] | None) -> list[str]:

@@ -7,20 +7,23 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
-import aot
-import inspect_cases
-from inspect_cases import OURS, DoesNotFitError, Inspected
-import jax
-import jax.numpy as jnp
-import peer_steps
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-import shapes
-import typer
+import cli
 
-from adamw_xla._hlo_summary import size
+with cli.extra("kernel_table", "inspect,peers,gpu-compile,tpu-compile"):
+    import aot
+    import inspect_cases
+    from inspect_cases import OURS, DoesNotFitError, Inspected
+    import jax
+    import jax.numpy as jnp
+    import peer_steps
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    import shapes
+    import typer
+
+    from adamw_xla.hlo import size
 
 TARGETS = ["h100", "a100", "b200", "v5e", "v6e"]
 CLIPS = ("none", "global")
@@ -40,7 +43,7 @@ HEADS = (
 )
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-messages = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+messages = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +87,10 @@ def main(
     Each figure stands for this package / optax / keras. Compiled, not run: cycles are TPU's
     compilers' own estimate. Needs: pip install -e '.\\[inspect,peers,gpu-compile,tpu-compile]'.
     """
+    if json_path is not None and (problem := cli.file_problem(json_path)):
+        _fail(f"--json {json_path}: cannot be written: {problem}.")
+    if unknown := [name for name in targets if name not in aot.TARGETS]:
+        _fail(f"--target {unknown[0]}: must be one of {', '.join(aot.TARGETS)}.")
     try:
         for name in targets:
             aot.check(aot.TARGETS[name])
@@ -92,11 +99,15 @@ def main(
         for place, cells in _measure(targets, models, dtype, repeats):
             figures[place] = cells
             print(markdown({place: cells})[-1], flush=True)
-    except (KeyError, aot.UnavailableError, inspect_cases.CaseError) as error:
-        messages.print(f"kernel_table: {error}", style="red")
-        raise typer.Exit(2) from None
+    except (aot.UnavailableError, inspect_cases.CaseError) as error:
+        _fail(str(error))
     if json_path is not None:
         json_path.write_text(json.dumps(_plain(figures), indent=1))
+
+
+def _fail(message: str) -> NoReturn:
+    messages.print(f"kernel_table: {message}", style="red")
+    raise typer.Exit(2)
 
 
 def markdown(figures: dict[tuple[str, str], Cells]) -> list[str]:
@@ -136,7 +147,8 @@ def _measure(
     targets: list[str], models: list[str], dtype: str, repeats: int
 ) -> Iterator[tuple[tuple[str, str], Cells]]:
     """Yields the cells of each model on each target as soon as they are there."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    text = TextColumn("{task.description}", markup=False)
+    columns = (text, BarColumn(), MofNCompleteColumn())
     # The table goes to stdout while the bar stands on stderr.
     options: dict[str, Any] = {"console": messages, "transient": True, "redirect_stdout": False}
     with Progress(*columns, TimeElapsedColumn(), **options) as progress:
