@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 
+from adamw_xla._hlo_flow import entry_parameter, made
 from adamw_xla._hlo_kernels import Kernel
-from adamw_xla._hlo_opcodes import MOVES, VIEWS
-from adamw_xla._hlo_shapes import Array, Tuple, arrays
+from adamw_xla._hlo_opcodes import MOVES
+from adamw_xla._hlo_shapes import Array, arrays
 from adamw_xla._hlo_text import Computation, Instruction, Module
 
 _MOMENTS = (("m", "v"), ("mu", "nu"))
@@ -106,8 +107,9 @@ def donated_inputs(compiled: Any, module: Module) -> list[bool | None] | None:
     shape and by path: as early as can be, and as late. Where these disagree nothing is known
     (None), and nothing at all where there is no such match.
     """
-    info = getattr(compiled, "args_info", None)
-    if info is None:
+    try:
+        info = compiled.args_info
+    except (AttributeError, TypeError):  # a text; Flax 0.12's wrapper, which cannot say
         return None
     flat, _ = jax.tree_util.tree_flatten_with_path(info)
     # Paths begin with (args, kwargs) and the argument's position or name.
@@ -147,9 +149,18 @@ def _is_same(parameter: Instruction, path: str, argument: Any) -> bool:
 # ------------------------------------------------------------------------------------ leaves
 
 
-def leaves_of(module: Module, kernels: Iterable[Kernel], inputs: Sequence[Input]) -> list[Leaf]:
-    """The leaves whose moments ``kernels`` read, in the order of the arguments."""
-    readers = _readers(module, kernels)
+def leaves_of(
+    module: Module, update: Sequence[Kernel], kernels: Sequence[Kernel], inputs: Sequence[Input]
+) -> list[Leaf]:
+    """The leaves that ``update`` updates, in the order of the arguments.
+
+    Without an update those whose moments any of ``kernels`` read. Of these, only kernels that
+    make a result of a leaf's size update it: forward and backward passes read params too.
+    """
+    readers = _readers(module, update or kernels)
+    if not update:
+        results = [made(module.computations[name]) for name in {k.computation for k in kernels}]
+        makers = {name: sizes for found in results for name, sizes in found.items()}
     read = [x for x in inputs if x.number in readers]
     by_name = {x.name: x for x in inputs}
     found = []
@@ -161,6 +172,8 @@ def leaves_of(module: Module, kernels: Iterable[Kernel], inputs: Sequence[Input]
             moments = (first, second)
             param = _param(prefix, suffix, second, read)
             touched = [n for x in (param, *moments) if x for n in readers.get(x.number, ())]
+            if not update:
+                touched = [n for n in touched if second.elements in makers.get(n, ())]
             found.append(
                 Leaf(
                     name=param.name if param else suffix,
@@ -211,65 +224,3 @@ def _param(prefix: str, suffix: str, moment: Input, read: Sequence[Input]) -> In
     ]
     reused = [x for x in same if x.output is not None]
     return next(iter(reused or same), None)
-
-
-# --------------------------------------------------------------------------- where data is from
-
-
-def entry_parameter(module: Module, computation: Computation, name: str) -> int | None:
-    """The entry parameter that a value is, or is a copy, a piece or a prefetch of."""
-    path: tuple[int, ...] = ()
-    while True:
-        instruction = computation.by_name.get(name)
-        if instruction is None:
-            return None
-        opcode, operands = instruction.opcode, instruction.operands
-        if opcode == "get-tuple-element":
-            path, name = (instruction.index, *path), operands[0]
-        elif opcode == "tuple" and path:
-            name, path = operands[path[0]], path[1:]
-        elif _hands_on(module, instruction, path):
-            name = operands[0]
-        elif opcode != "parameter":
-            return None
-        elif computation is module.entry:
-            return instruction.index
-        else:
-            caller = _caller(module, computation.name, instruction.index)
-            if caller is None:
-                return None
-            computation, name = caller
-
-
-def _hands_on(module: Module, instruction: Instruction, path: tuple[int, ...]) -> bool:
-    """Whether a result is the first operand, copied at most."""
-    if instruction.opcode == "custom-call":
-        return '"ConcatBitcast"' in instruction.tail
-    if instruction.opcode == "while":
-        return bool(path) and _is_invariant(module, instruction, path[0])
-    return instruction.opcode in VIEWS | MOVES
-
-
-def _is_invariant(module: Module, loop: Instruction, index: int) -> bool:
-    """Whether a loop hands on its element ``index`` as it got it."""
-    body = module.computations[loop.called[-1]]
-    if body.root.opcode != "tuple" or not isinstance(loop.shape, Tuple):
-        return False
-    result = body.by_name[body.root.operands[index]]
-    if result.opcode != "get-tuple-element" or result.index != index:
-        return False
-    return body.by_name[result.operands[0]].opcode == "parameter"
-
-
-def _caller(module: Module, called: str, number: int) -> tuple[Computation, str] | None:
-    """Where parameter ``number`` of a loop's, branch's or call's computation is from."""
-    for computation in module.computations.values():
-        for instruction in computation.instructions:
-            if instruction.opcode not in ("while", "conditional", "call"):
-                continue
-            if called not in instruction.called:
-                continue
-            if instruction.opcode == "conditional":
-                number = 1 + instruction.called.index(called)
-            return computation, instruction.operands[number]
-    return None

@@ -217,7 +217,7 @@ def report(
         update=Part(tuple(parts[UPDATE]), _hlo_traffic.least(module, parts[UPDATE])),
         norm=Part(tuple(parts[NORM]), _hlo_traffic.least(module, parts[NORM])),
         inputs=tuple(inputs),
-        leaves=tuple(leaves_of(module, parts[UPDATE] or kernels, inputs)),
+        leaves=tuple(leaves_of(module, parts[UPDATE], kernels, inputs)),
         temporary_bytes=temporary,
         peak_bytes=peak,
     )

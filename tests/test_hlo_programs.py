@@ -161,3 +161,25 @@ def test_optax_moments_are_leaves_too():
     found = report(compiled.compile())
     assert [leaf.name for leaf in found.leaves] == ["params['dense']['kernel']", "params['scale']"]
     assert found.update.kernels == ()
+
+
+def test_who_only_reads_a_leaf_does_not_update_it():
+    optax = pytest.importorskip("optax")
+    optimizer = optax.adamw(1e-3)
+
+    def loss(params: Any, tokens: Any) -> jax.Array:
+        return jnp.mean((jnp.tanh(params["embed"][tokens]) @ params["out"]) ** 2)
+
+    def train_step(params: Any, state: Any, tokens: Any) -> Any:
+        updates, state = optimizer.update(jax.grad(loss)(params, tokens), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = {"embed": jnp.ones((32, 8)), "out": jnp.ones((8, 4))}
+    jitted = jax.jit(train_step, donate_argnums=(0, 1))
+    args = params, optimizer.init(params), jnp.zeros(5, jnp.int32)
+    found = report(jitted.lower(*args).compile())
+    # XLA:CPU makes one loop each for the new param, m and v.
+    assert [len(leaf.kernels) for leaf in found.leaves] == [3, 3]
+    kernels = {kernel.name: kernel for kernel in found.program.kernels}
+    names = [kernels[name].op_name for leaf in found.leaves for name in leaf.kernels]
+    assert not [name for name in names if "jvp" in name], names

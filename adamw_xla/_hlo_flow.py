@@ -1,0 +1,89 @@
+"""Where values come from, and where they go: what is only moved or handed on is seen through."""
+
+from __future__ import annotations
+
+from adamw_xla._hlo_opcodes import MOVES, VIEWS
+from adamw_xla._hlo_shapes import Tuple, arrays
+from adamw_xla._hlo_text import Computation, Instruction, Module
+
+
+def entry_parameter(module: Module, computation: Computation, name: str) -> int | None:
+    """The entry parameter that a value is, or is a copy, a piece or a prefetch of."""
+    path: tuple[int, ...] = ()
+    while True:
+        instruction = computation.by_name.get(name)
+        if instruction is None:
+            return None
+        opcode, operands = instruction.opcode, instruction.operands
+        if opcode == "get-tuple-element":
+            path, name = (instruction.index, *path), operands[0]
+        elif opcode == "tuple" and path:
+            name, path = operands[path[0]], path[1:]
+        elif _hands_on(module, instruction, path):
+            name = operands[0]
+        elif opcode != "parameter":
+            return None
+        elif computation is module.entry:
+            return instruction.index
+        else:
+            caller = _caller(module, computation.name, instruction.index)
+            if caller is None:
+                return None
+            computation, name = caller
+
+
+def _hands_on(module: Module, instruction: Instruction, path: tuple[int, ...]) -> bool:
+    """Whether a result is the first operand, copied at most."""
+    if instruction.opcode == "custom-call":
+        return '"ConcatBitcast"' in instruction.tail
+    if instruction.opcode == "while":
+        return bool(path) and _is_invariant(module, instruction, path[0])
+    return instruction.opcode in VIEWS | MOVES
+
+
+def _is_invariant(module: Module, loop: Instruction, index: int) -> bool:
+    """Whether a loop hands on its element ``index`` as it got it."""
+    body = module.computations[loop.called[-1]]
+    if body.root.opcode != "tuple" or not isinstance(loop.shape, Tuple):
+        return False
+    result = body.by_name[body.root.operands[index]]
+    if result.opcode != "get-tuple-element" or result.index != index:
+        return False
+    return body.by_name[result.operands[0]].opcode == "parameter"
+
+
+def _caller(module: Module, called: str, number: int) -> tuple[Computation, str] | None:
+    """Where parameter ``number`` of a loop's, branch's or call's computation is from."""
+    for computation in module.computations.values():
+        for instruction in computation.instructions:
+            if instruction.opcode not in ("while", "conditional", "call"):
+                continue
+            if called not in instruction.called:
+                continue
+            if instruction.opcode == "conditional":
+                number = 1 + instruction.called.index(called)
+            return computation, instruction.operands[number]
+    return None
+
+
+def made(computation: Computation) -> dict[str, set[int]]:
+    """Who makes what a computation returns -> how many elements each of its arrays has."""
+    found: dict[str, set[int]] = {}
+    values: list[tuple[str, tuple[int, ...]]] = [(computation.root.name, ())]
+    while values:
+        name, path = values.pop()
+        instruction = computation.by_name.get(name)
+        if instruction is None:  # a constant's operand is no name
+            continue
+        opcode, operands = instruction.opcode, instruction.operands
+        if opcode == "get-tuple-element":
+            values.append((operands[0], (instruction.index, *path)))
+        elif opcode == "tuple":
+            chosen = operands[path[0] : path[0] + 1] if path else operands
+            values += [(operand, path[1:]) for operand in chosen]
+        elif opcode in VIEWS | MOVES:
+            values.append((operands[0], path))
+        else:
+            sizes = [x.elements for x in arrays(instruction.shape)]
+            found.setdefault(name, set()).update(sizes[path[0] : path[0] + 1] if path else sizes)
+    return found
