@@ -154,6 +154,11 @@ def _scheduled(
 # ------------------------------------------------------------------------------ whose work
 
 
+def does_update(instruction: Instruction) -> bool:
+    """Whether an instruction itself was lowered from the update."""
+    return UPDATE_NAME in _components(instruction.op_name)
+
+
 def _parts(module: Module, computation: Computation) -> dict[str, str]:
     """For each instruction whose work it does: by its metadata, or by whom it serves.
 
@@ -184,12 +189,17 @@ def _named_part(module: Module, instruction: Instruction) -> str:
     if instruction.opcode in ("fusion", "call", "async-start"):
         for called in instruction.called:
             for inner in module.computations[called].instructions:
-                names.update(_components(inner.op_name))
+                # Of equal constants the compiler keeps one, whoever else uses it.
+                if inner.opcode not in FREE:
+                    names.update(_components(inner.op_name))
     if UPDATE_NAME in names or f'custom_call_target="{TARGET_NAME}"' in instruction.tail:
         return UPDATE
     return NORM if NORM_NAME in names else OTHER
 
 
 def _components(op_name: str) -> Iterable[str]:
-    """``jit(f)/vmap()/adamw_update`` -> its parts: a function of that name is another thing."""
-    return op_name.split("/")
+    """``jit(f)/vmap()/adamw_update`` -> its parts: a function of that name is another thing.
+
+    Where XLA has made one instruction of several, their names are joined by semicolons.
+    """
+    return re.split("[/;]", op_name)

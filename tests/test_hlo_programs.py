@@ -183,3 +183,18 @@ def test_who_only_reads_a_leaf_does_not_update_it():
     kernels = {kernel.name: kernel for kernel in found.program.kernels}
     names = [kernels[name].op_name for leaf in found.leaves for name in leaf.kernels]
     assert not [name for name in names if "jvp" in name], names
+
+
+def test_a_constant_that_the_update_shares_makes_no_kernel_its_own():
+    config = ax.AdamW()
+
+    def train_step(params: Any, state: Any, x: Any) -> Any:
+        grads = jax.grad(lambda p: jnp.sum((x @ p["w"] + p["b"]) ** 2) * 0.05)(params)
+        return ax.adamw_step(params, grads, state, config, implementation="xla")
+
+    params = {"w": jnp.ones((8, 4)), "b": jnp.ones(4)}
+    args = params, ax.adamw_init(params, config), jnp.ones((5, 8))
+    found = report(jax.jit(train_step, donate_argnums=(0, 1)).lower(*args).compile())
+    # The gradient is multiplied by 0.1, which is 1 - beta_1.
+    assert found.update.count == 6
+    assert [len(leaf.kernels) for leaf in found.leaves] == [3, 3]

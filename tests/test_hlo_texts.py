@@ -77,6 +77,15 @@ def test_a_function_that_is_called_like_the_update_is_not_it():
     assert [k.name for k in report(module(body)).update.kernels] == ["z"]
 
 
+def test_joined_names_are_told_apart():
+    body = """\
+          %x = f32[8]{0} parameter(0)
+          %y = f32[8]{0} negate(%x), metadata={op_name="jit(f)/mul;jit(f)/neg"}
+          ROOT %z = f32[8]{0} negate(%y), metadata={op_name="jit(f)/adamw_update;jit(f)/add"}
+        """
+    assert [k.name for k in report(module(body)).update.kernels] == ["z"]
+
+
 def test_calls_are_what_stands_in_them():
     extra = """\
         %command_buffer {
