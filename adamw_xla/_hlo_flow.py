@@ -19,7 +19,7 @@ def entry_parameter(module: Module, computation: Computation, name: str) -> int 
             path, name = (instruction.index, *path), operands[0]
         elif opcode == "tuple" and path:
             name, path = operands[path[0]], path[1:]
-        elif _hands_on(module, instruction, path):
+        elif hands_on(module, instruction, path):
             name = operands[0]
         elif opcode != "parameter":
             return None
@@ -32,7 +32,7 @@ def entry_parameter(module: Module, computation: Computation, name: str) -> int 
             computation, name = caller
 
 
-def _hands_on(module: Module, instruction: Instruction, path: tuple[int, ...]) -> bool:
+def hands_on(module: Module, instruction: Instruction, path: tuple[int, ...]) -> bool:
     """Whether a result is the first operand, copied at most."""
     if instruction.opcode == "custom-call":
         return '"ConcatBitcast"' in instruction.tail

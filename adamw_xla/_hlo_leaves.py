@@ -5,7 +5,7 @@ An entry parameter's metadata holds its Python path, such as ``state.m['dense'][
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import re
 from typing import Any
@@ -17,6 +17,7 @@ from adamw_xla._hlo_kernels import Kernel
 from adamw_xla._hlo_opcodes import MOVES
 from adamw_xla._hlo_shapes import Array, arrays
 from adamw_xla._hlo_text import Computation, Instruction, Module
+from adamw_xla._hlo_unnamed import Family, families
 
 _MOMENTS = (("m", "v"), ("mu", "nu"))
 """How states call their two moments: here, and in optax."""
@@ -184,7 +185,21 @@ def leaves_of(
                 )
             )
             break
+    if not found and update:
+        found = [_unnamed(family, inputs, readers) for family in families(module)]
     return found
+
+
+def _unnamed(family: Family, inputs: Sequence[Input], readers: Mapping[int, list[str]]) -> Leaf:
+    param, moments = inputs[family.param], [inputs[number] for number in family.moments]
+    touched = [name for x in (param, *moments) for name in readers.get(x.number, ())]
+    return Leaf(
+        name=param.name,
+        shape=param.shape,
+        elements=param.elements,
+        kernels=tuple(dict.fromkeys(touched)),
+        in_place=all(x.output is not None for x in moments),
+    )
 
 
 def _readers(module: Module, kernels: Iterable[Kernel]) -> dict[int, list[str]]:

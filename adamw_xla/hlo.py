@@ -100,8 +100,11 @@ class Report:
       norm: likewise of ``adamw_sum_of_squares``: clipping by a norm, the finite check.
       inputs: the program's arguments.
       leaves: the params that the update updates, with the kernels each landed in; without
-        an update of this package, the params of whatever has moments. Empty where the
-        arguments' paths name no ``m`` and ``v`` (or ``mu`` and ``nu``).
+        an update of this package, the params of whatever has moments. They are known by the
+        arguments' paths, which name ``m`` and ``v`` (or ``mu`` and ``nu``). Where these do not
+        tell, as those of Keras and Flax NNX, an update of this package is followed through the
+        program instead; leaves of one element are left out then, and there are none at all
+        where one is ambiguous. Without leaves, nothing is known per param.
       temporary_bytes: scratch memory; None where only the text is known.
       peak_bytes: arguments, results that take no argument's buffer, and temporaries;
         likewise.

@@ -156,6 +156,14 @@ _COMPUTING = ("fusion", "custom-call")
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_leaves_are_known_without_the_names_of_moments(name):
+    leaves = report(golden(name)).leaves
+    found = report(re.sub(r'op_name="state\.\w+', 'op_name="state', golden(name)))
+    assert found.leaves == leaves
+    assert found.parameters == sum(leaf.elements for leaf in leaves) > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_lines_are_those_of_the_kernels(name):
     text = golden(name)
     lines = text.splitlines()

@@ -1,0 +1,221 @@
+"""Leaves of an update whose arguments' names do not tell them, found by what depends on what.
+
+AdamW's new moments depend on the gradient and on one old moment each, the new param on all of
+these and on itself. Keras and Flax NNX pass their variables as plain lists, but whatever they
+are called, they can be told apart by that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import re
+
+from adamw_xla._hlo_flow import hands_on
+from adamw_xla._hlo_kernels import does_update
+from adamw_xla._hlo_shapes import arrays
+from adamw_xla._hlo_text import Computation, Instruction, Module
+from adamw_xla_lowering.native import TARGET_NAME
+
+Path = tuple[int, ...]
+Sources = frozenset[int]
+"""Numbers of the entry's parameters."""
+
+_ELEMENTWISE = frozenset({"add", "convert", "multiply", "reshape", "select", "subtract"})
+"""What may stand between an update and the program's results, and yet be none of it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One leaf: numbers of the program's parameters.
+
+    Attributes:
+      param: the param.
+      moments: what else of its size is kept from step to step, and no param.
+    """
+
+    param: int
+    moments: tuple[int, ...]
+
+
+def families(module: Module) -> list[Family]:
+    """The leaves of more than one element; none if any of them cannot be told.
+
+    A scalar's moments look like the step's numbers, so leaves of one element are left out.
+    """
+    results: dict[int, list[Sources]] = {}
+    for path, elements in _results(module.entry):
+        sources = _Walk(module, elements).sources(path) if elements > 1 else None
+        if sources is not None:
+            results.setdefault(elements, []).append(sources)
+    found = []
+    for sets in results.values():
+        for related in _related(sets):
+            family = _family(related)
+            if family is None:
+                return []
+            found.append(family)
+    return sorted(found, key=lambda family: family.param)
+
+
+def _family(sets: Sequence[Sources]) -> Family | None:
+    """The param is what all results depend on that depend on all others.
+
+    A moving average of the params is another such, which only its own new value depends on. If
+    it overwrites the params at times, both are alike, and arguments have the params before it.
+    """
+    everything = frozenset().union(*sets)
+    rank: dict[int, int] = {}
+    for x in everything:
+        users = [s for s in sets if x in s]
+        others = [s for s in sets if x not in s]
+        if len(set(others)) >= 2 and all(s >= other for s in users for other in others):
+            rank[x] = len(users)
+    if not rank:
+        return None
+    param = min(x for x, n in rank.items() if n == max(rank.values()))
+    kept = frozenset().union(*(s for s in sets if param not in s))
+    gradient = frozenset.intersection(*sets)
+    return Family(param, tuple(sorted(kept - gradient)))
+
+
+def _related(sets: Sequence[Sources]) -> list[list[Sources]]:
+    """Sets that have members in common, directly or by way of others, together."""
+    groups: dict[int, list[Sources]] = {}
+    group_of: dict[int, int] = {}
+    for number, new in enumerate(sets):
+        joined = [new]
+        for old in {group_of[x] for x in new if x in group_of}:
+            joined += groups.pop(old)
+        groups[number] = joined
+        group_of.update((x, number) for s in joined for x in s)
+    return list(groups.values())
+
+
+def _results(entry: Computation) -> Iterator[tuple[Path, int]]:
+    """The program's results, and how many elements each has."""
+    shapes = list(arrays(entry.root.shape))
+    single = entry.root.opcode != "tuple" and len(shapes) == 1
+    for index, shape in enumerate(shapes):
+        yield (() if single else (index,)), shape.elements
+
+
+# ------------------------------------------------------------------------------ dependencies
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Frame:
+    """A computation, and the instruction that calls it; the entry has no caller.
+
+    Of a conditional's branches ``branch`` is the number: each has an operand of its own.
+    """
+
+    computation: Computation
+    caller: _Frame | None = None
+    call: Instruction | None = None
+    branch: int | None = None
+
+
+_Value = tuple[_Frame, str, Path, bool]
+"""Where, which instruction, which element of its tuple, and whether it is the update's doing."""
+
+
+class _Walk:
+    """From one result back through the update, among arrays of its size alone."""
+
+    def __init__(self, module: Module, elements: int) -> None:
+        self._module, self._elements = module, elements
+        self._frames: dict[tuple[_Frame, str, int], _Frame] = {}
+        self._found: set[int] = set()
+        self._updated = False
+
+    def sources(self, path: Path) -> Sources | None:
+        """What the result depends on by way of the update; None if it is none of the update's.
+
+        What the gradient was made of is not followed: it is there before the update is.
+        """
+        start: _Value = (_Frame(self._module.entry), self._module.entry.root.name, path, False)
+        seen, values = {start}, [start]
+        while values:
+            for value in self._before(*values.pop()):
+                if value not in seen:
+                    seen.add(value)
+                    values.append(value)
+        return frozenset(self._found) if self._updated else None
+
+    def _before(self, frame: _Frame, name: str, path: Path, inside: bool) -> Iterator[_Value]:
+        instruction = frame.computation.by_name[name]
+        opcode, operands = instruction.opcode, instruction.operands
+        if opcode == "parameter":
+            yield from self._argument(frame, instruction, path, inside)
+        elif opcode == "get-tuple-element":
+            yield frame, operands[0], (instruction.index, *path), inside
+        elif opcode == "tuple":
+            if path:
+                yield frame, operands[path[0]], path[1:], inside
+        elif f'custom_call_target="{TARGET_NAME}"' in instruction.tail:
+            self._updated = True
+            for operand in _kernel_operands(instruction, path):
+                yield frame, operand, (), True
+        elif opcode in ("fusion", "call", "conditional"):
+            for branch, called in enumerate(instruction.called):
+                inner = self._entered(frame, instruction, branch, called)
+                yield inner, inner.computation.root.name, path, inside
+        elif opcode == "while":
+            inner = self._entered(frame, instruction, 0, instruction.called[-1])
+            yield inner, inner.computation.root.name, path, inside
+            yield frame, operands[0], path, inside
+        elif hands_on(self._module, instruction, path):
+            yield frame, operands[0], path, inside
+        else:
+            named = does_update(instruction)
+            self._updated |= named
+            if named or not instruction.op_name or (not inside and opcode in _ELEMENTWISE):
+                yield from self._operands(frame, instruction, inside or named)
+
+    def _entered(self, frame: _Frame, call: Instruction, branch: int, called: str) -> _Frame:
+        """The frame of a call, always the same one: values are compared by it."""
+        computation = self._module.computations[called]
+        number = branch if call.opcode == "conditional" else None
+        new = _Frame(computation, frame, call, number)
+        return self._frames.setdefault((frame, call.name, branch), new)
+
+    def _operands(self, frame: _Frame, instruction: Instruction, inside: bool) -> Iterator[_Value]:
+        if instruction.opcode == "constant":
+            return
+        for operand in instruction.operands:
+            shape = frame.computation.by_name[operand].shape
+            if [x.elements for x in arrays(shape)] == [self._elements]:
+                yield frame, operand, (), inside
+
+    def _argument(
+        self, frame: _Frame, parameter: Instruction, path: Path, inside: bool
+    ) -> Iterator[_Value]:
+        if frame.caller is None or frame.call is None:
+            sizes = [x.elements for x in arrays(parameter.shape)]
+            if sizes == [self._elements]:
+                self._found.add(parameter.index)
+            return
+        if frame.call.opcode == "while":  # from the round before
+            yield frame, frame.computation.root.name, path, inside
+        number = parameter.index if frame.branch is None else 1 + frame.branch
+        yield frame.caller, frame.call.operands[number], path, inside
+
+
+def _kernel_operands(call: Instruction, path: Path) -> Sequence[str]:
+    """What a result of the CPU kernel depends on; it lists its operands row by row."""
+    aliases = _operand_aliases(call)
+    state = [aliases[result] for result in sorted(aliases)]
+    if len(path) != 1 or path[0] not in aliases:
+        return ()
+    # Between the params, which come first, and m there is a row of gradients.
+    leaves = next((i for i, x in enumerate(state) if x != state[0] + i), len(state))
+    if path[0] >= leaves:
+        return [call.operands[aliases[path[0]]]]
+    return [call.operands[x] for x in state[path[0] :: leaves]]
+
+
+def _operand_aliases(call: Instruction) -> Mapping[int, int]:
+    """Result -> operand whose buffer it takes."""
+    text = call.attributes.get("output_to_operand_aliasing", "")
+    return {int(a): int(b) for a, b in re.findall(r"\{(\d+)\}: \((\d+),", text)}
