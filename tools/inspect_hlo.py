@@ -34,7 +34,8 @@ FUNCTION_HELP = (
     "Inspect a train step of your own in place of a model's optimizer step: a callable without "
     "arguments that returns (function, args), where function is what jax.jit returned, with "
     "your donate_argnums, and args is a tuple of arrays or jax.ShapeDtypeStructs to call it "
-    "with. The module is looked for in the current folder too."
+    "with. The module is looked for in the current folder too. Without the options that say "
+    "what step to make of a model."
 )
 FAIL_HELP = (
     "Exit with status 1 if this package's program, or --function's, has more kernels than this."
