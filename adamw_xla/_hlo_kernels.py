@@ -159,6 +159,11 @@ def does_update(instruction: Instruction) -> bool:
     return UPDATE_NAME in _components(instruction.op_name)
 
 
+def calls_kernel(instruction: Instruction) -> bool:
+    """Whether an instruction is a call of the CPU's kernel."""
+    return f'custom_call_target="{TARGET_NAME}"' in instruction.tail
+
+
 def _parts(module: Module, computation: Computation) -> dict[str, str]:
     """For each instruction whose work it does: by its metadata, or by whom it serves.
 
@@ -192,7 +197,7 @@ def _named_part(module: Module, instruction: Instruction) -> str:
                 # Of equal constants the compiler keeps one, whoever else uses it.
                 if inner.opcode not in FREE:
                     names.update(_components(inner.op_name))
-    if UPDATE_NAME in names or f'custom_call_target="{TARGET_NAME}"' in instruction.tail:
+    if UPDATE_NAME in names or calls_kernel(instruction):
         return UPDATE
     return NORM if NORM_NAME in names else OTHER
 

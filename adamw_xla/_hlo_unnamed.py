@@ -12,10 +12,9 @@ import dataclasses
 import re
 
 from adamw_xla._hlo_flow import hands_on
-from adamw_xla._hlo_kernels import does_update
+from adamw_xla._hlo_kernels import calls_kernel, does_update
 from adamw_xla._hlo_shapes import arrays
 from adamw_xla._hlo_text import Computation, Instruction, Module
-from adamw_xla_lowering.native import TARGET_NAME
 
 Path = tuple[int, ...]
 Sources = frozenset[int]
@@ -153,7 +152,7 @@ class _Walk:
         elif opcode == "tuple":
             if path:
                 yield frame, operands[path[0]], path[1:], inside
-        elif f'custom_call_target="{TARGET_NAME}"' in instruction.tail:
+        elif calls_kernel(instruction):
             self._updated = True
             for operand in _kernel_operands(instruction, path):
                 yield frame, operand, (), True

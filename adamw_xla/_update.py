@@ -71,13 +71,16 @@ def hyper_dtype(dtypes: Sequence[Any]) -> np.dtype[Any]:
     return np.dtype(np.float64 if any(dtype == np.float64 for dtype in dtypes) else np.float32)
 
 
+def _read_by_all(array: jax.Array) -> jax.Array:
+    """Its first element: as XLA:GPU sees all leaves read an array, it merges them (gpu.py)."""
+    return jax.lax.optimization_barrier(array)[0]  # type: ignore[no-untyped-call]
+
+
 def scaled_like(
     totals: Sequence[jax.Array], grads: Sequence[jax.Array], scale: Scalar, dtype: np.dtype[Any]
 ) -> list[jax.Array]:
     """``scale`` times the gradients, in the dtypes of ``totals``, to be added to them."""
-    # An array that all leaves read, so that XLA:GPU merges their additions (gpu.py says how).
-    shared = jnp.stack([jnp.asarray(x, dtype) for x in (scale, 0)])
-    factor = jax.lax.optimization_barrier(shared)[0]  # type: ignore[no-untyped-call]
+    factor = _read_by_all(jnp.stack([jnp.asarray(x, dtype) for x in (scale, 0)]))
     return [(g.astype(dtype) * factor).astype(a.dtype) for a, g in zip(totals, grads, strict=True)]
 
 
@@ -87,11 +90,11 @@ def cleared(totals: Sequence[jax.Array], squares: jax.Array | None) -> list[jax.
     XLA would make one array of zeros for each shape, and copy it to every place. What a flag
     chooses, of which XLA cannot know that it is false, is written in place. The flag hangs on
     the sums, or XLA:GPU would clear in the kernels that make them, in copies, since the update
-    is yet to read what they clear; and is in an array, as in ``scaled_like``.
+    is yet to read what they clear.
     """
     below = np.array([-1, -np.inf], np.float32)  # no sum is, nor is NaN
     flags = jnp.array([False, True]) if squares is None else jnp.ravel(squares)[0] < below
-    keep = jax.lax.optimization_barrier(flags)[0]  # type: ignore[no-untyped-call]
+    keep = _read_by_all(flags)
     return [jax.lax.select(keep, a, jnp.zeros_like(a)) for a in totals]
 
 
