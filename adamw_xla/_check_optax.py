@@ -8,6 +8,7 @@ import numpy as np
 
 from adamw_xla import _check
 from adamw_xla._check_leaves import kind, same_shape, structure
+from adamw_xla_lowering import check_implementation
 
 
 def arguments(
@@ -28,10 +29,7 @@ def arguments(
         epsilons={"eps": eps, "eps_root": eps_root},
     )
     _check.flag("updates_like_grads", updates_like_grads)
-    if implementation not in (None, "xla", "native"):
-        raise ValueError(
-            f'AdamW: implementation must be None, "xla" or "native", got {implementation!r}.'
-        )
+    check_implementation(implementation)
 
 
 def max_norm(value: Any) -> None:

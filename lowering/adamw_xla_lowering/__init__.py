@@ -9,6 +9,7 @@ from .contract import UPDATE_NAME as UPDATE_NAME
 from .contract import Implementation as Implementation
 from .contract import Slot as Slot
 from .contract import UpdateSpec as UpdateSpec
+from .contract import check_implementation as check_implementation
 from .contract import compute_dtype as compute_dtype
 from .contract import dtype_names as dtype_names
 from .errors import NativeUnavailableError as NativeUnavailableError

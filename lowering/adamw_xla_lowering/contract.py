@@ -138,6 +138,10 @@ class UpdateSpec:
         """What each result takes the place of: of its shape, and but for updates its dtype."""
         return ("grads" if self.delta else "params", "m", "v", *self._optional)
 
+    def of_leaves(self, leaves: Sequence[int]) -> "UpdateSpec":
+        """The same kind of update, of some of the leaves."""
+        return dataclasses.replace(self, groups=tuple(self.groups[i] for i in leaves))
+
     @property
     def _optional(self) -> tuple[str, ...]:
         return ("v_max",) * self.amsgrad + ("ema",) * self.ema
@@ -189,6 +193,11 @@ class Operands(NamedTuple):
     hyper: Any
     leaf_scale: Any | None
     leaves: list[tuple[Any, ...]]
+
+    def of_leaves(self, leaves: Sequence[int]) -> list[Any]:
+        """The flat list for some of the leaves, with what stands before them."""
+        scalars = [self.hyper] if self.leaf_scale is None else [self.hyper, self.leaf_scale]
+        return [*scalars, *join_leaves([self.leaves[i] for i in leaves])]
 
 
 def split_operands(spec: UpdateSpec, operands: Sequence[Any]) -> Operands:

@@ -5,7 +5,6 @@ where the kernel makes one. What the kernel cannot run goes to StableHLO instead
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-import dataclasses
 import math
 from typing import Any
 
@@ -16,7 +15,7 @@ from jax.interpreters import mlir
 import numpy as np
 
 from . import native, partitioned, stablehlo
-from ._jax_private import devices_hold_whole_operands, is_exporting, platforms_of
+from ._jax_private import devices_hold_whole_operands, is_exporting
 from .contract import (
     UPDATE_NAME,
     UpdateSpec,
@@ -26,7 +25,7 @@ from .contract import (
     split_leaves,
     split_operands,
 )
-from .errors import unavailable
+from .errors import unavailable, unfit, unfused
 
 MAX_BUCKET_LEAVES = 16
 """XLA's compile time grows faster than the operands of one custom call."""
@@ -74,15 +73,7 @@ def _refusal(ctx: mlir.LoweringRuleContext, spec: UpdateSpec) -> str | None:
     # Asked for by name, jax.export itself decides whether it lets a custom call pass.
     if spec.implementation is None and is_exporting(ctx):
         return "an exported program must run where this kernel is not"
-    if platforms_of(ctx) != ("cpu",):
-        return "the program is lowered for several platforms at once"
-    if not all(isinstance(size, int) for aval in ctx.avals_in for size in aval.shape):
-        return "shapes are symbolic"
-    if spec.delta:
-        # The caller's addition would be a second pass over memory behind the call; XLA fuses
-        # it into the loop that makes the change, and so moves no more bytes.
-        return "updates that are yet to be added to the params are better fused by XLA"
-    return native.unavailable_reason()
+    return unfit(ctx, "cpu") or unfused(spec) or native.unavailable_reason()
 
 
 def _lower_native(
@@ -96,14 +87,10 @@ def _lower_native(
     results: dict[int, Sequence[ir.Value]] = dict(zip(short, lowered, strict=True))
     calls = 0
     for bucket in _buckets({i: row for i, row in enumerate(avals.leaves) if i not in results}):
-        args = [*operands[: spec.num_scalars], *join_leaves([values.leaves[i] for i in bucket])]
-        avals_in = [
-            *ctx.avals_in[: spec.num_scalars],
-            *join_leaves([avals.leaves[i] for i in bucket]),
-        ]
+        own = spec.of_leaves(bucket)
+        args, avals_in = values.of_leaves(bucket), avals.of_leaves(bucket)
         avals_out = join_leaves([outs[i] for i in bucket])
-        groups = tuple(spec.groups[i] for i in bucket)
-        in_place = aliases(dataclasses.replace(spec, groups=groups), avals_in, avals_out)
+        in_place = aliases(own, avals_in, avals_out)
         large = [args[i] for i in in_place if _bytes(avals_in[i]) >= MIN_WITNESSED_BYTES]
         earlier = _earlier_reads(large)
         call = jax.ffi.ffi_lowering(
@@ -115,7 +102,7 @@ def _lower_native(
             *args,
             *earlier,
             leaves=np.array(bucket, np.int64),
-            groups=np.array(groups, np.int64),
+            groups=np.array(own.groups, np.int64),
             batch_rank=np.int64(spec.batch_rank),
             **spec.options(),
         )

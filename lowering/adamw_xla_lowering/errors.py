@@ -1,6 +1,9 @@
-"""Errors that more than one lowering raises."""
+"""Why a kernel of our own cannot run, and the error that says so."""
 
-from .contract import UPDATE_NAME
+from typing import Any
+
+from ._jax_private import platforms_of
+from .contract import UPDATE_NAME, UpdateSpec
 
 
 class NativeUnavailableError(NotImplementedError):
@@ -13,3 +16,21 @@ def unavailable(reason: str) -> NativeUnavailableError:
         f'{UPDATE_NAME}: implementation="native" cannot run here: {reason}; '
         'use implementation=None (choose for me) or "xla" (StableHLO).'
     )
+
+
+def unfit(ctx: Any, platform: str) -> str | None:
+    """Why no kernel of ``platform`` can stand in this program; None if one can."""
+    if platforms_of(ctx) != (platform,):
+        return "the program is lowered for several platforms at once"
+    if not all(isinstance(size, int) for aval in ctx.avals_in for size in aval.shape):
+        return "shapes are symbolic"
+    return None
+
+
+def unfused(spec: UpdateSpec) -> str | None:
+    """Why a kernel would cost more than it saves; None if it does not."""
+    # The caller's addition would be a second pass over memory behind the call; XLA fuses
+    # it into the loop that makes the change, and so moves no more bytes.
+    if spec.delta:
+        return "updates that are yet to be added to the params are better fused by XLA"
+    return None

@@ -5,7 +5,6 @@ What is here has been compiled for real devices and interpreted, but not run on 
 """
 
 from collections.abc import Sequence
-import dataclasses
 import math
 from typing import Any
 
@@ -13,7 +12,7 @@ from jax.extend.mlir import ir
 from jax.interpreters import mlir
 
 from . import gpu, gpu_call, native, partitioned, stablehlo
-from ._jax_private import devices_hold_whole_operands, platforms_of
+from ._jax_private import devices_hold_whole_operands
 from .contract import (
     UPDATE_NAME,
     UpdateSpec,
@@ -23,7 +22,7 @@ from .contract import (
     split_leaves,
     split_operands,
 )
-from .errors import unavailable
+from .errors import unavailable, unfit, unfused
 from .gpu_pieces import Kind, Launch, Leaf
 from .triton_builder import update_kernel
 
@@ -48,9 +47,7 @@ def lower(
     if spec.implementation != "native":
         return gpu.lower(ctx, *operands, spec=spec)
     whole = devices_hold_whole_operands(ctx)
-    reason = _unfit(ctx) or (None if whole else partitioned.refusal(ctx, spec))
-    if reason is None and spec.delta:
-        reason = "updates that are yet to be added to the params are better fused by XLA"
+    reason = _unfit(ctx) or (None if whole else partitioned.refusal(ctx, spec)) or unfused(spec)
     if reason is not None:
         raise unavailable(reason)
     if not whole:
@@ -65,11 +62,7 @@ def can_run(ctx: mlir.LoweringRuleContext) -> bool:
 
 def _unfit(ctx: mlir.LoweringRuleContext) -> str | None:
     """Why no kernel can run this equation, however it is partitioned; None if one can."""
-    if platforms_of(ctx) != (PLATFORM,):
-        return "the program is lowered for several platforms at once"
-    if not all(isinstance(size, int) for aval in ctx.avals_in for size in aval.shape):
-        return "shapes are symbolic"
-    return gpu_call.unavailable_reason()
+    return unfit(ctx, PLATFORM) or gpu_call.unavailable_reason()
 
 
 def launch_shape() -> Launch:
@@ -109,11 +102,9 @@ def _call(
     leaves = [_leaf(spec, i, scalars, avals.leaves[i], outs[i]) for i in part]
     shapes = [(aval.shape, aval.dtype) for aval in scalars]
     kernel = update_kernel(spec, leaves, shapes, launch_shape())
-    args = [*operands[: spec.num_scalars], *join_leaves([values.leaves[i] for i in part])]
-    avals_in = [*scalars, *join_leaves([avals.leaves[i] for i in part])]
+    args, avals_in = values.of_leaves(part), avals.of_leaves(part)
     avals_out = join_leaves([outs[i] for i in part])
-    own = dataclasses.replace(spec, groups=tuple(spec.groups[i] for i in part))
-    in_place = aliases(own, avals_in, avals_out)
+    in_place = aliases(spec.of_leaves(part), avals_in, avals_out)
     flat = gpu_call.call(ctx, kernel, args, avals_in, avals_out, in_place)
     return split_leaves(stablehlo.with_shardings(ctx, flat, avals_out), len(part))
 

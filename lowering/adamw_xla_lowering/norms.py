@@ -5,9 +5,8 @@ that is not finite all need nothing else. As one equation it traces in the time 
 leaf, and a platform can read the tree in fewer kernels than one or two per leaf.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from jax.interpreters import batching, mlir
 import jax.numpy as jnp
 import numpy as np
 
-from . import autodiff, norm_lowerings
+from . import autodiff, eager, norm_lowerings
 from ._jax_private import batch_spec, reduced_axes, varying_like, with_shape_and_spec
 from .batching import to_front
 from .contract import (
@@ -90,23 +89,13 @@ def _batch(
     return adamw_sum_of_squares_p.bind(*moved, spec=batched), [0]
 
 
-@functools.lru_cache(maxsize=16)
-def _compiled(spec: NormSpec) -> Callable[..., list[jax.Array]]:
-    return jax.jit(functools.partial(adamw_sum_of_squares_p.bind, spec=spec))
-
-
-def _impl(*operands: Any, spec: NormSpec) -> list[jax.Array]:
-    with jax.disable_jit(False):  # which would come back here
-        return _compiled(spec)(*operands)
-
-
 # ---------------------------------------------------------------------------- registration
 
 adamw_sum_of_squares_p = Primitive(NORM_NAME)
 adamw_sum_of_squares_p.multiple_results = True
-adamw_sum_of_squares_p.def_impl(_impl)
 adamw_sum_of_squares_p.def_abstract_eval(_abstract_eval)
 autodiff.register(adamw_sum_of_squares_p)
+eager.register(adamw_sum_of_squares_p)
 batching.primitive_batchers[adamw_sum_of_squares_p] = _batch
 mlir.register_lowering(adamw_sum_of_squares_p, norm_lowerings.lower_by_leaf)
 mlir.register_lowering(adamw_sum_of_squares_p, norm_lowerings.lower_added, platform="tpu")

@@ -1,8 +1,6 @@
 """``adamw_update_p``: one equation that updates a whole parameter tree."""
 
-from collections.abc import Callable, Sequence
-import dataclasses
-import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +8,7 @@ from jax.extend.core import JaxprEqn, Primitive
 from jax.interpreters import partial_eval as pe
 import numpy as np
 
-from . import autodiff, batching, platforms
+from . import autodiff, batching, eager, platforms
 from ._jax_private import batch_spec, reduced_axes, spec_of, varying_like, with_shape_and_spec
 from .contract import (
     NUM_SLOTS,
@@ -198,7 +196,7 @@ def _abstract_eval(*avals: Any, spec: UpdateSpec) -> list[Any]:
     return join_leaves([known[row] for row in rows])
 
 
-# ------------------------------------------------------------- dead code and eager calls
+# -------------------------------------------------------------------------- dead code
 
 
 def _dce(used: list[bool], eqn: JaxprEqn) -> tuple[list[bool], JaxprEqn | None]:
@@ -213,34 +211,23 @@ def _dce(used: list[bool], eqn: JaxprEqn) -> tuple[list[bool], JaxprEqn | None]:
         return [True] * len(eqn.invars), eqn
     keep_in = [True] * spec.num_scalars + keep * len(spec.operand_kinds)
     keep_out = keep * len(spec.result_kinds)
-    groups = tuple(g for g, kept in zip(spec.groups, keep, strict=True) if kept)
     smaller = eqn.replace(
         invars=[x for x, kept in zip(eqn.invars, keep_in, strict=True) if kept],
         outvars=[x for x, kept in zip(eqn.outvars, keep_out, strict=True) if kept],
-        params={"spec": dataclasses.replace(spec, groups=groups)},
+        params={"spec": spec.of_leaves([leaf for leaf in range(n) if keep[leaf]])},
     )
     return keep_in, smaller
-
-
-@functools.lru_cache(maxsize=256)
-def _compiled(spec: UpdateSpec) -> Callable[..., list[jax.Array]]:
-    return jax.jit(functools.partial(adamw_update_p.bind, spec=spec))
-
-
-def _impl(*operands: Any, spec: UpdateSpec) -> list[jax.Array]:
-    with jax.disable_jit(False):  # which would come back here
-        return _compiled(spec)(*operands)
 
 
 # -------------------------------------------------------------------------- registration
 
 adamw_update_p = Primitive(UPDATE_NAME)
 adamw_update_p.multiple_results = True
-adamw_update_p.def_impl(_impl)
 adamw_update_p.def_abstract_eval(_abstract_eval)
 pe.dce_rules[adamw_update_p] = _dce
 autodiff.register(adamw_update_p)
 batching.register(adamw_update_p)
+eager.register(adamw_update_p)
 platforms.register(adamw_update_p)
 
 __all__ = ["UpdateResult", "adamw_update", "adamw_update_p"]
