@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from adamw_xla_lowering import gpu_call, gpu_kernel, platforms
+from adamw_xla_lowering import gpu_call, gpu_kernel, platforms, triton_ops
 
 DTYPES: dict[str, Any] = {
     "f64": np.float64,
@@ -166,6 +166,9 @@ def _simple(op: Any) -> Callable[..., Sequence[Any]]:
             return lambda program, *xs: _store(*xs)
         case "tt.elementwise_inline_asm":
             text = ir.StringAttr(op.attributes["asm_string"]).value
+            if text == triton_ops.DIVIDE:
+                assert _dtype(kind) == np.float32
+                return lambda program, a, b: [np.divide(a, b)]
             number = np.int32(re.fullmatch(r"mov\.u32 \$0, (\d+);", text).group(1))
             return lambda program, x: [number]
     raise NotImplementedError(op.name)
@@ -181,7 +184,6 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "arith.subf": np.subtract,
     "arith.mulf": np.multiply,
     "arith.divf": np.divide,
-    "tt.precise_divf": np.divide,
     "arith.negf": np.negative,
     "math.sqrt": np.sqrt,
     "tt.precise_sqrt": np.sqrt,

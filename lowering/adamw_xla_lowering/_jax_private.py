@@ -1,6 +1,7 @@
-"""Every private surface of JAX that this package touches, each with its reason.
+"""Every private or unstable surface of JAX that this package touches, each with its reason.
 
-Read with jax 0.10.0, 0.10.2 and 0.12.0: the same there.
+``tests/lowering/test_surfaces.py`` has a test for each: it says what changed where one breaks.
+Read with jax 0.10.0, 0.10.2, 0.11.2 and 0.12.0; where they differ, the function says so.
 """
 
 from collections.abc import Callable, Iterable
@@ -8,7 +9,9 @@ import functools
 from typing import Any
 
 import jax
+from jax.extend.core import JaxprEqn, Primitive
 from jax.interpreters import ad
+from jax.interpreters import partial_eval as pe
 from jaxlib import xla_client
 
 HloSharding: Any = xla_client.HloSharding
@@ -68,6 +71,21 @@ def batch_spec(batch: tuple[int, ...], members: Iterable[Any]) -> tuple[Any, ...
 def zero_tangent(x: Any) -> ad.Zero:
     """A symbolic zero for ``x``: the tangent's type has no public constructor."""
     return ad.Zero(jax.typeof(x).to_tangent_aval())
+
+
+def register_dead_code_rule(
+    primitive: Primitive,
+    rule: Callable[[list[bool], JaxprEqn], tuple[list[bool], JaxprEqn | None]],
+) -> None:
+    """Has JAX ask ``rule(used_results, eqn)`` which operands ``eqn`` still needs.
+
+    Up to 0.11 JAX calls a rule just so; from 0.12 it passes in between which operands live.
+    """
+
+    def adapted(used: list[bool], *rest: Any) -> tuple[list[bool], JaxprEqn | None]:
+        return rule(list(used), rest[-1])
+
+    pe.dce_rules[primitive] = adapted
 
 
 def platforms_of(ctx: Any) -> tuple[str, ...]:

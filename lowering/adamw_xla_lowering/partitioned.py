@@ -12,6 +12,7 @@ abstract mesh.
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import functools
 import json
@@ -160,13 +161,20 @@ def _partition(
 
 
 def _program(spec: UpdateSpec, platform: str, operands: Sequence[Any]) -> bytes:
-    """The equation on these operands and one device, as MLIR bytecode."""
+    """The equation on these operands and one device, as MLIR bytecode.
+
+    XLA calls back on the thread of whoever compiles (up to jax 0.10 on one of its own), whose
+    mesh and precision are those of the whole program, and who may be tracing another. A
+    new thread has none of these.
+    """
+    with ThreadPoolExecutor(1) as alone:
+        return alone.submit(_lowered, spec, platform, operands).result()
+
+
+def _lowered(spec: UpdateSpec, platform: str, operands: Sequence[Any]) -> bytes:
     from .primitive import adamw_update_p  # whose lowering leads here
 
-    # The thread's settings are those of whoever compiles: dtypes are as given all the same,
-    # and the mesh of the whole program is not that of one device.
-    one = jax.sharding.AbstractMesh((), ())
-    with jax.enable_x64(True), jax.sharding.use_abstract_mesh(one):
+    with jax.enable_x64(True):  # dtypes are as given
         traced = jax.jit(functools.partial(adamw_update_p.bind, spec=spec)).trace(*operands)
         module = traced.lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")
     return mlir.module_to_bytecode(module)

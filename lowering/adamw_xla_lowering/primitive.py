@@ -5,11 +5,17 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import JaxprEqn, Primitive
-from jax.interpreters import partial_eval as pe
 import numpy as np
 
 from . import autodiff, batching, eager, platforms
-from ._jax_private import batch_spec, reduced_axes, spec_of, varying_like, with_shape_and_spec
+from ._jax_private import (
+    batch_spec,
+    reduced_axes,
+    register_dead_code_rule,
+    spec_of,
+    varying_like,
+    with_shape_and_spec,
+)
 from .contract import (
     NUM_SLOTS,
     PARAM_DTYPES,
@@ -199,7 +205,7 @@ def _abstract_eval(*avals: Any, spec: UpdateSpec) -> list[Any]:
 # -------------------------------------------------------------------------- dead code
 
 
-def _dce(used: list[bool], eqn: JaxprEqn) -> tuple[list[bool], JaxprEqn | None]:
+def _dead_code(used: list[bool], eqn: JaxprEqn) -> tuple[list[bool], JaxprEqn | None]:
     """Drops the leaves none of whose results is used."""
     spec: UpdateSpec = eqn.params["spec"]
     n = spec.num_leaves
@@ -224,7 +230,7 @@ def _dce(used: list[bool], eqn: JaxprEqn) -> tuple[list[bool], JaxprEqn | None]:
 adamw_update_p = Primitive(UPDATE_NAME)
 adamw_update_p.multiple_results = True
 adamw_update_p.def_abstract_eval(_abstract_eval)
-pe.dce_rules[adamw_update_p] = _dce
+register_dead_code_rule(adamw_update_p, _dead_code)
 autodiff.register(adamw_update_p)
 batching.register(adamw_update_p)
 eager.register(adamw_update_p)

@@ -8,6 +8,9 @@ from jax.extend.mlir.dialects import math as math_dialect
 
 from .gpu_call import tt
 
+DIVIDE = "div.rn.f32 $0, $1, $2;"
+"""PTX: the quotient of two float32, rounded to nearest."""
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockOps:
@@ -45,8 +48,13 @@ class BlockOps:
     maximum = staticmethod(arith.maximumf)  # a NaN stays one
 
     def divide(self, a: ir.Value, b: ir.Value) -> ir.Value:
-        """Rounded correctly, which ``arith.divf`` is not in float32."""
-        return arith.divf(a, b) if self.is_wide else tt.precise_divf(a, b)
+        """Rounded correctly, which ``arith.divf`` is not in float32.
+
+        Nor is ``tt.precise_divf`` from jaxlib 0.12 on: it becomes ``div.full.f32``.
+        """
+        if self.is_wide:
+            return arith.divf(a, b)
+        return tt.elementwise_inline_asm([a.type], DIVIDE, "=r,r,r", True, 1, [a, b])
 
     def sqrt(self, x: ir.Value) -> ir.Value:
         """Rounded correctly."""
