@@ -32,7 +32,7 @@ from adamw_xla._hlo_opcodes import FREE, MOVE_STARTS, MOVES, VIEWS
 from adamw_xla._hlo_shapes import arrays
 from adamw_xla._hlo_text import Computation, Instruction, Module
 from adamw_xla_lowering import NORM_NAME, UPDATE_NAME
-from adamw_xla_lowering.native import TARGET_NAME
+from adamw_xla_lowering.contract import CPU_TARGET_NAME
 
 Platform = Literal["cpu", "cuda", "rocm", "tpu"]
 
@@ -161,7 +161,7 @@ def does_update(instruction: Instruction) -> bool:
 
 def calls_kernel(instruction: Instruction) -> bool:
     """Whether an instruction is a call of the CPU's kernel."""
-    return f'custom_call_target="{TARGET_NAME}"' in instruction.tail
+    return f'custom_call_target="{CPU_TARGET_NAME}"' in instruction.tail
 
 
 def _parts(module: Module, computation: Computation) -> dict[str, str]:

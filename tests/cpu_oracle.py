@@ -9,7 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from adamw_xla_lowering import NUM_SLOTS, Slot, native
+from adamw_xla_lowering import NUM_SLOTS, Slot
+from adamw_xla_lowering.cpu import library as native
 
 DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),

@@ -19,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from adamw_xla_lowering import NativeUnavailableError, adamw_update, partitioned
+from adamw_xla_lowering import NativeUnavailableError, adamw_update
+from adamw_xla_lowering.rules import partitioned
 
 GATHERS = re.compile(r"all-gather|all-to-all|collective-permute")
 MOVES = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute|dynamic-slice")
@@ -134,16 +135,33 @@ def state_that_is_cut_smaller_than_its_param() -> None:
     assert jax.jit(step)(h, placed).params[0].sharding.is_fully_replicated
 
 
-def the_older_partitioner() -> None:
+def the_older_partitioner_is_refused() -> None:
+    """And is never asked: its callbacks raise, and every other check here passes."""
+    tree, mesh = leaves(SHAPES), mesh_of()
+    h, placed = place(mesh, hyper(), tree, [P("x", "y"), P("y"), P(), P(), P()])
     jax.config.update("jax_use_shardy_partitioner", False)
     try:
-        tree, mesh = leaves(SHAPES), mesh_of()
-        h, placed = place(mesh, hyper(), tree, [P("x", "y"), P("y"), P(), P(), P()])
-        text, _ = calls(update, h, placed)
+        with pytest.raises(NativeUnavailableError, match="jax_use_shardy_partitioner is off"):
+            jax.jit(update).lower(h, placed)
+        text = jax.jit(adamw_update).lower(h, **placed).compile().as_text()
         assert not MOVES.search(text), text
-        check(jax.jit(update)(h, placed), hyper(), tree)
+        check(jax.jit(adamw_update)(h, **placed), hyper(), tree)
     finally:
         jax.config.update("jax_use_shardy_partitioner", True)
+
+
+def while_another_program_is_traced() -> None:
+    """What is known while tracing is computed then, and compiled on the tracing thread."""
+    tree, mesh = leaves(SHAPES[:2]), mesh_of()
+    h, placed = place(mesh, hyper(), tree, [P("x", "y"), P("y")])
+
+    def outer(x: Any) -> Any:
+        with jax.ensure_compile_time_eval():
+            got = jax.jit(update)(h, placed)
+        check(got, hyper(), tree)
+        return x + got.params[1][0]
+
+    jax.jit(outer)(1.0)
 
 
 def gradients_follow_their_params() -> None:
@@ -208,7 +226,8 @@ CHECKS = {
         shards_that_are_not_even,
         float64_groups_and_scales,
         state_that_is_cut_smaller_than_its_param,
-        the_older_partitioner,
+        the_older_partitioner_is_refused,
+        while_another_program_is_traced,
         gradients_follow_their_params,
         in_place_where_donated,
         what_cannot_be_partitioned_is_refused,

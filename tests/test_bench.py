@@ -43,14 +43,14 @@ def test_the_sweep_reaches_the_lowering(monkeypatch: pytest.MonkeyPatch) -> None
     seen = []
 
     def ours(*case: object) -> None:
-        seen.append((gpu_peers.gpu.MAX_MERGED_ELEMENTS, gpu_peers.gpu_kernel.launch_shape()))
+        seen.append((gpu_peers.merge.MAX_MERGED_ELEMENTS, gpu_peers.gpu_kernel.launch_shape()))
 
-    before = gpu_peers.gpu.MAX_MERGED_ELEMENTS, gpu_peers.gpu_kernel.launch_shape()
+    before = gpu_peers.merge.MAX_MERGED_ELEMENTS, gpu_peers.gpu_kernel.launch_shape()
     monkeypatch.setattr(step_peers, "ours", ours)
     gpu_peers.SWEEP["merged 2^20"]()
     gpu_peers.SWEEP["native 512/2"]()
     assert [seen[0][0], seen[1][1]] == [1 << 20, gpu_peers.Launch(512, 2)]
-    assert before == (gpu_peers.gpu.MAX_MERGED_ELEMENTS, gpu_peers.gpu_kernel.launch_shape())
+    assert before == (gpu_peers.merge.MAX_MERGED_ELEMENTS, gpu_peers.gpu_kernel.launch_shape())
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_accumulation_is_cleared_in_place(name, clip):
 
 def test_the_bounds_notice_leaves_that_are_not_merged(monkeypatch):
     on = target("h100")
-    monkeypatch.setitem(platforms.LOWERINGS, "cuda", platforms.LOWERINGS[None])
+    monkeypatch.setitem(platforms.PLATFORMS, "cuda", platforms.PLATFORMS[None])
     found = inspect_cases.inspect(step(OURS, "gpt2-small", "none"), on)
     assert found.report.program.count >= 148
     assert not kept(found, BOUNDS["gpt2-small", "h100", "none"])

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adamw_xla_lowering import adamw_sum_of_squares, norm_lowerings
+from adamw_xla_lowering import adamw_sum_of_squares
+from adamw_xla_lowering.gpu import norm as gpu_norm
 
 SHAPES = [(), (3,), (3,), (0, 2), (2, 5), (5, 2), (64, 256), (128, 128), (16389,)]
 
@@ -52,7 +53,7 @@ def test_sums(sum_of_squares: Callable[..., jax.Array], dtype: Any, per_leaf: bo
 
 
 def test_more_summands_than_one_kernel_takes(sum_of_squares: Callable[..., jax.Array]) -> None:
-    leaves = [jnp.full((4,), float(i)) for i in range(2 * norm_lowerings.MAX_MERGED_SUMMANDS + 1)]
+    leaves = [jnp.full((4,), float(i)) for i in range(2 * gpu_norm.MAX_MERGED_SUMMANDS + 1)]
     found = sum_of_squares(jnp.float32(1.0), leaves)
     assert found == _oracle(1.0, leaves).sum()  # whole numbers that float32 holds
 
@@ -63,7 +64,7 @@ def test_rows_of_very_large_leaves(
     per_leaf: bool, batch: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows are added by the kernel that sums them, here from 16 sums on that are left."""
-    monkeypatch.setattr(norm_lowerings, "MIN_FOLDED_ROWS", 16)
+    monkeypatch.setattr(gpu_norm, "MIN_FOLDED_ROWS", 16)
     leaves = _leaves(batch=batch)
     call = functools.partial(adamw_sum_of_squares, jnp.float32(0.5), per_leaf=per_leaf)
 

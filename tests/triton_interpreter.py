@@ -22,7 +22,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from adamw_xla_lowering import gpu_call, gpu_kernel, platforms, triton_ops
+from adamw_xla_lowering import platforms
+from adamw_xla_lowering.gpu import call as gpu_call
+from adamw_xla_lowering.gpu import kernel as gpu_kernel
+from adamw_xla_lowering.gpu import triton_ops
 
 DTYPES: dict[str, Any] = {
     "f64": np.float64,
@@ -320,6 +323,7 @@ class Interpreted:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> Interpreted:
         monkeypatch.setattr(gpu_call, "call", self.call)
         monkeypatch.setattr(gpu_kernel, "PLATFORM", "cpu")
-        monkeypatch.setitem(platforms.LOWERINGS, "cpu", gpu_kernel.lower)
+        cuda = dataclasses.replace(platforms.PLATFORMS["cpu"], update=gpu_kernel.lower)
+        monkeypatch.setitem(platforms.PLATFORMS, "cpu", cuda)
         jax.clear_caches()
         return self

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import step_peers
 from step_peers import Build, Peer
 
-from adamw_xla_lowering import gpu, gpu_kernel
-from adamw_xla_lowering.gpu_pieces import Launch
+from adamw_xla_lowering.gpu import kernel as gpu_kernel
+from adamw_xla_lowering.gpu import merge
+from adamw_xla_lowering.gpu.pieces import Launch
 
 BLOCKS = (512, 1024, 2048, 4096)
 WARPS = (2, 4, 8)
@@ -48,7 +49,7 @@ def setting(module: Any, name: str, value: Any) -> Iterator[None]:
 
 def merged(limit: int, *case: Any) -> Peer:
     """StableHLO, where only leaves of at most so many elements are merged."""
-    with setting(gpu, "MAX_MERGED_ELEMENTS", limit):
+    with setting(merge, "MAX_MERGED_ELEMENTS", limit):
         return step_peers.ours("xla", *case)
 
 

@@ -1,6 +1,5 @@
 """The compiler half of adamw_xla: ``adamw_update_p``, its rules and its lowerings."""
 
-from .autodiff import UpdateNotDifferentiableError as UpdateNotDifferentiableError
 from .contract import COMPOSITE_NAME as COMPOSITE_NAME
 from .contract import NORM_NAME as NORM_NAME
 from .contract import NUM_SLOTS as NUM_SLOTS
@@ -12,9 +11,10 @@ from .contract import UpdateSpec as UpdateSpec
 from .contract import check_implementation as check_implementation
 from .contract import compute_dtype as compute_dtype
 from .contract import dtype_names as dtype_names
+from .cpu.library import native_available as native_available
 from .errors import NativeUnavailableError as NativeUnavailableError
-from .native import native_available as native_available
 from .norms import adamw_sum_of_squares as adamw_sum_of_squares
 from .primitive import UpdateResult as UpdateResult
 from .primitive import adamw_update as adamw_update
 from .primitive import adamw_update_p as adamw_update_p
+from .rules.autodiff import UpdateNotDifferentiableError as UpdateNotDifferentiableError

@@ -6,7 +6,7 @@ Read with jax 0.10.0, 0.10.2, 0.11.2 and 0.12.0; where they differ, the function
 
 from collections.abc import Callable, Iterable
 import functools
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax.extend.core import JaxprEqn, Primitive
@@ -124,29 +124,29 @@ def partitions_automatically(ctx: Any) -> bool:
     return not hasattr(axes, "manual_axes") and (getattr(axes, "num_devices", None) or 1) > 1
 
 
-def register_partitioner(
-    name: str,
-    propagate: Callable[..., Any],
-    partition: Callable[..., Any],
-    infer: Callable[..., Any],
-) -> None:
+def register_partitioner(name: str, partition: Callable[..., Any]) -> None:
     """Has XLA call back where it partitions a custom call of this name, on every platform.
 
     ``jax.experimental.custom_partitioning`` does this for its own primitive and no other
-    (``jax/_src/custom_partitioning.py``, at its end, in 0.10.2 and 0.12.0).
+    (``jax/_src/custom_partitioning.py``, at its end, in 0.10.2 and 0.12.0). The other two
+    callbacks are GSPMD's, which is going away: under Shardy nobody calls them.
     """
     from jax._src import xla_bridge  # by those alone who have a kernel partitioned
 
     register = functools.partial(
         xla_client.register_custom_call_partitioner,
         name=name,
-        prop_user_sharding=propagate,
+        prop_user_sharding=_gspmd_is_off,
         partition=partition,
-        infer_sharding_from_operands=infer,
+        infer_sharding_from_operands=_gspmd_is_off,
         can_side_effecting_have_replicated_sharding=True,
     )
     register()
     xla_bridge.register_plugin_callbacks(register)
+
+
+def _gspmd_is_off(*args: Any) -> NoReturn:
+    raise NotImplementedError("GSPMD's propagation of shardings is not supported: use Shardy")
 
 
 def uses_shardy() -> bool:

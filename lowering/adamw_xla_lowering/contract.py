@@ -22,10 +22,12 @@ the fifth digit. The decay is a rate that is subtracted and not a factor
 up to half at fine-tuning rates.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import enum
-from typing import Any, Literal, NamedTuple, TypeAlias
+import itertools
+import os
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +41,10 @@ NORM_NAME = "adamw_sum_of_squares"
 COMPOSITE_NAME = "adamw_xla.update"
 """The name of the ``stablehlo.composite`` that stands for one leaf's update."""
 
+CPU_TARGET_NAME = "adamw_xla_update_cpu"
+"""The target of the CPU kernel's custom call, as HLO dumps and profiles show it."""
+
+Item = TypeVar("Item")
 Implementation: TypeAlias = Literal["xla", "native"]
 
 PARAM_DTYPES = (
@@ -57,7 +63,7 @@ def dtype_names() -> str:
 
 
 class Slot(enum.IntEnum):
-    """Columns of ``hyper``; csrc/slice.h repeats this order, and native.py compares."""
+    """Columns of ``hyper``; csrc/slice.h repeats this order, and cpu/library.py compares."""
 
     GRAD_SCALE = 0
     STEP_SIZE = 1
@@ -217,6 +223,13 @@ def join_leaves(leaves: Sequence[Sequence[Any]]) -> list[Any]:
     return [x for column in zip(*leaves, strict=True) for x in column]
 
 
+def cut_evenly(items: Sequence[Item], most: int) -> Iterator[Sequence[Item]]:
+    """Cuts into as few runs of at most ``most`` as possible, about equally long."""
+    count = -(-len(items) // most)
+    cuts = [i * len(items) // count for i in range(count + 1)]
+    yield from (items[a:b] for a, b in itertools.pairwise(cuts))
+
+
 def num_operands(spec: UpdateSpec) -> int:
     """How many operands the equation has."""
     return spec.num_scalars + spec.num_leaves * len(spec.operand_kinds)
@@ -268,3 +281,23 @@ def check_implementation(implementation: Any) -> None:
     """Raises ValueError unless it is one of ``Implementation``, or None."""
     if implementation not in (None, "xla", "native"):
         raise ValueError(f'implementation must be None, "xla" or "native", got {implementation!r}')
+
+
+IMPLEMENTATION_VARIABLE = "ADAMW_XLA_IMPLEMENTATION"
+"""Environment variable that says what ``implementation=None`` means: xla or native.
+
+It is read when a program is lowered; what is compiled already stays as it is.
+"""
+
+
+def default_implementation() -> Implementation | None:
+    """What the environment says; None leaves the choice to the platform."""
+    match os.environ.get(IMPLEMENTATION_VARIABLE, ""):
+        case "xla":
+            return "xla"
+        case "native":
+            return "native"
+        case "":
+            return None
+        case other:
+            raise ValueError(f"{IMPLEMENTATION_VARIABLE} must be xla or native, got {other!r}")

@@ -1,9 +1,13 @@
 """Why a kernel of our own cannot run, and the error that says so."""
 
+import logging
 from typing import Any
 
 from ._jax_private import platforms_of
 from .contract import UPDATE_NAME, UpdateSpec
+
+logger = logging.getLogger("adamw_xla")
+"""Says which path each program took, and why."""
 
 
 class NativeUnavailableError(NotImplementedError):

@@ -11,13 +11,12 @@ from typing import Any
 
 import jax
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import batching
 import jax.numpy as jnp
 import numpy as np
 
-from . import autodiff, eager, norm_lowerings
+from . import platforms
 from ._jax_private import batch_spec, reduced_axes, varying_like, with_shape_and_spec
-from .batching import to_front
 from .contract import (
     NORM_NAME,
     PARAM_DTYPES,
@@ -26,6 +25,8 @@ from .contract import (
     check_implementation,
     dtype_names,
 )
+from .rules import autodiff, eager
+from .rules.batching import to_front
 
 
 def adamw_sum_of_squares(
@@ -97,7 +98,4 @@ adamw_sum_of_squares_p.def_abstract_eval(_abstract_eval)
 autodiff.register(adamw_sum_of_squares_p)
 eager.register(adamw_sum_of_squares_p)
 batching.primitive_batchers[adamw_sum_of_squares_p] = _batch
-mlir.register_lowering(adamw_sum_of_squares_p, norm_lowerings.lower_by_leaf)
-mlir.register_lowering(adamw_sum_of_squares_p, norm_lowerings.lower_added, platform="tpu")
-mlir.register_lowering(adamw_sum_of_squares_p, norm_lowerings.lower_cuda, platform="cuda")
-mlir.register_lowering(adamw_sum_of_squares_p, norm_lowerings.lower_merged, platform="rocm")
+platforms.register_norm(adamw_sum_of_squares_p)

@@ -1,50 +1,47 @@
-"""Which lowering of the update each platform uses: one table, one ``register``."""
+"""Which lowerings each platform has: one table, which a new platform adds a line to."""
 
 from collections.abc import Callable
 import dataclasses
 import functools
-import os
 from typing import Any
 
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-from . import cpu, gpu, gpu_kernel, stablehlo
+from . import norm_stablehlo, stablehlo
 from ._jax_private import platforms_of
-from .contract import Implementation, UpdateSpec
+from .contract import UpdateSpec, default_implementation
+from .cpu import kernel as cpu
 from .errors import unavailable
+from .gpu import kernel as cuda
+from .gpu import merge
+from .gpu import norm as gpu_norm
 
-IMPLEMENTATION_VARIABLE = "ADAMW_XLA_IMPLEMENTATION"
-"""Environment variable that says what ``implementation=None`` means: xla or native.
-
-It is read when a program is lowered; what is compiled already stays as it is.
-"""
-
-
-def default_implementation() -> Implementation | None:
-    """What the environment says; None leaves the choice to the platform."""
-    match os.environ.get(IMPLEMENTATION_VARIABLE, ""):
-        case "xla":
-            return "xla"
-        case "native":
-            return "native"
-        case "":
-            return None
-        case other:
-            raise ValueError(f"{IMPLEMENTATION_VARIABLE} must be xla or native, got {other!r}")
+Lowering = Callable[..., Any]
 
 
-def _no_kernel(lower: Callable[..., Any], ctx: Any, *operands: Any, spec: UpdateSpec) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Platform:
+    """How the two primitives are lowered: ``(ctx, *operands, spec) -> results``."""
+
+    update: Lowering
+    norm: Lowering
+
+
+def _no_kernel(lower: Lowering, ctx: Any, *operands: Any, spec: UpdateSpec) -> Any:
     if spec.implementation == "native":
         raise unavailable(f"it has no kernel for {', '.join(platforms_of(ctx))}")
     return lower(ctx, *operands, spec=spec)
 
 
-LOWERINGS: dict[str | None, Callable[..., Any]] = {
-    "cpu": cpu.lower,
-    "cuda": gpu_kernel.lower,
-    "rocm": functools.partial(_no_kernel, gpu.lower),
-    None: functools.partial(_no_kernel, stablehlo.lower),  # tpu and whatever comes
+_by_leaf = functools.partial(_no_kernel, stablehlo.lower)
+
+PLATFORMS: dict[str | None, Platform] = {
+    "cpu": Platform(cpu.lower, norm_stablehlo.lower_by_leaf),
+    "cuda": Platform(cuda.lower, gpu_norm.lower),
+    "rocm": Platform(functools.partial(_no_kernel, merge.lower), gpu_norm.lower_merged),
+    "tpu": Platform(_by_leaf, norm_stablehlo.lower_added),
+    None: Platform(_by_leaf, norm_stablehlo.lower_by_leaf),  # whatever comes
 }
 
 
@@ -54,13 +51,19 @@ def _lower(ctx: mlir.LoweringRuleContext, *operands: Any, spec: UpdateSpec) -> A
     key = platforms[0] if len(platforms) == 1 else None
     if spec.implementation is None:
         spec = dataclasses.replace(spec, implementation=default_implementation())
-    return LOWERINGS.get(key, LOWERINGS[None])(ctx, *operands, spec=spec)
+    return PLATFORMS.get(key, PLATFORMS[None]).update(ctx, *operands, spec=spec)
 
 
 def register(primitive: Primitive) -> None:
-    """Installs the platforms' lowerings."""
-    # A cached lowering goes into a function of its own, where cpu.py could not see what
+    """Installs the update's lowerings."""
+    # A cached lowering goes into a function of its own, where the CPU's could not see what
     # else reads the operands; a program has one such equation, so nothing is lost. One rule
     # for all platforms: jax 0.10.2 cannot lower for several of them at once (jax.export)
     # what has a rule for each and is not cached.
     mlir.register_lowering(primitive, _lower, cacheable=False)
+
+
+def register_norm(primitive: Primitive) -> None:
+    """Installs the norm's lowerings."""
+    for platform, lowerings in PLATFORMS.items():
+        mlir.register_lowering(primitive, lowerings.norm, platform=platform)

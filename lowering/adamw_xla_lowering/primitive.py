@@ -7,7 +7,7 @@ import jax
 from jax.extend.core import JaxprEqn, Primitive
 import numpy as np
 
-from . import autodiff, batching, eager, platforms
+from . import platforms
 from ._jax_private import (
     batch_spec,
     reduced_axes,
@@ -30,6 +30,7 @@ from .contract import (
     operand_name,
     split_operands,
 )
+from .rules import autodiff, batching, eager, partitioned
 
 Leaves = Sequence[jax.Array]
 
@@ -234,6 +235,7 @@ register_dead_code_rule(adamw_update_p, _dead_code)
 autodiff.register(adamw_update_p)
 batching.register(adamw_update_p)
 eager.register(adamw_update_p)
+partitioned.register(adamw_update_p)
 platforms.register(adamw_update_p)
 
 __all__ = ["UpdateResult", "adamw_update", "adamw_update_p"]

@@ -70,7 +70,7 @@ class Tree:
         Args:
           leaf: its index.
           values: what stands for its operands, reshaped behind the batch; None: themselves.
-          anchor: an array of ones for the gradient to be multiplied by (``gpu.py`` says why).
+          anchor: an array of ones for the gradient to be multiplied by (``gpu/merge.py`` says why).
 
         Returns:
           The results, of the shapes that ``values`` make.

@@ -10,16 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adamw_xla_lowering import (
-    NUM_SLOTS,
-    NativeUnavailableError,
-    adamw_sum_of_squares,
-    adamw_update,
-    cpu,
-    gpu_call,
-    gpu_norm,
-    native,
-)
+from adamw_xla_lowering import NUM_SLOTS, NativeUnavailableError, adamw_sum_of_squares, adamw_update
+from adamw_xla_lowering.contract import CPU_TARGET_NAME
+from adamw_xla_lowering.cpu import kernel as cpu
+from adamw_xla_lowering.cpu import library as native
+from adamw_xla_lowering.gpu import call as gpu_call
+from adamw_xla_lowering.gpu import norm_kernel as gpu_norm
 
 
 def leaves(shape: tuple[int, ...], n: int = 1) -> dict[str, list[Any]]:
@@ -60,7 +56,7 @@ def calls(rows: int, size: int, batched: bool = True, **options: Any) -> tuple[i
     args = (hyper if batched else hyper[0], tree)
     text = run(options.get("implementation")).lower(*args).as_text()
     got = run(options.get("implementation"))(*args)
-    return text.count(f"@{native.TARGET_NAME}("), got, run("xla")(*args)
+    return text.count(f"@{CPU_TARGET_NAME}("), got, run("xla")(*args)
 
 
 @pytest.mark.skipif(not native.native_available(), reason="no CPU kernel")

@@ -16,9 +16,12 @@ import jax.export
 import numpy as np
 import pytest
 
-from adamw_xla_lowering import NativeUnavailableError, UpdateResult, adamw_update, cpu, native
+from adamw_xla_lowering import NativeUnavailableError, UpdateResult, adamw_update
+from adamw_xla_lowering.contract import CPU_TARGET_NAME
+from adamw_xla_lowering.cpu import kernel as cpu
+from adamw_xla_lowering.cpu import library as native
 
-TARGET = native.TARGET_NAME
+TARGET = CPU_TARGET_NAME
 
 
 @pytest.fixture

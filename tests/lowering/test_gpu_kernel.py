@@ -18,16 +18,12 @@ import numpy as np
 import pytest
 from triton_interpreter import Interpreted, buffer, run
 
-from adamw_xla_lowering import (
-    NativeUnavailableError,
-    UpdateResult,
-    adamw_update,
-    gpu_call,
-    gpu_kernel,
-    partitioned,
-)
-from adamw_xla_lowering.gpu_pieces import Kind, Launch, Leaf, cut
-from adamw_xla_lowering.triton_builder import norm_kernel
+from adamw_xla_lowering import NativeUnavailableError, UpdateResult, adamw_update
+from adamw_xla_lowering.gpu import call as gpu_call
+from adamw_xla_lowering.gpu import kernel as gpu_kernel
+from adamw_xla_lowering.gpu.pieces import Kind, Launch, Leaf, cut
+from adamw_xla_lowering.gpu.triton_builder import norm_kernel
+from adamw_xla_lowering.rules import partitioned
 
 FLAGS = ("ema_overwrite", "clip_value", "skip", "epsilon_root", "nesterov")
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import pytest
 
 import adamw_xla as ax
-from adamw_xla_lowering import adamw_update, gpu
+from adamw_xla_lowering import adamw_update
+from adamw_xla_lowering.gpu import merge
 
 # Equal sizes of several shapes, more of one than a kernel takes, and nothing at all.
 SHAPES = [(6,), (2, 3), (3, 2), (), (0, 4), (1,), *[(5,)] * 30, (4, 3, 7)]
@@ -93,9 +94,9 @@ def test_groups_are_as_few_and_as_even_as_can_be() -> None:
 
 
 def test_very_large_leaves_are_not_merged() -> None:
-    large = (gpu.MAX_MERGED_ELEMENTS + 1,)
+    large = (merge.MAX_MERGED_ELEMENTS + 1,)
     assert groups(lowered([large] * 3)) == []
-    assert groups(lowered([(gpu.MAX_MERGED_ELEMENTS,)] * 3)) == [3]
+    assert groups(lowered([(merge.MAX_MERGED_ELEMENTS,)] * 3)) == [3]
 
 
 def test_the_scalars_are_left_to_the_compiler() -> None:

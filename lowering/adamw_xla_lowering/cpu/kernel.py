@@ -14,9 +14,10 @@ from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 import numpy as np
 
-from . import native, partitioned, stablehlo
-from ._jax_private import devices_hold_whole_operands, is_exporting
-from .contract import (
+from .. import stablehlo
+from .._jax_private import devices_hold_whole_operands, is_exporting
+from ..contract import (
+    CPU_TARGET_NAME,
     UPDATE_NAME,
     UpdateSpec,
     aliases,
@@ -25,7 +26,9 @@ from .contract import (
     split_leaves,
     split_operands,
 )
-from .errors import unavailable, unfit, unfused
+from ..errors import logger, unavailable, unfit, unfused
+from ..rules import partitioned
+from . import library
 
 MAX_BUCKET_LEAVES = 16
 """XLA's compile time grows faster than the operands of one custom call."""
@@ -64,7 +67,7 @@ def lower(
         return (_lower_native if whole else partitioned.lower)(ctx, *operands, spec=spec)
     if spec.implementation == "native":
         raise unavailable(reason)
-    native.logger.debug("%s: %d leaves in StableHLO: %s", UPDATE_NAME, spec.num_leaves, reason)
+    logger.debug("%s: %d leaves in StableHLO: %s", UPDATE_NAME, spec.num_leaves, reason)
     return stablehlo.lower(ctx, *operands, spec=spec)
 
 
@@ -73,7 +76,7 @@ def _refusal(ctx: mlir.LoweringRuleContext, spec: UpdateSpec) -> str | None:
     # Asked for by name, jax.export itself decides whether it lets a custom call pass.
     if spec.implementation is None and is_exporting(ctx):
         return "an exported program must run where this kernel is not"
-    return unfit(ctx, "cpu") or unfused(spec) or native.unavailable_reason()
+    return unfit(ctx, "cpu") or unfused(spec) or library.unavailable_reason()
 
 
 def _lower_native(
@@ -94,7 +97,7 @@ def _lower_native(
         large = [args[i] for i in in_place if _bytes(avals_in[i]) >= MIN_WITNESSED_BYTES]
         earlier = _earlier_reads(large)
         call = jax.ffi.ffi_lowering(
-            native.TARGET_NAME,
+            CPU_TARGET_NAME,
             operand_output_aliases=in_place,
         )
         flat = call(
@@ -110,7 +113,7 @@ def _lower_native(
         results.update(zip(bucket, split_leaves(flat, len(bucket)), strict=True))
         calls += 1
     message = "%s: %d leaves in %d calls of the CPU kernel, %d in StableHLO"
-    native.logger.debug(message, UPDATE_NAME, n - len(short), calls, len(short))
+    logger.debug(message, UPDATE_NAME, n - len(short), calls, len(short))
     return join_leaves([results[i] for i in range(n)])
 
 

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from jax.extend.core import Primitive
 from jax.interpreters import ad
 
-from ._jax_private import zero_tangent
+from .._jax_private import zero_tangent
 
 
 class UpdateNotDifferentiableError(TypeError):

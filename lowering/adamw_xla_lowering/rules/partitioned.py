@@ -1,10 +1,10 @@
 """A kernel of our own in a program that XLA partitions over several devices.
 
-XLA's partitioner knows nothing of a kernel, and would gather its operands. Here it is
-asked to call back instead: it says how operands and results are sharded, and gets the
-program that each device runs on its shards, which is the same equation on smaller leaves.
-Each leaf's state and gradient follow whichever of its results is cut the smallest; if all
-are cut alike, nothing is moved.
+XLA's partitioner knows nothing of a kernel, and would gather its operands. Here Shardy is told
+which dimensions belong together, and XLA is asked to call back: it says how operands and
+results are sharded, and gets the program that each device runs on its shards, which is the
+same equation on smaller leaves. Each leaf's state and gradient follow whichever of its
+results is cut the smallest; if all are cut alike, nothing is moved.
 
 ``jax.experimental.custom_partitioning`` offers the same, but its primitive must stand in
 the jaxpr, where only ours does, and programs that have it cannot be lowered for an
@@ -20,20 +20,22 @@ import math
 from typing import Any, TypeAlias
 
 import jax
+from jax.extend.core import Primitive
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 import numpy as np
 
-from . import native, stablehlo
-from ._jax_private import (
+from .. import stablehlo
+from .._jax_private import (
     HloSharding,
     partitions_automatically,
     platforms_of,
     register_partitioner,
     uses_shardy,
 )
-from .contract import UPDATE_NAME, UpdateSpec, join_leaves, split_leaves, split_operands
+from ..contract import UPDATE_NAME, UpdateSpec, split_leaves, split_operands
+from ..errors import logger
 
 TARGET_NAME = "adamw_xla_partitioned_update"
 """The custom call in lowered programs, until XLA partitions them."""
@@ -46,6 +48,8 @@ def refusal(ctx: mlir.LoweringRuleContext, spec: UpdateSpec) -> str | None:
     """Why XLA cannot be asked to partition this equation; None if it can."""
     if not partitions_automatically(ctx):
         return "the program is partitioned over several devices (partly inside of shard_map)"
+    if not uses_shardy():
+        return "jax_use_shardy_partitioner is off, and GSPMD cannot partition a kernel"
     if spec.batch_rank:
         return "a batch is partitioned over several devices (outside of shard_map)"
     return None
@@ -55,7 +59,7 @@ def lower(
     ctx: mlir.LoweringRuleContext, *operands: ir.Value, spec: UpdateSpec
 ) -> Sequence[ir.Value]:
     """Lowers the whole tree to a call that the partitioner replaces."""
-    _register()
+    _ask_xla_to_call_back()
     (platform,) = platforms_of(ctx)
     config = json.dumps({"platform": platform, **dataclasses.asdict(spec)})
     call = hlo.CustomCallOp(
@@ -69,10 +73,9 @@ def lower(
         operand_layouts=None,
         result_layouts=None,
     )
-    if uses_shardy():
-        rule = _sharding_rule(spec, ctx.avals_in)
-        call.attributes["sdy.sharding_rule"] = ir.Attribute.parse(rule)
-    native.logger.debug("%s: %d leaves, to be partitioned by XLA", UPDATE_NAME, spec.num_leaves)
+    rule = _sharding_rule(spec, ctx.avals_in)
+    call.attributes["sdy.sharding_rule"] = ir.Attribute.parse(rule)
+    logger.debug("%s: %d leaves, to be partitioned by XLA", UPDATE_NAME, spec.num_leaves)
     return stablehlo.with_shardings(ctx, list(call.results), ctx.avals_out)
 
 
@@ -110,33 +113,14 @@ def _factor(index: int) -> str:
 
 
 @functools.cache
-def _register() -> None:
-    register_partitioner(TARGET_NAME, _propagate, _partition, _infer)
+def _ask_xla_to_call_back() -> None:
+    register_partitioner(TARGET_NAME, _partition)
 
 
 def _decode(config: bytes) -> tuple[UpdateSpec, str]:
     fields = json.loads(config)
     platform = fields.pop("platform")
     return UpdateSpec(**{**fields, "groups": tuple(fields["groups"])}), platform
-
-
-def _propagate(sharding: Any, shape: Any, config: bytes) -> Any:
-    """What a reader of the results would like them to have."""
-    del shape, config
-    return sharding
-
-
-def _infer(shapes: Sequence[Any], shardings: Shardings, result: Any, config: bytes) -> Any:
-    """The results' shardings where only the operands' are known: those of what they replace."""
-    del shapes
-    spec, _ = _decode(config)
-    rows = split_operands(spec, shardings).leaves
-    kinds = [spec.operand_kinds.index(kind) for kind in spec.replaced_kinds]
-    known = [next((s for s in row if s is not None), HloSharding.replicate()) for row in rows]
-    flat = join_leaves(
-        [[row[kind] or own for kind in kinds] for row, own in zip(rows, known, strict=True)]
-    )
-    return HloSharding.tuple_sharding(result, flat)
 
 
 def _partition(
@@ -172,9 +156,20 @@ def _program(spec: UpdateSpec, platform: str, operands: Sequence[Any]) -> bytes:
 
 
 def _lowered(spec: UpdateSpec, platform: str, operands: Sequence[Any]) -> bytes:
-    from .primitive import adamw_update_p  # whose lowering leads here
-
     with jax.enable_x64(True):  # dtypes are as given
-        traced = jax.jit(functools.partial(adamw_update_p.bind, spec=spec)).trace(*operands)
+        traced = jax.jit(functools.partial(_bind, spec=spec)).trace(*operands)
         module = traced.lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")
     return mlir.module_to_bytecode(module)
+
+
+_primitives: list[Primitive] = []
+
+
+def _bind(*operands: jax.Array, spec: UpdateSpec) -> list[jax.Array]:
+    (primitive,) = _primitives
+    return primitive.bind(*operands, spec=spec)
+
+
+def register(primitive: Primitive) -> None:
+    """Says whose equation each device is to run."""
+    _primitives.append(primitive)

@@ -7,13 +7,14 @@ broadcasts it inside the fused loop, so it is read once and never materialized.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 
 import jax
 from jax.extend.core import Primitive
 from jax.interpreters import batching
 import jax.numpy as jnp
 
-from .contract import UpdateSpec, split_operands
+from ..contract import UpdateSpec, split_operands
 
 Dim = int | None
 
@@ -24,11 +25,9 @@ def to_front(x: jax.Array, dim: Dim) -> jax.Array:
 
 
 def _batch(
-    operands: Sequence[jax.Array], dims: Sequence[Dim], *, spec: UpdateSpec
+    primitive: Primitive, operands: Sequence[jax.Array], dims: Sequence[Dim], *, spec: UpdateSpec
 ) -> tuple[list[jax.Array], list[Dim]]:
-    from .primitive import adamw_update_p  # the primitive registers this rule
-
-    results = adamw_update_p.bind(
+    results = primitive.bind(
         *map(to_front, operands, dims),
         spec=dataclasses.replace(spec, batch_rank=spec.batch_rank + 1),
     )
@@ -45,4 +44,4 @@ def _batch(
 
 def register(primitive: Primitive) -> None:
     """Installs the ``vmap`` rule."""
-    batching.primitive_batchers[primitive] = _batch
+    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)

@@ -9,10 +9,10 @@ from jax.extend.mlir.dialects import arith, scf
 from jax.interpreters import mlir
 import numpy as np
 
-from . import arithmetic
-from .contract import NORM_NAME, UPDATE_NAME, Slot, UpdateSpec, compute_dtype, join_leaves
-from .gpu_call import Kernel, build, tt
-from .gpu_pieces import Kind, Launch, Leaf, Section, cut
+from .. import arithmetic
+from ..contract import NORM_NAME, UPDATE_NAME, Slot, UpdateSpec, compute_dtype, join_leaves
+from .call import Kernel, build, tt
+from .pieces import Kind, Launch, Leaf, Section, cut
 from .triton_ops import BlockOps, constant, convert, load_scalar, offset_by, splat_constant
 from .triton_tree import Work, find, for_each_section, member_of
 

@@ -1,7 +1,7 @@
 """The update on NVIDIA GPUs as one kernel, whatever the tree; asked for with "native".
 
 What is here has been compiled for real devices and interpreted, but not run on one:
-``implementation=None`` stays with ``gpu.py``.
+``implementation=None`` stays with ``merge.py``.
 """
 
 from collections.abc import Sequence
@@ -11,19 +11,22 @@ from typing import Any
 from jax.extend.mlir import ir
 from jax.interpreters import mlir
 
-from . import gpu, gpu_call, native, partitioned, stablehlo
-from ._jax_private import devices_hold_whole_operands
-from .contract import (
+from .. import stablehlo
+from .._jax_private import devices_hold_whole_operands
+from ..contract import (
     UPDATE_NAME,
     UpdateSpec,
     aliases,
+    cut_evenly,
     is_one_leaf,
     join_leaves,
     split_leaves,
     split_operands,
 )
-from .errors import unavailable, unfit, unfused
-from .gpu_pieces import Kind, Launch, Leaf
+from ..errors import logger, unavailable, unfit, unfused
+from ..rules import partitioned
+from . import call, merge
+from .pieces import Kind, Launch, Leaf
 from .triton_builder import update_kernel
 
 LAUNCHES = {
@@ -45,7 +48,7 @@ def lower(
 ) -> Sequence[ir.Value]:
     """Lowers the whole tree to the kernel where it is asked for, or else to StableHLO."""
     if spec.implementation != "native":
-        return gpu.lower(ctx, *operands, spec=spec)
+        return merge.lower(ctx, *operands, spec=spec)
     whole = devices_hold_whole_operands(ctx)
     reason = _unfit(ctx) or (None if whole else partitioned.refusal(ctx, spec)) or unfused(spec)
     if reason is not None:
@@ -62,12 +65,12 @@ def can_run(ctx: mlir.LoweringRuleContext) -> bool:
 
 def _unfit(ctx: mlir.LoweringRuleContext) -> str | None:
     """Why no kernel can run this equation, however it is partitioned; None if one can."""
-    return unfit(ctx, PLATFORM) or gpu_call.unavailable_reason()
+    return unfit(ctx, PLATFORM) or call.unavailable_reason()
 
 
 def launch_shape() -> Launch:
     """The launch's shape on this machine's devices."""
-    known = [c for c in LAUNCHES if c <= gpu_call.compute_capability()]
+    known = [c for c in LAUNCHES if c <= call.compute_capability()]
     return LAUNCHES[max(known, default=min(LAUNCHES))]
 
 
@@ -82,10 +85,10 @@ def _lower_native(
     streams = len(spec.operand_kinds) + len(spec.result_kinds)
     most = (MAX_POINTERS - spec.num_scalars) // streams
     calls = 0
-    for part in gpu.cut_evenly(full, most) if full else ():
+    for part in cut_evenly(full, most) if full else ():
         results.update(zip(part, _call(ctx, operands, spec, part), strict=True))
         calls += 1
-    native.logger.debug("%s: %d leaves in %d GPU kernels", UPDATE_NAME, len(full), calls)
+    logger.debug("%s: %d leaves in %d GPU kernels", UPDATE_NAME, len(full), calls)
     return join_leaves([results[i] for i in range(spec.num_leaves)])
 
 
@@ -105,7 +108,7 @@ def _call(
     args, avals_in = values.of_leaves(part), avals.of_leaves(part)
     avals_out = join_leaves([outs[i] for i in part])
     in_place = aliases(spec.of_leaves(part), avals_in, avals_out)
-    flat = gpu_call.call(ctx, kernel, args, avals_in, avals_out, in_place)
+    flat = call.call(ctx, kernel, args, avals_in, avals_out, in_place)
     return split_leaves(stablehlo.with_shardings(ctx, flat, avals_out), len(part))
 
 

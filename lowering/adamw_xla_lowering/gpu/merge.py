@@ -18,20 +18,17 @@ in jaxlib 0.10: twenty ``2*x + 1`` of different sizes stay twenty kernels.) Henc
 """
 
 from collections.abc import Iterator, Sequence
-import itertools
 import math
-from typing import Any, TypeVar
+from typing import Any
 
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 import numpy as np
 
-from ._jax_private import devices_hold_whole_operands
-from .contract import UpdateSpec, join_leaves
-from .stablehlo import Tree, with_shardings
-
-Item = TypeVar("Item")
+from .._jax_private import devices_hold_whole_operands
+from ..contract import UpdateSpec, cut_evenly, join_leaves
+from ..stablehlo import Tree, with_shardings
 
 MAX_FUSION_OPERANDS = 94
 """How many operands and results XLA:GPU was seen to let one fusion have, together."""
@@ -79,13 +76,6 @@ def _groups(tree: Tree, flatten: bool) -> Iterator[Sequence[int]]:
     for leaves in alike.values():
         size = math.prod(tree.avals.leaves[leaves[0]][0].shape)
         yield from cut_evenly(leaves, 1 if size > MAX_MERGED_ELEMENTS else longest)
-
-
-def cut_evenly(items: Sequence[Item], most: int) -> Iterator[Sequence[Item]]:
-    """Cuts into as few runs of at most ``most`` as possible, about equally long."""
-    count = -(-len(items) // most)
-    cuts = [i * len(items) // count for i in range(count + 1)]
-    yield from (items[a:b] for a, b in itertools.pairwise(cuts))
 
 
 def _num_traced(x: ir.Value) -> int:

@@ -7,20 +7,16 @@ the update is then lowered to StableHLO on the CPU as well.
 import ctypes
 import functools
 from importlib import resources
-import logging
 from pathlib import Path
 
 import jax
 
-from .contract import Slot, UpdateSpec
+from ..contract import CPU_TARGET_NAME, Slot, UpdateSpec
+from ..errors import logger
 
-TARGET_NAME = "adamw_xla_update_cpu"
-"""The custom call's target, as HLO dumps and profiles show it."""
-
+_PACKAGE = __package__.rpartition(".")[0]
 _LIBRARY = "libadamw_xla_cpu.so"
 _SYMBOL = "AdamWXlaUpdate"
-
-logger = logging.getLogger("adamw_xla")
 
 
 def native_available() -> bool:
@@ -44,7 +40,7 @@ def unavailable_reason() -> str | None:
         if slots != [slot.name for slot in Slot] or options != list(UpdateSpec(()).options()):
             return f"{path} was built from another version: it has {slots} and {options}"
         handler = jax.ffi.pycapsule(getattr(library, _SYMBOL))
-        jax.ffi.register_ffi_target(TARGET_NAME, handler, platform="cpu")
+        jax.ffi.register_ffi_target(CPU_TARGET_NAME, handler, platform="cpu")
     except Exception as error:  # whatever is wrong with the library, StableHLO still works
         return f"{path} cannot be loaded: {error}"
     logger.debug("CPU kernel loaded from %s, for %s", path, _text(library, "AdamWXlaIsa"))
@@ -53,7 +49,7 @@ def unavailable_reason() -> str | None:
 
 def _find() -> Path | None:
     # In an editable installation the library is not beside this file.
-    path = resources.files(__package__).joinpath(_LIBRARY)
+    path = resources.files(_PACKAGE).joinpath(_LIBRARY)
     return Path(str(path)) if path.is_file() else None
 
 

@@ -16,7 +16,7 @@ from jax.extend.mlir import ir
 from jax.interpreters import mlir
 import numpy as np
 
-from .errors import unavailable
+from ..errors import unavailable
 
 try:
     from jaxlib.triton import dialect

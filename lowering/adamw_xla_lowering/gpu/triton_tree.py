@@ -14,8 +14,8 @@ from typing import Any
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, scf
 
-from .gpu_call import tt
-from .gpu_pieces import Piece, Section
+from .call import tt
+from .pieces import Piece, Section
 from .triton_ops import arange, constant, offset_by
 
 

@@ -12,9 +12,10 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 
-from . import gpu, gpu_call
-from .gpu_kernel import can_run, launch_shape
-from .gpu_pieces import Kind, Leaf
+from ..contract import cut_evenly
+from . import call
+from .kernel import can_run, launch_shape
+from .pieces import Kind, Leaf
 from .triton_builder import norm_kernel
 
 MAX_NORM_LEAVES = 512
@@ -44,14 +45,12 @@ def partial_sums(
     launch = launch_shape()
     span = -(-sum(math.prod(avals[i].shape) for i in full) // (launch.block * MAX_SUMS))
     found: list[ir.Value] = []
-    for part in gpu.cut_evenly(full, MAX_NORM_LEAVES):
+    for part in cut_evenly(full, MAX_NORM_LEAVES):
         tree = [Leaf(Kind((avals[i].dtype,), ()), math.prod(avals[i].shape)) for i in part]
         kernel = norm_kernel(tree, scale_aval.dtype, launch, span)
         aval_out = jax.core.ShapedArray((kernel.programs,), scale_aval.dtype)
         operands, avals_in = [leaves[i] for i in part], [avals[i] for i in part]
-        found += gpu_call.call(
-            ctx, kernel, [scale, *operands], [scale_aval, *avals_in], [aval_out], {}
-        )
+        found += call.call(ctx, kernel, [scale, *operands], [scale_aval, *avals_in], [aval_out], {})
     if len(found) == 1:
         return found[0]
     return hlo.concatenate(found, ir.IntegerAttr.get(ir.IntegerType.get_signless(64), 0))

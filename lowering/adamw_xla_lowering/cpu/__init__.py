@@ -1,0 +1,1 @@
+"""CPUs: calls of a compiled kernel."""

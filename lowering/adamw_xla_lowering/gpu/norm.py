@@ -1,0 +1,119 @@
+"""The squared norm on GPUs: StableHLO that XLA merges, or one kernel where that is asked for."""
+
+from collections.abc import Iterable, Sequence
+import functools
+from typing import Any
+
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo as hlo
+from jax.interpreters import mlir
+
+from .._jax_private import devices_hold_whole_operands
+from ..contract import NormSpec, cut_evenly, default_implementation
+from ..norm_stablehlo import axis, finish, lower_by_leaf, reduce, square, sum_over
+from ..stablehlo import slice_at
+from .merge import flat_shape, reshape
+from .norm_kernel import partial_sums
+
+MAX_MERGED_SUMMANDS = 80
+"""Fewer than ``gpu.MAX_FUSION_OPERANDS``, with room for what else a fusion reads and makes."""
+
+MAX_UNSUMMED = 1000
+"""So many squares are as well left to the last reduction: that saves kernels for 4 kB each."""
+
+MAX_ROW = 8192
+"""XLA:GPU splits longer row reductions into two kernels."""
+
+MIN_ROWS = 256
+"""With fewer, XLA:GPU would not fuse what makes the rows: too few blocks for a device."""
+
+MIN_FOLDED_ROWS = 2048
+"""Up to eight rows that are far apart are added by one kernel too, if so many sums are left."""
+
+MIN_ROW = 256
+"""Shorter rows are worse than the compiler's own two stages."""
+
+
+def lower(
+    ctx: mlir.LoweringRuleContext, scale: ir.Value, *leaves: ir.Value, spec: NormSpec
+) -> list[ir.Value]:
+    """One kernel and a reduction of what it makes, where that is asked for."""
+    implementation = spec.implementation or default_implementation()
+    if implementation == "native" and not spec.per_leaf and spec.batch_rank == 0:
+        sums = partial_sums(ctx, scale, leaves)
+        if sums is not None:
+            return finish(ctx, [reduce(sums, 0, ())], spec)
+    return lower_merged(ctx, scale, *leaves, spec=spec)
+
+
+def lower_merged(
+    ctx: mlir.LoweringRuleContext, scale: ir.Value, *leaves: ir.Value, spec: NormSpec
+) -> list[ir.Value]:
+    """Squares of leaves of one size are added before one reduction; for GPUs.
+
+    Leaves that are sharded in different ways cannot be added without moving them, so it is
+    done only where each device holds whole operands.
+    """
+    if not devices_hold_whole_operands(ctx):
+        return lower_by_leaf(ctx, scale, *leaves, spec=spec)
+    (aval_out,) = ctx.avals_out
+    r = spec.batch_rank
+    alike: dict[tuple[ir.Type, ...], list[int]] = {}
+    flat = [reshape(x, flat_shape(x, r)) for x in leaves]
+    for i, x in enumerate(flat):
+        alike.setdefault((x.type,), []).append(i)
+    if spec.per_leaf:
+        return finish(ctx, _sums_by_leaf(scale, flat, alike.values(), spec, aval_out), spec)
+    partial = []
+    for group in alike.values():
+        for run in cut_evenly(group, MAX_MERGED_SUMMANDS):
+            squares = [square(flat[i], scale, r) for i in run]
+            partial.append(_partly_summed(functools.reduce(hlo.add, squares), r))
+    if r == 0:
+        # One reduction of all partial sums, in place of a second stage for each group; the
+        # barrier keeps the compiler from merging the stages and splitting them its own way.
+        partial = list(hlo.OptimizationBarrierOp([hlo.concatenate(partial, axis(0))]).results)
+    return finish(ctx, [reduce(x, r, aval_out.shape) for x in partial], spec)
+
+
+def _sums_by_leaf(
+    scale: ir.Value,
+    flat: Sequence[ir.Value],
+    alike: Iterable[Sequence[int]],
+    spec: NormSpec,
+    aval_out: Any,
+) -> list[ir.Value]:
+    """A sum for each leaf: leaves of one size are the rows of one table.
+
+    XLA:GPU reads the rows where they are, but for a table of a few 100 KB, which it makes.
+    """
+    r = spec.batch_rank
+    batch = aval_out.shape[:r]
+    sums: dict[int, ir.Value] = {}
+    for run in (run for group in alike for run in cut_evenly(group, MAX_MERGED_SUMMANDS)):
+        rows = []
+        for i in run:
+            x = square(flat[i], scale, r)
+            shape = ir.RankedTensorType(x.type).shape
+            rows.append(reshape(x, [*shape[:r], 1, shape[r]]))
+        table = _partly_summed(hlo.concatenate(rows, axis(r)), r + 1)
+        if ir.RankedTensorType(table.type).shape[r + 1] > 1:
+            table = hlo.OptimizationBarrierOp([table]).results[0]
+        row = reduce(table, r + 1, (*batch, len(run)))
+        sums.update((i, reshape(slice_at(row, k), batch)) for k, i in enumerate(run))
+    return [sums[i] for i in range(len(flat))]
+
+
+def _partly_summed(x: ir.Value, batch_rank: int) -> ir.Value:
+    """[*batch, n] -> [*batch, k] with the same sum and a smaller k, by one kernel."""
+    kind = ir.RankedTensorType(x.type)
+    *batch, n = kind.shape
+    longest = min(max(n // MIN_ROWS, MIN_ROW), MAX_ROW)
+    columns = next((c for c in range(longest, 0, -1) if n % c == 0), 1)
+    if n <= MAX_UNSUMMED or columns < MIN_ROW:
+        return x
+    rows = n // columns
+    fold = next((k for k in (8, 4, 2) if rows % k == 0 and rows // k >= MIN_FOLDED_ROWS), 1)
+    folded = ir.RankedTensorType.get([*batch, fold, rows // fold, columns], kind.element_type)
+    dims = (batch_rank, batch_rank + 2)
+    return sum_over(hlo.reshape(folded, x), dims)
