@@ -10,7 +10,9 @@ import jax
 from jax.typing import ArrayLike, DTypeLike
 import numpy as np
 
-from adamw_xla import _check
+from adamw_xla._check import options
+from adamw_xla._check.leaves import kind
+from adamw_xla._check.trees import is_known_bool, is_mask_function
 from adamw_xla_lowering import compute_dtype
 
 Schedule: TypeAlias = Callable[[jax.Array], ArrayLike]
@@ -28,7 +30,7 @@ class _Static:
     def of(cls, tree: Any) -> _Static:
         leaves, treedef = jax.tree.flatten(tree)
         # Arrays have no hash.
-        known = (bool(x) if _check.is_known_bool(x) else x for x in leaves)
+        known = (bool(x) if is_known_bool(x) else x for x in leaves)
         return cls(tuple(known), treedef)
 
     def tree(self) -> Any:
@@ -189,10 +191,10 @@ class AdamW:
     def __post_init__(self) -> None:
         """Checks every argument."""
         if self.state_dtype is not None:
-            object.__setattr__(self, "state_dtype", _check.state_dtype(self.state_dtype))
+            object.__setattr__(self, "state_dtype", options.state_dtype(self.state_dtype))
         if self.name is None:  # Keras' own default
             object.__setattr__(self, "name", "adamw")
-        _check.config(self)
+        _check_fields(self)
 
     def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], Hashable]:
         """Numbers are children; schedules, choices and the mask are static."""
@@ -204,7 +206,7 @@ class AdamW:
         )
         choices = tuple(getattr(self, name) for name in self._CHOICES)
         mask = self.weight_decay_mask
-        kept = mask if _check.is_mask_function(mask) else _Static.of(mask)
+        kept = mask if is_mask_function(mask) else _Static.of(mask)
         return children, (schedules, choices, kept)
 
     @classmethod
@@ -230,3 +232,42 @@ class AdamW:
         """The dtype of all other state: never below float32."""
         dtype = self.dtype_of_m(param_dtype)
         return dtype if dtype.itemsize >= 4 else np.dtype(compute_dtype(param_dtype))
+
+
+_CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
+
+
+def _check_fields(c: AdamW) -> None:
+    """Refuses a field that is of the wrong kind, out of its range or at odds with another."""
+    options.coefficients(
+        rates={"learning_rate": c.learning_rate, "weight_decay": c.weight_decay},
+        betas={"beta_1": c.beta_1, "beta_2": c.beta_2},
+        epsilons={"epsilon": c.epsilon},
+    )
+    if c.epsilon_root is not None:
+        expected = "at least 0, or None for none"
+        options.scalar("epsilon_root", c.epsilon_root, lambda x: x >= 0, expected)
+    options.scalar("ema_momentum", c.ema_momentum, lambda x: 0 <= x <= 1, "in [0, 1]")
+    for name in (*_CLIPS, "loss_scale_factor"):
+        if getattr(c, name) is not None:
+            options.scalar(name, getattr(c, name), lambda x: x > 0, "above 0, or None for none")
+    for name in ("amsgrad", "use_ema", "epsilon_hat", "skip_nonfinite", "nesterov"):
+        options.flag(name, getattr(c, name))
+    options.count("ema_overwrite_frequency", c.ema_overwrite_frequency, 1)
+    options.count("gradient_accumulation_steps", c.gradient_accumulation_steps, 2)
+    if not isinstance(c.name, str):
+        raise TypeError(f"AdamW: name must be a string, got {c.name!r}.")
+    chosen = [name for name in _CLIPS if getattr(c, name) is not None]
+    if len(chosen) > 1:
+        raise ValueError(f"AdamW: at most one clip option may be given, got {', '.join(chosen)}.")
+    if c.ema_overwrite_frequency is not None and not c.use_ema:
+        raise ValueError(
+            "AdamW: ema_overwrite_frequency needs use_ema=True; without it there is no "
+            "average to overwrite the params with."
+        )
+
+
+def check_config(value: Any) -> None:
+    """Refuses what is not an ``AdamW``."""
+    if not isinstance(value, AdamW):
+        raise TypeError(f"config must be an adamw_xla.AdamW, got {kind(value)}.")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
-from adamw_xla import _check
+from adamw_xla._check import options
 from adamw_xla._config import AdamW, ScalarOrSchedule
 from adamw_xla_lowering import NUM_SLOTS, Slot
 
@@ -36,7 +36,7 @@ def evaluate(name: str, value: ScalarOrSchedule, step: jax.Array, dtype: DTypeLi
     now: Any = value(step) if callable(value) else value
     if hasattr(now, "__jax_array__"):  # a variable of Keras, or the like
         now = jnp.asarray(now)
-    _check.scheduled(name, now)
+    options.scheduled(name, now)
     return as_scalar(now, dtype)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamw_xla import _check
-from adamw_xla._config import AdamW, ScalarOrSchedule
+from adamw_xla._check import options, trees
+from adamw_xla._config import AdamW, ScalarOrSchedule, check_config
 from adamw_xla._hyper import Scalar, as_scalar, evaluate, increment
-from adamw_xla._state import AdamWState
+from adamw_xla._state import AdamWState, check_state
 from adamw_xla._update import Backend, Rates, groups_of, hyper_dtype, scaled_like, update_leaves
 from adamw_xla_lowering import compute_dtype
 
@@ -52,15 +52,15 @@ def run_step(
     With ``delta``, the first result is what to add to the params, in the dtype of the
     arithmetic, and None where the gradient is.
     """
-    _check.is_config(config)
+    check_config(config)
     leaves, treedef = jax.tree.flatten(params)
-    _check.params(params, leaves)
-    _check.state(params, treedef, leaves, state, config)
-    flat = _check.grads(params, treedef, leaves, grads)
-    decays = _check.mask(params, treedef, config.weight_decay_mask)
+    trees.params(params, leaves)
+    check_state(params, treedef, leaves, state, config)
+    flat = trees.grads(params, treedef, leaves, grads)
+    decays = trees.mask(params, treedef, config.weight_decay_mask)
     for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
         if value is not None:
-            _check.scalar_or_schedule(name, value)
+            options.scalar_or_schedule(name, value)
     if not leaves:
         return params, state
 

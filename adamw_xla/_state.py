@@ -1,5 +1,6 @@
 """``AdamWState`` and how it begins."""
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any, TypeVar
 
@@ -7,8 +8,9 @@ import jax
 from jax import export
 import jax.numpy as jnp
 
-from adamw_xla import _check
-from adamw_xla._config import AdamW
+from adamw_xla._check import trees
+from adamw_xla._check.leaves import float_leaf, kind, same_shape, structure
+from adamw_xla._config import AdamW, check_config
 
 Tree = TypeVar("Tree")
 
@@ -69,10 +71,10 @@ def adamw_init(params: Any, config: AdamW) -> AdamWState:
       TypeError: ``config`` is no ``AdamW``; or a leaf is no array, or not of a real floating
         dtype: names its path.
     """
-    _check.is_config(config)
+    check_config(config)
     treedef: Any
     leaves, treedef = jax.tree.flatten(params)
-    _check.params(params, leaves)
+    trees.params(params, leaves)
 
     def zeros(dtype_of: Any) -> Any:
         return treedef.unflatten([jnp.zeros_like(p, dtype_of(p.dtype)) for p in leaves])
@@ -96,3 +98,43 @@ def adamw_init(params: Any, config: AdamW) -> AdamWState:
         micro_step=zero() if accumulates else None,
         skipped=zero() if config.skip_nonfinite else None,
     )
+
+
+def check_state(
+    params_tree: Any, treedef: Any, leaves: Sequence[Any], value: Any, c: AdamW
+) -> None:
+    """Checks that a state fits the params and was built for a config like ``c``."""
+    if not isinstance(value, AdamWState):
+        raise TypeError(
+            f"state must be an adamw_xla.AdamWState, got {kind(value)}; build it with "
+            "adamw_init(params, config). (The order is adamw_step(params, grads, state, config).)"
+        )
+    accumulates = "gradient_accumulation_steps"
+    needs = {
+        "v_max": ("amsgrad", c.amsgrad),
+        "ema": ("use_ema", c.use_ema),
+        "accumulated": (accumulates, c.gradient_accumulation_steps is not None),
+        "micro_step": (accumulates, c.gradient_accumulation_steps is not None),
+        "skipped": ("skip_nonfinite", c.skip_nonfinite),
+    }
+    for field, (option, needed) in needs.items():
+        if (getattr(value, field) is not None) != needed and leaves:
+            has, wants = ("lacks", "sets") if needed else ("has", "does not set")
+            raise ValueError(
+                f"state.{field}: the state {has} it, but the config {wants} {option}: it was "
+                "built for another config. Build it with adamw_init(params, config)."
+            )
+    for field in ("count", "micro_step", "skipped"):
+        counter = getattr(value, field)
+        is_number = type(counter) is int and field != "micro_step"  # that one is added to arrays
+        if not is_number and (counter is not None or field == "count"):
+            trees.counter(f"state.{field}", counter)
+    for field in ("m", "v", "v_max", "ema", "accumulated"):
+        tree = getattr(value, field)
+        if tree is None and field not in ("m", "v"):
+            continue
+        if jax.tree.structure(tree) != treedef:
+            structure(f"state.{field}", params_tree, tree)
+        for i, (x, p) in enumerate(zip(jax.tree.leaves(tree), leaves, strict=True)):
+            float_leaf(f"state.{field}", params_tree, i, x)
+            same_shape(f"state.{field}", params_tree, i, x, p)

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamw_xla import _check
-from adamw_xla._config import AdamW, ScalarOrSchedule
+from adamw_xla._check import trees
+from adamw_xla._config import AdamW, ScalarOrSchedule, check_config
 from adamw_xla._run import run_step
-from adamw_xla._state import AdamWState
+from adamw_xla._state import AdamWState, check_state
 from adamw_xla._update import Backend
 from adamw_xla_lowering import Implementation, adamw_sum_of_squares, adamw_update
 
@@ -104,10 +104,10 @@ def adamw_finalize(params: Any, state: AdamWState, config: AdamW) -> Any:
       TypeError: ``config``, ``state`` or a leaf of ``params`` is of the wrong kind or dtype.
       ValueError: the state does not fit the params, or is another config's.
     """
-    _check.is_config(config)
+    check_config(config)
     leaves, treedef = jax.tree.flatten(params)
-    _check.params(params, leaves)
-    _check.state(params, treedef, leaves, state, config)
+    trees.params(params, leaves)
+    check_state(params, treedef, leaves, state, config)
     if state.ema is None:
         return params
     return jax.tree.map(lambda p, e: e.astype(p.dtype), params, state.ema)
@@ -129,6 +129,6 @@ def scale_loss(loss: jax.Array, config: AdamW) -> jax.Array:
     Raises:
       TypeError: ``config`` is no ``AdamW``.
     """
-    _check.is_config(config)
+    check_config(config)
     factor = config.loss_scale_factor
     return loss if factor is None else loss * jnp.asarray(factor, loss.dtype)

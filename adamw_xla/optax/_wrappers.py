@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamw_xla import _check_optax
+from adamw_xla.optax import _check
 
 _INJECTED = "InjectStatefulHyperparamsState"
 _SCHEDULES = {_INJECTED, "ScaleByScheduleState", "WeightDecaySchedule", "WrappedScheduleState"}
@@ -146,7 +146,7 @@ def _taken(source: _Wrapper, like: _Wrapper, k: int, count: jax.Array) -> Any:
 
 
 def _cast(path: str, old: Any, place: Any) -> Any:
-    _check_optax.same_shapes(path, old, place)
+    _check.same_shapes(path, old, place)
     return jax.tree.map(_as, old, place)
 
 
@@ -190,7 +190,7 @@ def _nothing_lost(wrapper: _Wrapper) -> None:
     for k, child in wrapper.beside:
         if _kept((k, child)):
             inner = wrapper.path + wrapper.keys[wrapper.inner]
-            _check_optax.no_place(wrapper.path + wrapper.keys[k], inner)
+            _check.no_place(wrapper.path + wrapper.keys[k], inner)
 
 
 def _named(*names: str) -> Callable[[Any], bool]:

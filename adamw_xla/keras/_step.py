@@ -12,7 +12,6 @@ from jax.experimental import sparse
 import jax.numpy as jnp
 import numpy as np
 
-from adamw_xla import _check_keras
 from adamw_xla._config import AdamW
 from adamw_xla._hyper import as_scalar, ema_slots
 from adamw_xla._update import (
@@ -24,6 +23,7 @@ from adamw_xla._update import (
     scaled_like,
     update_leaves,
 )
+from adamw_xla.keras import _check
 from adamw_xla_lowering import PARAM_DTYPES, Slot
 
 Arrays: TypeAlias = list[jax.Array]
@@ -144,7 +144,7 @@ def dense(grad: Any, variable: Any) -> jax.Array:
     if isinstance(grad, sparse.JAXSparse):
         grad = grad.todense()
     grad = jnp.asarray(grad)
-    _check_keras.gradient(variable, grad)
+    _check.gradient(variable, grad)
     return grad if grad.dtype in PARAM_DTYPES else grad.astype(variable.dtype)
 
 

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import re
 
-from adamw_xla._hlo_shapes import Shape, ints, read_shape
+from adamw_xla.hlo._shapes import Shape, ints, read_shape
 
 
 class HloSyntaxError(ValueError):

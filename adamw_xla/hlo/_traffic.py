@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from adamw_xla._hlo_bytes import reads, writes
-from adamw_xla._hlo_kernels import Kernel
-from adamw_xla._hlo_opcodes import VIEWS
-from adamw_xla._hlo_shapes import arrays
-from adamw_xla._hlo_text import Computation, Module
+from adamw_xla.hlo._bytes import reads, writes
+from adamw_xla.hlo._kernels import Kernel
+from adamw_xla.hlo._opcodes import VIEWS
+from adamw_xla.hlo._shapes import arrays
+from adamw_xla.hlo._text import Computation, Module
 
 Value = tuple[str, int | None]
 """The name of an instruction, and which element of its tuple; None: the whole result."""

@@ -6,8 +6,8 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from adamw_xla import _check
-from adamw_xla._check_leaves import kind, same_shape, structure
+from adamw_xla._check import options
+from adamw_xla._check.leaves import kind, same_shape, structure
 from adamw_xla_lowering import check_implementation
 
 
@@ -23,29 +23,27 @@ def arguments(
     implementation: Any,
 ) -> None:
     """Checks what ``adamw_xla.optax`` has names of its own for."""
-    _check.coefficients(
+    options.coefficients(
         rates={"learning_rate": learning_rate, "weight_decay": weight_decay},
         betas={"b1": b1, "b2": b2},
         epsilons={"eps": eps, "eps_root": eps_root},
     )
-    _check.flag("updates_like_grads", updates_like_grads)
+    options.flag("updates_like_grads", updates_like_grads)
     check_implementation(implementation)
 
 
 def max_norm(value: Any) -> None:
     """Checks the bound of a clip."""
-    _check.scalar("max_norm", value, lambda x: x > 0, "above 0")
+    options.scalar("max_norm", value, lambda x: x > 0, "above 0")
 
 
-def call(params: Any, state: Any) -> None:
+def call(params: Any, state: Any, kind_of_state: type) -> None:
     """Checks what is peculiar to a call through optax."""
-    from adamw_xla.optax import AdamWOptState
-
     if params is None:
         raise ValueError(
             "params: is None, but the update depends on them; call update(grads, state, params)."
         )
-    if not isinstance(state, AdamWOptState):
+    if not isinstance(state, kind_of_state):
         raise TypeError(
             "state must be what init(params) of adamw_xla.optax.adamw returned, got "
             f"{kind(state)}. (adamw_xla.optax.from_optax_state takes over that of "

@@ -12,12 +12,12 @@ from typing import Any
 
 import jax
 
-from adamw_xla._hlo_flow import entry_parameter, made
-from adamw_xla._hlo_kernels import Kernel
-from adamw_xla._hlo_opcodes import MOVES
-from adamw_xla._hlo_shapes import Array, arrays
-from adamw_xla._hlo_text import Computation, Instruction, Module
-from adamw_xla._hlo_unnamed import Family, families
+from adamw_xla.hlo._flow import entry_parameter, made
+from adamw_xla.hlo._kernels import Kernel
+from adamw_xla.hlo._opcodes import MOVES
+from adamw_xla.hlo._shapes import Array, arrays
+from adamw_xla.hlo._text import Computation, Instruction, Module
+from adamw_xla.hlo._unnamed import Family, families
 
 _MOMENTS = (("m", "v"), ("mu", "nu"))
 """How states call their two moments: here, and in optax."""

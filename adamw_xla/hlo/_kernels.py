@@ -27,10 +27,10 @@ import dataclasses
 import re
 from typing import Literal
 
-from adamw_xla._hlo_bytes import reads, writes
-from adamw_xla._hlo_opcodes import FREE, MOVE_STARTS, MOVES, VIEWS
-from adamw_xla._hlo_shapes import arrays
-from adamw_xla._hlo_text import Computation, Instruction, Module
+from adamw_xla.hlo._bytes import reads, writes
+from adamw_xla.hlo._opcodes import FREE, MOVE_STARTS, MOVES, VIEWS
+from adamw_xla.hlo._shapes import arrays
+from adamw_xla.hlo._text import Computation, Instruction, Module
 from adamw_xla_lowering import NORM_NAME, UPDATE_NAME
 from adamw_xla_lowering.contract import CPU_TARGET_NAME
 

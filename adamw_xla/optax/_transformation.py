@@ -1,10 +1,4 @@
-"""``optax.adamw`` as one operation: a drop-in for optax and for all that speaks it.
-
-``adamw`` takes the arguments of ``optax.adamw`` and returns a transformation for
-``optax.chain``, Flax, Equinox and the like. Beside ``optax.apply_updates`` in one
-``jax.jit`` it compiles to what ``adamw_xla.adamw_step`` does. ``from_optax_state`` and
-``to_optax_state`` move a running training over.
-"""
+"""``adamw`` and ``clip_by_global_norm``: the transformations."""
 
 from collections.abc import Callable
 import dataclasses
@@ -17,14 +11,14 @@ from jax.typing import ArrayLike, DTypeLike
 import numpy as np
 import optax
 
-from adamw_xla import _check, _check_optax, _clipping
+from adamw_xla import _clipping
+from adamw_xla._check import options, trees
 from adamw_xla._config import AdamW
-from adamw_xla._optax_state import AdamWOptState as AdamWOptState
-from adamw_xla._optax_state import from_optax_state as from_optax_state
-from adamw_xla._optax_state import to_optax_state as to_optax_state
 from adamw_xla._run import run_step
 from adamw_xla._state import adamw_init
 from adamw_xla._update import Backend
+from adamw_xla.optax import _check
+from adamw_xla.optax._state import AdamWOptState
 from adamw_xla_lowering import Implementation, adamw_sum_of_squares, adamw_update
 
 
@@ -124,7 +118,7 @@ def adamw(
       >>> print(optax.apply_updates(params, updates))
       [0.89999 1.89998 2.89997]
     """
-    _check_optax.arguments(
+    _check.arguments(
         learning_rate=learning_rate,
         b1=b1,
         b2=b2,
@@ -157,7 +151,7 @@ def adamw(
     )
     transform = _Transform(
         config,
-        None if mu_dtype is None else _check.state_dtype(mu_dtype, "mu_dtype"),
+        None if mu_dtype is None else options.state_dtype(mu_dtype, "mu_dtype"),
         updates_like_grads,
         implementation,
     )
@@ -188,7 +182,7 @@ class _Transform:
     ) -> tuple[Any, AdamWOptState]:
         """What to add to ``params``, and the new state; ``updates`` are the gradients."""
         del extra_args
-        _check_optax.call(params, state)
+        _check.call(params, state, AdamWOptState)
         update = functools.partial(adamw_update, implementation=self.implementation)
         changes, new = run_step(
             params,
@@ -224,7 +218,7 @@ def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
       TypeError, ValueError: ``max_norm`` is no number above 0; and when it is used, a
         gradient is not of a real floating dtype.
     """
-    _check_optax.max_norm(max_norm)
+    _check.max_norm(max_norm)
     return optax.GradientTransformation(_stateless, functools.partial(_clip, max_norm))
 
 
@@ -236,7 +230,7 @@ def _stateless(params: Any) -> optax.EmptyState:
 def _clip(max_norm: ArrayLike, updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     del params
     leaves = jax.tree.leaves(updates)
-    _check.params(updates, leaves, "updates")
+    trees.params(updates, leaves, "updates")
     wide = any(x.dtype == np.float64 for x in leaves)
     one = jnp.ones((), np.float64 if wide else np.float32)
     factor = _clipping.global_factor(jnp.sqrt(adamw_sum_of_squares(one, leaves)), max_norm)

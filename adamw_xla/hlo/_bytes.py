@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from adamw_xla._hlo_opcodes import ASYNC_RESULT, IN_PLACE, SLICE_STARTS, SLICES
-from adamw_xla._hlo_shapes import Array, Shape, Tuple, arrays
-from adamw_xla._hlo_text import Computation, Instruction, Module
+from adamw_xla.hlo._opcodes import ASYNC_RESULT, IN_PLACE, SLICE_STARTS, SLICES
+from adamw_xla.hlo._shapes import Array, Shape, Tuple, arrays
+from adamw_xla.hlo._text import Computation, Instruction, Module
 
 
 def reads(module: Module, computation: Computation, instruction: Instruction) -> dict[str, int]:

@@ -10,8 +10,8 @@ from jax import export
 import jax.numpy as jnp
 import optax
 
-from adamw_xla import _check_optax, _optax_wrappers
 from adamw_xla._state import AdamWState
+from adamw_xla.optax import _check, _wrappers
 
 
 class AdamWOptState(NamedTuple):
@@ -110,14 +110,14 @@ def _moved(source: Any, like: Any, name: str, targets: tuple[type, ...]) -> Any:
     old, target = _the_only(source, kinds, name), _the_only(like, targets, "like")
     new = _filled(_as_native(target), _as_native(old))
     filled: Any = new if isinstance(target, AdamWState) else type(target)(*_values(new, target))
-    return _optax_wrappers.exchanged(name, source, like, old, target, filled, new.count)
+    return _wrappers.exchanged(name, source, like, old, target, filled, new.count)
 
 
 def _the_only(tree: Any, kinds: tuple[type, ...], name: str) -> Any:
     nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kinds))
     found = [x for x in nodes if isinstance(x, kinds)]
     if len(found) != 1:
-        _check_optax.not_one_state(name, kinds, len(found))
+        _check.not_one_state(name, kinds, len(found))
     return found[0]
 
 
@@ -137,7 +137,7 @@ def _filled(like: AdamWState, old: AdamWState) -> AdamWState:
         place, value = getattr(like, field.name), getattr(old, field.name)
         if value is None or (place is None and field.name in _COUNTERS):
             continue
-        leaves, treedef = _check_optax.moved(field.name, place, value)
+        leaves, treedef = _check.moved(field.name, place, value)
         dtypes = [x.dtype for x in jax.tree.leaves(place)]
         new[field.name] = treedef.unflatten(map(jnp.asarray, leaves, dtypes))
     return dataclasses.replace(like, **new)

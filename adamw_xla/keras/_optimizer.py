@@ -1,12 +1,4 @@
-"""``keras.optimizers.AdamW`` on the JAX backend, with one operation per step.
-
-To use it, change the import:
-
->>> from adamw_xla.keras import AdamW
->>> optimizer = AdamW(learning_rate=0.001)
-
-``KERAS_BACKEND=jax`` must be set before Keras is imported.
-"""
+"""The class itself."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -15,9 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 import keras
 
-from adamw_xla import _check, _check_keras
+from adamw_xla._check import options
 from adamw_xla._config import AdamW as Config
-from adamw_xla._keras_step import Step, dense
+from adamw_xla.keras import _check
+from adamw_xla.keras._step import Step, dense
 
 _NARROW = ("bfloat16", "float16")
 
@@ -109,6 +102,8 @@ class AdamW(keras.optimizers.AdamW):
       True
     """
 
+    __module__ = "adamw_xla.keras"  # what saved files name
+
     def __init__(
         self,
         learning_rate: Any = 0.001,
@@ -131,9 +126,9 @@ class AdamW(keras.optimizers.AdamW):
         ema_at_every_call: bool = False,
         **kwargs: Any,
     ) -> None:
-        _check_keras.backend(keras.config.backend())
-        _check_keras.subclass(type(self), AdamW)
-        _check.scalar_or_schedule("learning_rate", learning_rate)
+        _check.backend(keras.config.backend())
+        _check.subclass(type(self), AdamW)
+        options.scalar_or_schedule("learning_rate", learning_rate)
         super().__init__(
             learning_rate=learning_rate if callable(learning_rate) else float(learning_rate),
             weight_decay=weight_decay,
@@ -152,8 +147,8 @@ class AdamW(keras.optimizers.AdamW):
             name=name,
             **kwargs,
         )
-        _check.flag("float32_state", float32_state)
-        _check.flag("ema_at_every_call", ema_at_every_call)
+        options.flag("float32_state", float32_state)
+        options.flag("ema_at_every_call", ema_at_every_call)
         self.float32_state = float32_state
         self.ema_at_every_call = ema_at_every_call
         self._hyperparameters()
@@ -174,7 +169,7 @@ class AdamW(keras.optimizers.AdamW):
           TypeError: a variable is not of a real floating dtype; names its path.
         """
         for variable in var_list:
-            _check_keras.variable(variable)
+            _check.variable(variable)
         super().build(var_list)
 
     def add_variable_from_reference(

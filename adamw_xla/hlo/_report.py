@@ -1,26 +1,16 @@
-"""Reads a compiled program, and says what it launches, moves and updates in place.
-
-    import adamw_xla as ax
-
-    compiled = jax.jit(train_step, donate_argnums=(0, 1)).lower(params, state, x).compile()
-    print(ax.hlo.report(compiled))
-
-It works on any program that XLA compiled for a CPU, a GPU or a TPU; where there is an
-``adamw_step`` in it, that is reported by itself too, found by the metadata that it leaves.
-"""
+"""What ``report`` finds, and how it says it in words."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 import dataclasses
-from typing import Any, cast, get_args
+from typing import Any, cast
 
-from adamw_xla import _hlo_traffic
-from adamw_xla._hlo_kernels import NORM, UPDATE, Kernel, Platform, kernels_of, platform_of
-from adamw_xla._hlo_leaves import Input, Leaf, donated_inputs, inputs_of, leaves_of
-from adamw_xla._hlo_summary import size, summary
-from adamw_xla._hlo_text import HloSyntaxError, parse
+from adamw_xla.hlo._kernels import Kernel, Platform
+from adamw_xla.hlo._leaves import Input, Leaf
+
+MAX_LINES = 24
+"""Longer lists are cut; the report's attributes have all of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +83,7 @@ class Report:
 
     Attributes:
       name: of the HLO module.
-      platform: whose rules say what a launch is; ``adamw_xla._hlo_kernels`` states them.
+      platform: whose rules say what a launch is; ``adamw_xla.hlo._kernels`` states them.
       program: everything.
       update: the kernels of ``adamw_update``, and the copies and prefetches that serve
         nothing else.
@@ -165,96 +155,89 @@ class Report:
         }
 
     def __str__(self) -> str:
-        return summary(self)
+        return _summary(self)
 
 
-def report(
-    compiled: Any,
-    *,
-    platform: Platform | None = None,
-    donated: Sequence[bool] | None = None,
-) -> Report:
-    """Reads a compiled program.
-
-    From text alone, donated arguments are known as far as the compiler was told of them:
-    those whose buffers are reused, and those that it might still have reused. JAX drops some
-    that no result fits before the compiler sees them; a ``Compiled`` knows these as well.
-    Temporaries are known from a ``Compiled`` alone.
-
-    Args:
-      compiled: ``jax.jit(f, ...).lower(...).compile()``, or optimized HLO as text: its
-        ``as_text()``, or a file that XLA dumped, ``*after_optimizations.txt``.
-      platform: whose rules apply, of "cpu", "cuda", "rocm" and "tpu"; None: as the
-        text looks; AMD's GPUs look like NVIDIA's there, and their rules are the same.
-      donated: for each parameter of the program, whether it was donated. None: as above.
-
-    Returns:
-      The report.
-
-    Raises:
-      TypeError: ``compiled`` is neither.
-      ValueError: the text is no optimized HLO, ``platform`` is unknown, or ``donated`` has
-        another number of entries than the program has parameters.
-    """
-    text = compiled if isinstance(compiled, str) else _text(compiled)
-    if platform is not None and platform not in get_args(Platform):
-        raise ValueError(f"hlo: platform must be one of {get_args(Platform)}, got {platform!r}")
-    module = parse(text)
-    if donated is not None and len(donated) != len(module.entry.parameters):
-        raise ValueError(
-            f"hlo: donated has {len(donated)} entries, and the program has "
-            f"{len(module.entry.parameters)} parameters (arguments it does not use are left out)"
-        )
-    platform = platform or platform_of(module, text)
-    kernels = kernels_of(module, platform)
-    parts = {part: [kernel for kernel in kernels if kernel.part == part] for part in (UPDATE, NORM)}
-    known: Sequence[bool | None] | None = (
-        donated if donated is not None else donated_inputs(compiled, module)
-    )
-    inputs = inputs_of(module, known)
-    temporary, peak = _memory(compiled)
-    return Report(
-        name=module.name,
-        platform=platform,
-        program=Part(tuple(kernels)),
-        update=Part(tuple(parts[UPDATE]), _hlo_traffic.least(module, parts[UPDATE])),
-        norm=Part(tuple(parts[NORM]), _hlo_traffic.least(module, parts[NORM])),
-        inputs=tuple(inputs),
-        leaves=tuple(leaves_of(module, parts[UPDATE], kernels, inputs)),
-        temporary_bytes=temporary,
-        peak_bytes=peak,
-    )
+# ------------------------------------------------------------------------- in words
 
 
-def _text(compiled: Any) -> str:
-    as_text = getattr(compiled, "as_text", None)
-    if as_text is None:
-        raise TypeError(
-            f"hlo: must be a compiled program or its text, got {type(compiled).__name__}; "
-            "pass jax.jit(...).lower(...).compile()."
-        )
-    return str(as_text())
+def _summary(report: Report) -> str:
+    """The report as some lines of plain text."""
+    lines = [f"{report.name}, compiled for {report.platform}"]
+    for title, part in _parts(report).items():
+        lines.append(f"  {title:<17}{_kernels(part)}")
+        lines.append(f"  {'':<17}{_traffic(report, title, part)}")
+    lines += [f"  {'inputs':<17}{_inputs(report)}", *_names(report)]
+    memory = "not in the text; pass the compiled program"
+    if report.temporary_bytes is not None and report.peak_bytes is not None:
+        memory = f"{size(report.temporary_bytes)}, {size(report.peak_bytes)} with all buffers"
+    lines.append(f"  {'temporaries':<17}{memory}")
+    return "\n".join([*lines, *_landings(report)])
 
 
-def _memory(compiled: Any) -> tuple[int | None, int | None]:
-    """Bytes of temporaries, and of everything together at the peak."""
-    analysis = getattr(compiled, "memory_analysis", None)
-    memory = analysis() if analysis is not None else None
-    if memory is None:
-        return None, None
-    temporary = int(memory.temp_size_in_bytes)
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return temporary, int(memory.argument_size_in_bytes + results) + temporary
+def size(number_of_bytes: int) -> str:
+    """Bytes for people: ``1.24 MB``."""
+    value, units = float(number_of_bytes), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{number_of_bytes} B" if units[0] == "B" else f"{value:.3g} {units[0]}"
 
 
-__all__ = [
-    "HloSyntaxError",
-    "Input",
-    "Kernel",
-    "Leaf",
-    "Part",
-    "Platform",
-    "Report",
-    "report",
-    "size",
-]
+def _parts(report: Report) -> dict[str, Part]:
+    parts = {"whole program": report.program, "the update": report.update, "the norm": report.norm}
+    return {title: part for title, part in parts.items() if part.kernels}
+
+
+def _kernels(part: Part) -> str:
+    kinds = ", ".join(f"{n} {kind}" for kind, n in part.by_kind.items())
+    text = f"{part.count} kernel{'s' * (part.count != 1)} ({kinds})"
+    if part.launches is None:
+        text += "; some in loops of unknown length"
+    elif part.launches != part.count:
+        text += f"; with loops {part.launches} launches"
+    return text
+
+
+def _traffic(report: Report, title: str, part: Part) -> str:
+    text = f"reads {size(part.read)}, writes {size(part.written)}"
+    each = report.per_parameter(part.read + part.written)
+    least = report.per_parameter(part.least_bytes)
+    if each is not None and least is not None:
+        text += f": {each:.1f} bytes per param, {least:.1f} at least"
+    if part.estimated_cycles is not None:
+        text += f"; {part.estimated_cycles} cycles by the compiler's estimate"
+    return text
+
+
+def _inputs(report: Report) -> str:
+    text = f"{len(report.inputs)}, of which {len(report.in_place)} are updated in place"
+    copied = [x for x in report.in_place if x.copied]
+    if copied:
+        text += f" ({len(copied)} after a copy)"
+    return f"{text}; donated, but not in place: {len(report.undonated) or 'none'}"
+
+
+def _names(report: Report) -> list[str]:
+    lines = [f"    {x.name or f'parameter {x.number}'}: {x.shape}" for x in report.undonated]
+    return _cut(lines, "report.undonated")
+
+
+def _landings(report: Report) -> list[str]:
+    """One line for each kernel that updates leaves."""
+    if not report.leaves:
+        return []
+    leaves = Counter(kernel for leaf in report.leaves for kernel in leaf.kernels)
+    first = {kernel: leaf for leaf in reversed(report.leaves) for kernel in leaf.kernels}
+    lines = [f"  {len(report.leaves)} leaves, {report.parameters} params, land in"]
+    found = []
+    for kernel, n in leaves.items():
+        more = f" and {n - 1} more" if n > 1 else ""
+        found.append(f"    {kernel}: {first[kernel].name} {first[kernel].shape}{more}")
+    return lines + _cut(found, "report.leaves")
+
+
+def _cut(lines: list[str], where: str) -> list[str]:
+    if len(lines) <= MAX_LINES:
+        return lines
+    return [*lines[:MAX_LINES], f"    and {len(lines) - MAX_LINES} more, in {where}"]

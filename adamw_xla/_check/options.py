@@ -1,0 +1,120 @@
+"""Checks of numbers and choices, each by the name that its caller has for it."""
+
+from collections.abc import Callable, Mapping
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamw_xla_lowering import PARAM_DTYPES, dtype_names
+
+
+def coefficients(
+    rates: Mapping[str, Any], betas: Mapping[str, Any], epsilons: Mapping[str, Any]
+) -> None:
+    """Checks the numbers that every front end has, by the names that it has for them."""
+    for name, value in rates.items():
+        scalar_or_schedule(name, value)
+    for name, value in betas.items():
+        scalar(name, value, lambda x: 0 <= x < 1, "in [0, 1)")
+    for name, value in epsilons.items():
+        scalar(name, value, lambda x: x >= 0, "at least 0")
+
+
+def scalar_or_schedule(name: str, value: Any) -> None:
+    """Checks a rate: a number at least 0, a scalar array, or a callable."""
+    if not callable(value):
+        scalar(name, value, lambda x: x >= 0, "at least 0")
+
+
+def scheduled(name: str, value: Any) -> None:
+    """Checks a rate at one step: what a schedule returned, or a rebuilt config holds."""
+    name, expected = f"{name} (or what its schedule returns)", "at least 0"
+    _one_number(name, value, expected)
+    if not isinstance(value, jax.Array):  # of an array it would wait for the device
+        _in_range(name, value, lambda x: x >= 0, expected)
+
+
+def state_dtype(dtype: Any, name: str = "state_dtype") -> np.dtype[Any]:
+    """The dtype, if state may have it."""
+    try:
+        found = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"AdamW: {name} must be a dtype, got {dtype!r}.") from None
+    if found not in PARAM_DTYPES:
+        raise ValueError(f"AdamW: {name} must be {dtype_names()}, got {found}.")
+    return found
+
+
+def scalar(name: str, value: Any, fits: Callable[[float], bool], expected: str) -> None:
+    """Refuses what is not one real number that fits; of a traced one, the kind and shape."""
+    _one_number(name, value, expected)
+    if not isinstance(value, jax.core.Tracer):
+        _in_range(name, value, fits, expected)
+
+
+def _one_number(name: str, value: Any, expected: str) -> None:
+    if isinstance(value, bool | np.bool_ | str | None) or not _is_real(value):
+        raise TypeError(f"AdamW: {name} must be a real number {expected}, got {value!r}.")
+    if np.ndim(value) != 0:
+        raise ValueError(
+            f"AdamW: {name} must be a scalar, got shape {np.shape(value)}. For one value per "
+            "replica build the config inside of the function that is given to jax.vmap."
+        )
+
+
+def _in_range(name: str, value: Any, fits: Callable[[float], bool], expected: str) -> None:
+    number = float(value)
+    if not (math.isfinite(number) and fits(number)):
+        raise ValueError(
+            f"AdamW: {name} must be finite and {expected}, got {number}.{_rounding(value)}"
+        )
+
+
+def _rounding(value: Any) -> str:
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or dtype.itemsize > 2:
+        return ""
+    return (
+        f" It is of dtype {dtype}; numbers near 1 need float32. (optax.inject_hyperparams gives "
+        "them the params' dtype: pass it hyperparam_dtype=jax.numpy.float32.)"
+    )
+
+
+def _is_real(value: Any) -> bool:
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        return jnp.issubdtype(value.dtype, np.floating) or jnp.issubdtype(value.dtype, np.integer)
+    return isinstance(value, numbers.Real)
+
+
+def flag(name: str, value: Any) -> None:
+    """Refuses what is not a bool."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(
+            f"AdamW: {name} must be True or False, got {value!r}. It is a choice, not data: it "
+            f"cannot be traced.{_static(name, value)}"
+        )
+
+
+def _static(name: str, value: Any) -> str:
+    if not isinstance(value, jax.Array):
+        return ""
+    return (
+        " (optax.inject_hyperparams makes arrays of numbers: name this one in its "
+        f"static_args=({name!r},).)"
+    )
+
+
+def count(name: str, value: Any, least: int) -> None:
+    """Refuses what is neither None nor an integer from ``least`` on."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(
+            f"AdamW: {name} must be an integer or None, got {value!r}.{_static(name, value)}"
+        )
+    if value < least:
+        raise ValueError(f"AdamW: {name} must be at least {least}, or None; got {value}.")

@@ -1,0 +1,113 @@
+"""Reads a compiled program, and says what it launches, moves and updates in place.
+
+    import adamw_xla as ax
+
+    compiled = jax.jit(train_step, donate_argnums=(0, 1)).lower(params, state, x).compile()
+    print(ax.hlo.report(compiled))
+
+It works on any program that XLA compiled for a CPU, a GPU or a TPU; where there is an
+``adamw_step`` in it, that is reported by itself too, found by the metadata that it leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, get_args
+
+from adamw_xla.hlo import _traffic
+from adamw_xla.hlo._kernels import NORM, UPDATE, Kernel, Platform, kernels_of, platform_of
+from adamw_xla.hlo._leaves import Input, Leaf, donated_inputs, inputs_of, leaves_of
+from adamw_xla.hlo._report import Part, Report, size
+from adamw_xla.hlo._text import HloSyntaxError, parse
+
+
+def report(
+    compiled: Any,
+    *,
+    platform: Platform | None = None,
+    donated: Sequence[bool] | None = None,
+) -> Report:
+    """Reads a compiled program.
+
+    From text alone, donated arguments are known as far as the compiler was told of them:
+    those whose buffers are reused, and those that it might still have reused. JAX drops some
+    that no result fits before the compiler sees them; a ``Compiled`` knows these as well.
+    Temporaries are known from a ``Compiled`` alone.
+
+    Args:
+      compiled: ``jax.jit(f, ...).lower(...).compile()``, or optimized HLO as text: its
+        ``as_text()``, or a file that XLA dumped, ``*after_optimizations.txt``.
+      platform: whose rules apply, of "cpu", "cuda", "rocm" and "tpu"; None: as the
+        text looks; AMD's GPUs look like NVIDIA's there, and their rules are the same.
+      donated: for each parameter of the program, whether it was donated. None: as above.
+
+    Returns:
+      The report.
+
+    Raises:
+      TypeError: ``compiled`` is neither.
+      ValueError: the text is no optimized HLO, ``platform`` is unknown, or ``donated`` has
+        another number of entries than the program has parameters.
+    """
+    text = compiled if isinstance(compiled, str) else _text(compiled)
+    if platform is not None and platform not in get_args(Platform):
+        raise ValueError(f"hlo: platform must be one of {get_args(Platform)}, got {platform!r}")
+    module = parse(text)
+    if donated is not None and len(donated) != len(module.entry.parameters):
+        raise ValueError(
+            f"hlo: donated has {len(donated)} entries, and the program has "
+            f"{len(module.entry.parameters)} parameters (arguments it does not use are left out)"
+        )
+    platform = platform or platform_of(module, text)
+    kernels = kernels_of(module, platform)
+    parts = {part: [kernel for kernel in kernels if kernel.part == part] for part in (UPDATE, NORM)}
+    known: Sequence[bool | None] | None = (
+        donated if donated is not None else donated_inputs(compiled, module)
+    )
+    inputs = inputs_of(module, known)
+    temporary, peak = _memory(compiled)
+    return Report(
+        name=module.name,
+        platform=platform,
+        program=Part(tuple(kernels)),
+        update=Part(tuple(parts[UPDATE]), _traffic.least(module, parts[UPDATE])),
+        norm=Part(tuple(parts[NORM]), _traffic.least(module, parts[NORM])),
+        inputs=tuple(inputs),
+        leaves=tuple(leaves_of(module, parts[UPDATE], kernels, inputs)),
+        temporary_bytes=temporary,
+        peak_bytes=peak,
+    )
+
+
+def _text(compiled: Any) -> str:
+    as_text = getattr(compiled, "as_text", None)
+    if as_text is None:
+        raise TypeError(
+            f"hlo: must be a compiled program or its text, got {type(compiled).__name__}; "
+            "pass jax.jit(...).lower(...).compile()."
+        )
+    return str(as_text())
+
+
+def _memory(compiled: Any) -> tuple[int | None, int | None]:
+    """Bytes of temporaries, and of everything together at the peak."""
+    analysis = getattr(compiled, "memory_analysis", None)
+    memory = analysis() if analysis is not None else None
+    if memory is None:
+        return None, None
+    temporary = int(memory.temp_size_in_bytes)
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return temporary, int(memory.argument_size_in_bytes + results) + temporary
+
+
+__all__ = [
+    "HloSyntaxError",
+    "Input",
+    "Kernel",
+    "Leaf",
+    "Part",
+    "Platform",
+    "Report",
+    "report",
+    "size",
+]
