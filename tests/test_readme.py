@@ -2,14 +2,14 @@
 
 import ast
 import dataclasses
-from pathlib import Path
 import re
 
+from places import ROOT
 import pytest
 
 import adamw_xla as ax
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 
 
 def blocks(language: str) -> list[str]:

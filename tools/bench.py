@@ -8,12 +8,8 @@ from typing import Annotated
 import cli
 
 with cli.extra("bench", "bench"):
-    import compile_bench
-    import gpu_peers
+    from benches import compile_bench, gpu_peers, step_bench, step_peers, trace_bench
     from rich.console import Console
-    import step_bench
-    import step_peers
-    import trace_bench
     import typer
 
 CASES_HELP = f"Tree(s), of: {', '.join(step_bench.trees())}. Five of them, if none is named."
@@ -101,7 +97,7 @@ def keras(
     """
     _check_writable(json)
     with cli.extra("bench", "bench,keras"):
-        import keras_bench  # only here: Keras takes seconds to import
+        from benches import keras_bench  # only here: Keras takes seconds to import
 
     keras_bench.run(variables, width, rounds, json, Console())
 

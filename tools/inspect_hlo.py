@@ -9,10 +9,8 @@ from typing import Annotated, Any, NoReturn
 import cli
 
 with cli.extra("inspect_hlo", "inspect"):
-    import aot
-    import inspect_cases
-    from inspect_cases import OURS, CaseError, Inspected
-    import inspect_page
+    from inspection import aot, inspect_cases, inspect_page
+    from inspection.inspect_cases import OURS, CaseError, Inspected
     import peer_steps
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn

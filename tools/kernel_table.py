@@ -12,9 +12,8 @@ from typing import Annotated, Any, NoReturn
 import cli
 
 with cli.extra("kernel_table", "inspect,peers,gpu-compile,tpu-compile"):
-    import aot
-    import inspect_cases
-    from inspect_cases import OURS, DoesNotFitError, Inspected
+    from inspection import aot, inspect_cases
+    from inspection.inspect_cases import OURS, DoesNotFitError, Inspected
     import jax
     import jax.numpy as jnp
     import peer_steps

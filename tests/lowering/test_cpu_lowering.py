@@ -14,6 +14,7 @@ from cpu_oracle import expected, hyper, leaves, require_native
 import jax
 import jax.export
 import numpy as np
+from places import python_path
 import pytest
 
 from adamw_xla_lowering import NativeUnavailableError, UpdateResult, adamw_update
@@ -48,11 +49,9 @@ def lowered(tree: dict[str, Any], implementation: Any = None, donate: bool = Fal
 
 def run_python(code: str, **environment: str) -> str:
     """Runs a program of its own, because XLA reads these settings only once."""
-    tests = Path(__file__).parent.parent
-    path = os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, **environment},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": python_path(), **environment},
         capture_output=True,
         text=True,
         timeout=240,

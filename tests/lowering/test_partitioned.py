@@ -1,15 +1,248 @@
-"""Kernels in programs that XLA partitions over eight (virtual) devices."""
+"""Kernels in programs that XLA partitions over eight (virtual) devices.
+
+The CPU's kernel stands for all: what differs by platform is what each device then runs.
+Run one by hand: ``PYTHONPATH=tests/helpers XLA_FLAGS=--xla_force_host_platform_device_count=8
+python tests/lowering/test_partitioned.py NAME``.
+"""
 
 from __future__ import annotations
 
-from cpu_oracle import require_native
-from eight_devices import report
-from partitioned_checks import CHECKS
+from collections.abc import Sequence
+from pathlib import Path
+import re
+from typing import Any
+
+from cpu_oracle import check, hyper, leaves, require_native
+from eight_devices import main, report
+import jax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
 import pytest
+
+from adamw_xla_lowering import NativeUnavailableError, adamw_update
+from adamw_xla_lowering.rules import partitioned
+
+GATHERS = re.compile(r"all-gather|all-to-all|collective-permute")
+MOVES = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute|dynamic-slice")
+SHAPES = [(16, 8), (8,), (7, 3), (0, 4), ()]
+CALL = 'custom_call_target="adamw_xla_update_cpu"'
+
+
+def update(h: Any, tree: dict[str, Any], **flags: Any) -> Any:
+    return adamw_update(h, **tree, implementation="native", **flags)
+
+
+def mesh_of(kind: AxisType = AxisType.Auto) -> Any:
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+
+
+def place(mesh: Any, h: Any, tree: dict[str, list[Any]], specs: Sequence[Any]) -> Any:
+    def put(x: Any, spec: Any) -> Any:
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    columns = {k: [put(x, s) for x, s in zip(xs, specs, strict=True)] for k, xs in tree.items()}
+    return put(h, P()), columns
+
+
+def calls(step: Any, *args: Any) -> tuple[str, str]:
+    """The compiled program, and its one line with the kernel."""
+    text = jax.jit(step).lower(*args).compile().as_text()
+    assert partitioned.TARGET_NAME not in text
+    (line,) = [line for line in text.splitlines() if CALL in line]
+    return text, line
+
+
+# ------------------------------------------------------------------------------ checks
+
+
+def each_device_updates_its_shards() -> None:
+    """Nothing moves, however params and what belongs to them are sharded alike."""
+    every = [
+        [P("x", "y"), P("y"), P(), P(), P()],
+        [P("y"), P(("x", "y")), P(), P(), P()],
+        [P()] * 5,
+    ]
+    options: dict[str, dict[str, bool]] = {"float32": {}, "bfloat16": {"amsgrad": True}}
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        for dtype, chosen in options.items():
+            for specs in every:
+                tree, mesh = leaves(SHAPES, dtype, **chosen), mesh_of(kind)
+                with jax.set_mesh(mesh):
+                    h, placed = place(mesh, hyper(), tree, specs)
+                    text, _ = calls(update, h, placed)
+                    assert not MOVES.search(text), text
+                    got = jax.jit(update)(h, placed)
+                check(got, hyper(), tree)
+                for column in (got.params, got.m, got.v):
+                    for x, spec in zip(column, specs, strict=True):
+                        where = NamedSharding(mesh, spec)
+                        assert x.sharding.is_equivalent_to(where, x.ndim), (spec, x.sharding)
+
+
+def shards_that_are_not_even() -> None:
+    """What pads a shard is updated too, and seen by nobody."""
+    tree, mesh = leaves([(8, 3)]), mesh_of()
+    h, placed = place(mesh, hyper(), tree, [P("x")])
+
+    def in_parts(h: Any, tree: dict[str, Any]) -> Any:
+        cut = {kind: [x[0][:7]] for kind, x in tree.items()}
+        where = NamedSharding(mesh, P("x"))
+        cut = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, where), cut)
+        return update(h, cut)
+
+    _, line = calls(in_parts, h, placed)
+    assert "f32[2,3]" in line, line
+    assert "f32[7,3]" not in line, line
+    check(jax.jit(in_parts)(h, placed), hyper(), {k: [x[0][:7]] for k, x in tree.items()})
+
+
+def float64_groups_and_scales() -> None:
+    """The dtypes are those of the equation, whatever the compiling thread is set to."""
+    with jax.enable_x64(True):
+        tree, mesh = leaves(SHAPES[:2], "float64", state="float64"), mesh_of()
+        scales = np.array([0.5, 2.0])
+        rows = hyper(2, dtype=np.float64)
+        _, placed = place(mesh, rows, tree, [P("x"), P()])
+        # Scalars that come in pieces are put together.
+        h, factors = (jax.device_put(x, NamedSharding(mesh, P("y"))) for x in (rows, scales))
+
+        def step(h: Any, tree: dict[str, Any], factors: Any) -> Any:
+            return update(h, tree, leaf_scale=factors, groups=[1, 0])
+
+        program = jax.jit(step).lower(h, placed, factors)
+    compiled = program.compile()
+    with jax.enable_x64(True):
+        check(compiled(h, placed, factors), rows, tree | {"leaf_scale": scales}, [1, 0])
+
+
+def state_that_is_cut_smaller_than_its_param() -> None:
+    """ZeRO: the device that has a part of the moments updates that part of the param."""
+    tree, mesh = leaves([(16, 8)]), mesh_of()
+    h, placed = place(mesh, hyper(), tree, [P()])
+    for kind in ("m", "v"):
+        placed[kind] = [jax.device_put(placed[kind][0], NamedSharding(mesh, P("x")))]
+
+    def step(h: Any, tree: dict[str, Any]) -> Any:
+        new = update(h, tree)
+        whole = jax.lax.with_sharding_constraint(new.params, NamedSharding(mesh, P()))
+        return new._replace(params=whole)
+
+    for f in (update, step):
+        _, line = calls(f, h, placed)
+        assert "f32[4,8]" in line, line
+        assert "f32[16,8]" not in line, line
+        check(jax.jit(f)(h, placed), hyper(), tree)
+    assert jax.jit(step)(h, placed).params[0].sharding.is_fully_replicated
+
+
+def the_older_partitioner_is_refused() -> None:
+    """And is never asked: its callbacks raise, and every other check here passes."""
+    tree, mesh = leaves(SHAPES), mesh_of()
+    h, placed = place(mesh, hyper(), tree, [P("x", "y"), P("y"), P(), P(), P()])
+    jax.config.update("jax_use_shardy_partitioner", False)
+    try:
+        with pytest.raises(NativeUnavailableError, match="jax_use_shardy_partitioner is off"):
+            jax.jit(update).lower(h, placed)
+        text = jax.jit(adamw_update).lower(h, **placed).compile().as_text()
+        assert not MOVES.search(text), text
+        check(jax.jit(adamw_update)(h, **placed), hyper(), tree)
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", True)
+
+
+def while_another_program_is_traced() -> None:
+    """What is known while tracing is computed then, and compiled on the tracing thread."""
+    tree, mesh = leaves(SHAPES[:2]), mesh_of()
+    h, placed = place(mesh, hyper(), tree, [P("x", "y"), P("y")])
+
+    def outer(x: Any) -> Any:
+        with jax.ensure_compile_time_eval():
+            got = jax.jit(update)(h, placed)
+        check(got, hyper(), tree)
+        return x + got.params[1][0]
+
+    jax.jit(outer)(1.0)
+
+
+def gradients_follow_their_params() -> None:
+    """One of unknown sharding is computed in its param's; one that differs is moved."""
+    tree, mesh = leaves([(16, 8)]), mesh_of()
+    h, placed = place(mesh, hyper(), tree, [P("x", "y")])
+
+    def from_outer(h: Any, tree: dict[str, Any], a: Any, b: Any) -> Any:
+        return update(h, tree | {"grads": [a[:, None] * b[None]]})
+
+    a, b = np.linspace(-1, 1, 16, dtype=np.float32), np.linspace(0, 2, 8, dtype=np.float32)
+    text, line = calls(from_outer, h, placed, a, b)
+    assert not GATHERS.search(text), text
+    assert "f32[4,4]" in line, line
+    assert "f32[16,8]" not in line, line
+    check(jax.jit(from_outer)(h, placed, a, b), hyper(), tree | {"grads": [a[:, None] * b]})
+    placed["grads"] = [jax.device_put(tree["grads"][0], NamedSharding(mesh, P("y")))]
+    check(jax.jit(update)(h, placed), hyper(), tree)
+
+
+def in_place_where_donated() -> None:
+    tree, mesh = leaves([(64, 8)] * 3), mesh_of()
+    h, placed = place(mesh, hyper(), tree, [P("x")] * 3)
+
+    def step(h: Any, state: dict[str, Any], grads: Any) -> Any:
+        new = update(h, state | {"grads": grads})
+        return {kind: getattr(new, kind) for kind in state}
+
+    grads = placed.pop("grads")
+    compiled = jax.jit(step, donate_argnums=1).lower(h, placed, grads).compile()
+    text = compiled.as_text()
+    assert not re.search(r"f32\[16,8\]\S* copy\(", text), text
+    assert compiled.memory_analysis().alias_size_in_bytes == 9 * 16 * 8 * 4
+
+
+def what_cannot_be_partitioned_is_refused() -> None:
+    tree, mesh = leaves([(16, 8)]), mesh_of()
+    h, placed = place(mesh, hyper(), tree, [P("x")])
+    with jax.set_mesh(mesh):
+        some = jax.shard_map(update, in_specs=(P(), P("x")), out_specs=P("x"), axis_names={"x"})
+        with pytest.raises(NativeUnavailableError, match="partly inside of shard_map"):
+            jax.jit(some).lower(h, placed)
+        many = jax.vmap(update, in_axes=(0, None))
+        with pytest.raises(NativeUnavailableError, match="a batch is partitioned"):
+            jax.jit(many).lower(np.stack([hyper()] * 2), placed)
+
+
+def lowers_for_an_abstract_mesh() -> None:
+    mesh = AbstractMesh((4,), ("x",), (AxisType.Auto,))
+    struct = jax.ShapeDtypeStruct((8,), np.float32, sharding=NamedSharding(mesh, P("x")))
+    tree = {kind: [struct] for kind in ("params", "grads", "m", "v")}
+    text = jax.jit(update).trace(hyper(), tree).lower(lowering_platforms=("cuda",)).as_text()
+    assert f"stablehlo.custom_call @{partitioned.TARGET_NAME}" in text
+    rule = "<([i, j], [k], [k], [k], [k])->([k], [k], [k]) {i=1, j=16, k=8}"
+    assert f"{rule} need_replication={{i, j}}" in text, text
+
+
+CHECKS = {
+    f.__name__: f
+    for f in (
+        each_device_updates_its_shards,
+        shards_that_are_not_even,
+        float64_groups_and_scales,
+        state_that_is_cut_smaller_than_its_param,
+        the_older_partitioner_is_refused,
+        while_another_program_is_traced,
+        gradients_follow_their_params,
+        in_place_where_donated,
+        what_cannot_be_partitioned_is_refused,
+        lowers_for_an_abstract_mesh,
+    )
+}
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_eight_devices(check: str) -> None:
     require_native()
-    printed = report("partitioned_checks.py")
+    printed = report(Path(__file__))
     assert f"passed {check}\n" in printed, printed
+
+
+if __name__ == "__main__":
+    main(CHECKS)

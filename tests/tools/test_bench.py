@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import bench
+from benches import gpu_peers, step_bench, step_peers
 from cpu_oracle import require_native
-import gpu_peers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import step_bench
-import step_peers
 from typer.testing import CliRunner
 
 SHAPES = [(4, 8), (4,)]

@@ -13,6 +13,7 @@ from typing import Any
 import keras
 from keras_models import BATCH, close, compiled, data, fit, mlp
 import numpy as np
+from places import python_path
 import pytest
 
 import adamw_xla.keras
@@ -175,6 +176,7 @@ def test_the_distribution_api() -> None:
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     script = Path(__file__).with_name("keras_sharded.py")
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = python_path()
     run = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
     assert run.stdout == "passed\n", run.stderr[-3000:]
 

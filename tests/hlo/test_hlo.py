@@ -1,4 +1,4 @@
-"""``adamw_xla.hlo`` on what the three compilers wrote (tests/hlo_goldens).
+"""``adamw_xla.hlo`` on what the three compilers wrote (tests/hlo/goldens).
 
 Counts are taken a second time in the manner of ``grep``, and bytes by hand.
 """
@@ -16,7 +16,7 @@ import pytest
 
 from adamw_xla.hlo import report
 
-GOLDENS = Path(__file__).parent / "hlo_goldens"
+GOLDENS = Path(__file__).parent / "goldens"
 NAMES = sorted(path.stem for path in GOLDENS.glob("*.hlo"))
 STEP = {"a": (256, 128), "b": (256, 128), "c": (128,), "d": (128,), "e": (3, 5, 7)}
 TRAIN = {"embed": (64, 32), "layers.b": (4, 32), "layers.w": (4, 32, 32)}

@@ -11,9 +11,8 @@ import functools
 import os
 from typing import Any, NamedTuple
 
-import aot
-import inspect_cases
-from inspect_cases import OURS, Case, Inspected
+from inspection import aot, inspect_cases
+from inspection.inspect_cases import OURS, Case, Inspected
 from jax.flatten_util import ravel_pytree
 import peer_steps
 import pytest

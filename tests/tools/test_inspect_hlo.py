@@ -10,8 +10,8 @@ import subprocess
 import sys
 import textwrap
 
-import aot
 import inspect_hlo
+from inspection import aot
 import kernel_table
 import pytest
 from typer.testing import CliRunner

@@ -7,10 +7,10 @@ import contextlib
 import functools
 from typing import Any
 
+from benches import step_peers
+from benches.step_peers import Build, Peer
 import jax
 import jax.numpy as jnp
-import step_peers
-from step_peers import Build, Peer
 
 from adamw_xla_lowering.gpu import kernel as gpu_kernel
 from adamw_xla_lowering.gpu import merge

@@ -10,6 +10,7 @@ import statistics
 import time
 from typing import Any
 
+from benches.timing import no_gc, processor
 import jax
 import optax
 import peer_steps
@@ -18,7 +19,6 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 import shapes
-from timing import no_gc, processor
 
 import adamw_xla as ax
 

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("KERAS_BACKEND", "jax")  # Keras reads it when it is imported
 
+from benches.timing import no_gc
 import jax
 import keras
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from timing import no_gc
 
 import adamw_xla as ax
 from adamw_xla.keras import AdamW

@@ -13,16 +13,15 @@ import statistics
 import time
 from typing import Any, Literal, TypeAlias
 
-import gpu_peers
+from benches import gpu_peers, step_peers
+from benches.step_peers import Build
+from benches.timing import no_gc, processor
 import jax
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 import shapes
-import step_peers
-from step_peers import Build
-from timing import no_gc, processor
 
 import adamw_xla as ax
 

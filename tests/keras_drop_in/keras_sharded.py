@@ -1,16 +1,12 @@
 """Keras' Distribution API on eight devices; ``test_keras_state.py`` runs it in a process.
 
-By hand: ``KERAS_BACKEND=jax XLA_FLAGS=--xla_force_host_platform_device_count=8 python
-tests/keras_sharded.py``.
+By hand: ``KERAS_BACKEND=jax XLA_FLAGS=--xla_force_host_platform_device_count=8
+PYTHONPATH=tests/helpers:tools python tests/keras_drop_in/keras_sharded.py``.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-import sys
 from typing import Any
-
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
 import jax
 import keras

@@ -1,4 +1,4 @@
-"""Writes the compiled programs beside it anew: ``python tests/hlo_goldens/make.py``.
+"""Writes the compiled programs beside it anew: ``python tests/hlo/goldens/make.py``.
 
 From a checkout with the extras gpu-compile and tpu-compile. ``programs`` also serves tests.
 """
@@ -11,9 +11,9 @@ import sys
 from typing import Any
 
 FOLDER = Path(__file__).parent
-sys.path.insert(0, str(FOLDER.parent.parent / "tools"))
+sys.path.insert(0, str(FOLDER.parents[2] / "tools"))
 
-import aot  # noqa: E402
+from inspection import aot  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import shapes  # noqa: E402

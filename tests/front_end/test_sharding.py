@@ -1,17 +1,18 @@
-"""Checks on eight devices; ``test_sharding.py`` runs each in a process that has them.
+"""Automatic, explicit and manual sharding on eight (virtual) devices.
 
-Run one by hand: ``XLA_FLAGS=--xla_force_host_platform_device_count=8 python
-tests/sharded_checks.py NAME``.
+Run one by hand: ``PYTHONPATH=tests/helpers XLA_FLAGS=--xla_force_host_platform_device_count=8
+python tests/front_end/test_sharding.py NAME``.
 """
 
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 import re
 from typing import Any
 
 from comparing import close
-from eight_devices import main
+from eight_devices import main, report
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
@@ -267,6 +268,13 @@ CHECKS = {
         gpu_leaves_keep_their_shapes,
     )
 }
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_eight_devices(check: str) -> None:
+    printed = report(Path(__file__))
+    assert f"passed {check}\n" in printed, printed
+
 
 if __name__ == "__main__":
     main(CHECKS)

@@ -11,8 +11,9 @@ import sys
 from xml.etree import ElementTree
 
 import optax
+from places import python_path
 
-TESTS = Path(__file__).parent
+HERE = Path(__file__).parent
 MODULES = ("_src.alias_test", "_src.float64_test", "_src.sharding_test", "contrib._common_test")
 NUMBER = 66  # that pass with stock optax 0.2.8
 
@@ -41,7 +42,7 @@ def run(which: str, scratch: Path, *options: str) -> dict[str, str]:
     environment = {
         **os.environ,
         "OPTAX_ADAMW": which,
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), *filter(None, sys.path)]),
+        "PYTHONPATH": python_path(HERE),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
     }
     done = subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True)
@@ -77,7 +78,7 @@ def test_updates_like_gradients_pass_what_rounding_fails(tmp_path: Path) -> None
         assert about == ["passed"] * times
 
 
-if __name__ == "__main__":  # python tests/test_optax_suite.py: all three, and what fails
+if __name__ == "__main__":  # with PYTHONPATH=tests/helpers: all three, and what fails
     for which in ("stock", "ours", "like_grads"):
         found = run(which, Path.cwd())
         print(which, *(f"{n} {what}" for what, n in Counter(found.values()).items()))

@@ -15,10 +15,9 @@ import subprocess
 import sys
 from typing import Any
 
-import aot
+from inspection import aot
+from places import TOOLS, python_path
 import pytest
-
-TOOLS = Path(__file__).parent.parent / "tools"
 
 # XLA reads where to dump only once, and the plugin's platform must not be this process's.
 PROGRAM = """
@@ -74,8 +73,11 @@ def environment() -> dict[str, str]:
             raise
         pytest.skip(str(error))
     nvcc = importlib.import_module("nvidia.cuda_nvcc")
-    path = os.pathsep.join([str(TOOLS), *filter(None, sys.path)])
-    more = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "PYTHONPATH": path}
+    more = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "PYTHONPATH": python_path(),
+    }
     return {**os.environ, **more, "PTXAS": str(Path(next(iter(nvcc.__path__))) / "bin" / "ptxas")}
 
 
@@ -95,7 +97,7 @@ def compiled(
     flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text=false" if dump else ""
     case = json.dumps([target, model, dtype, options, who, devices])
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, case, str(TOOLS)],
+        [sys.executable, "-c", PROGRAM, case, str(TOOLS / "inspection")],
         env=environment() | {"XLA_FLAGS": flags},
         capture_output=True,
         text=True,

@@ -12,7 +12,7 @@ from pathlib import Path
 import sys
 from typing import Any
 
-import aot
+from inspection import aot
 import jax
 import peer_steps
 import shapes

@@ -11,7 +11,7 @@ import functools
 import os
 from typing import Any
 
-import aot
+from inspection import aot
 import jax
 import optax
 import pytest

@@ -6,7 +6,7 @@ from collections import Counter
 from html import escape
 from pathlib import Path
 
-from inspect_cases import Inspected
+from inspection.inspect_cases import Inspected
 
 from adamw_xla.hlo import Kernel, Leaf, Part
 
