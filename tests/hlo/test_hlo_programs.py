@@ -11,6 +11,7 @@ import pytest
 
 import adamw_xla as ax
 from adamw_xla.hlo import Report, report
+from adamw_xla_lowering.cpu import kernel as cpu
 
 SCALARS = 1024
 """More bytes than the numbers of a step have."""
@@ -63,10 +64,14 @@ def test_a_train_step():
 def test_a_train_step_on_the_cpu_kernel():
     found = train(ax.AdamW(), (0, 1), implementation="native")
     calls = {kernel.name for kernel in found.update.kernels if kernel.kind == "custom-call"}
-    assert {name for leaf in found.leaves for name in leaf.kernels} == calls
-    assert {kernel.name for kernel in found.update.kernels} == calls
+    copies = [kernel for kernel in found.update.kernels if kernel.name not in calls]
+    assert all(x.kind == "copy" and x.read < cpu.MIN_WITNESSED_BYTES for x in copies), copies
+    landed = {name for leaf in found.leaves for name in leaf.kernels}
+    assert calls <= landed <= calls | {kernel.name for kernel in copies}
     assert found.undonated == ()
-    assert all(leaf.in_place for leaf in found.leaves)
+    large = [leaf for leaf in found.leaves if 4 * leaf.elements >= cpu.MIN_WITNESSED_BYTES]
+    assert large
+    assert all(leaf.in_place for leaf in large)
 
 
 def test_nothing_donated():
