@@ -1,8 +1,9 @@
-"""What the README says is run, or compared with the code."""
+"""What the README and the files beside it say is run, or compared with the code."""
 
 import ast
 import dataclasses
 import re
+import tomllib
 
 from places import ROOT
 import pytest
@@ -57,3 +58,10 @@ def test_commands_are_one_line_each():
     assert demo.count("\n") == tests.count("\n") == 1
     assert demo.endswith("python tools/demo.py\n")
     assert tests.endswith("python -m pytest\n")
+
+
+def test_one_version_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == ax.__version__
+    assert f"\nversion: {ax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert ax.__version__ in (ROOT / "CHANGELOG.md").read_text()

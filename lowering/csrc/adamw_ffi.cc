@@ -129,12 +129,20 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(AdamWXlaUpdate, adamw::UpdateLeaves,
                                   .Attr<std::int64_t>("batch_rank")
                                   ADAMW_OPTIONS(ADAMW_ATTRIBUTE));
 
-// The slots of hyper and the options, in this library's order, for native.py to compare with
+// The slots of hyper and the options, in this library's order, for library.py to compare with
 // its own.
 #define ADAMW_NAME(name) #name " "
 ADAMW_EXPORT const char* AdamWXlaSlots() { return ADAMW_SLOTS(ADAMW_NAME); }
 ADAMW_EXPORT const char* AdamWXlaOptions() { return ADAMW_OPTIONS(ADAMW_NAME); }
 #undef ADAMW_NAME
+
+// The version of XLA's FFI that this library speaks, and the jaxlib whose headers had it.
+#define ADAMW_TEXT_OF(x) #x
+#define ADAMW_TEXT(x) ADAMW_TEXT_OF(x)
+ADAMW_EXPORT const char* AdamWXlaFfiVersion() {
+  return ADAMW_TEXT(XLA_FFI_API_MAJOR) "." ADAMW_TEXT(XLA_FFI_API_MINOR);
+}
+ADAMW_EXPORT const char* AdamWXlaJaxlib() { return ADAMW_JAXLIB; }
 
 // The instruction set that this processor gets.
 ADAMW_EXPORT const char* AdamWXlaIsa() { return adamw::BestIsa().name; }

@@ -94,12 +94,6 @@ def test_a_tree_may_be_part_kernel_and_part_stablehlo(caplog: pytest.LogCaptureF
         np.testing.assert_allclose(x, y, rtol=0, atol=2**-22)  # two ulps of terms below 2
 
 
-@pytest.mark.skipif(not native.native_available(), reason="no CPU kernel")
-def test_a_library_with_other_options_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native.UpdateSpec, "options", lambda self: {"amsgrad": False})
-    assert "another version" in native.unavailable_reason.__wrapped__()
-
-
 # ----------------------------------------------------------------------------- GPU kernels
 
 

@@ -1,9 +1,7 @@
 """Where the CPU kernel is chosen, how it is called, and what happens without it."""
 
-import enum
 import logging
 import os
-from pathlib import Path
 import subprocess
 import sys
 import textwrap
@@ -107,26 +105,6 @@ def test_the_log_says_that_the_kernel_is_used(caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.DEBUG, "adamw_xla"):
         lowered(leaves([(3,)] * 20))
     assert "20 leaves in 2 calls of the CPU kernel" in caplog.text
-
-
-def test_a_library_that_cannot_be_loaded_is_a_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    junk = tmp_path / "junk.so"
-    junk.write_text("no library")
-    monkeypatch.setattr(native, "_find", lambda: junk)
-    assert "cannot be loaded" in native.unavailable_reason.__wrapped__()
-    monkeypatch.setattr(native, "_find", lambda: None)
-    assert "no C++ compiler" in native.unavailable_reason.__wrapped__()
-
-
-@pytest.mark.usefixtures("with_native")
-def test_a_library_with_other_slots_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The C++ order of the slots is compared with ``contract.Slot``."""
-    names = [slot.name for slot in native.Slot]
-    swapped = enum.IntEnum("Slot", [*names[1:], names[0]], start=0)
-    monkeypatch.setattr(native, "Slot", swapped)
-    assert "another version" in native.unavailable_reason.__wrapped__()
 
 
 @pytest.mark.usefixtures("with_native")
