@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 import dataclasses
+import functools
 from typing import Any, ClassVar, TypeAlias
 
 import jax
+from jax import export
 from jax.typing import ArrayLike, DTypeLike
 import numpy as np
 
 from adamw_xla._check import calls, options
 from adamw_xla._check.trees import is_mask_function
 from adamw_xla._check.words import NATIVE, not_a_config
-from adamw_xla._static import Static
+from adamw_xla._static import Static, from_bytes, hashable, to_bytes
 from adamw_xla_lowering import compute_dtype
 
 Schedule: TypeAlias = Callable[[jax.Array], ArrayLike] | Callable[[], ArrayLike]
@@ -213,6 +215,17 @@ class AdamW:
             object.__setattr__(config, name, value)
         return config
 
+    def _key(self) -> Hashable:
+        """Equal of equal configs, and hashable, whatever the arrays and the mask are."""
+        children, static = self.tree_flatten_with_keys()
+        return tuple(hashable(value) for _, value in children), static
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, AdamW) and self._key() == other._key())
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
     def dtype_of_m(self, param_dtype: Any) -> np.dtype[Any]:
         """The dtype of ``m`` for a param of this dtype."""
         return np.dtype(self.state_dtype or compute_dtype(param_dtype))
@@ -262,6 +275,13 @@ def check_config(value: Any, call: str = NATIVE.call) -> None:
         raise not_a_config(value, call)
 
 
+# Lets `jax.export` write functions that take a config.
+export.register_pytree_node_serialization(
+    AdamW,
+    serialized_name="adamw_xla.AdamW",
+    serialize_auxdata=functools.partial(to_bytes, AdamW._CHOICES),
+    deserialize_auxdata=functools.partial(from_bytes, AdamW._CHOICES),
+)
 AdamW.__init__ = calls.explained(  # type: ignore[method-assign]
     "AdamW", aliases=calls.ALIASES, is_method=True
 )(AdamW.__init__)

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 import dataclasses
+import sys
 from typing import Any, TypeVar
 
 import jax
 from jax import export
 import jax.numpy as jnp
 
+from adamw_xla import _flax
 from adamw_xla._check import calls, trees
 from adamw_xla._check.leaves import float_leaf, same_shape, structure
 from adamw_xla._check.words import NATIVE, Words, misplaced, not_a_state, of_other_options
@@ -43,6 +45,12 @@ class AdamWState:
     accumulated: Any = None
     micro_step: jax.Array | None = None
     skipped: jax.Array | None = None
+
+    def __post_init__(self) -> None:
+        """Makes the state known to Flax' checkpoints, where Flax is in use."""
+        # With each state, not with this module: Flax may be imported after it.
+        if "flax.serialization" in sys.modules:
+            _flax.register(type(self))
 
 
 # Lets `jax.export` write functions that take or return a state.
