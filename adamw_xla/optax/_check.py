@@ -43,6 +43,7 @@ LACKING = {
     "state": "from init(params) or the update before",
     "updates": "the gradients",
     "learning_rate": "a number or a schedule",
+    "like": "a new state to be filled, init(params)",
 }
 
 

@@ -10,6 +10,7 @@ from jax import export
 import jax.numpy as jnp
 import optax
 
+from adamw_xla._check import calls
 from adamw_xla._state import AdamWState
 from adamw_xla.optax import _check, _wrappers
 
@@ -62,6 +63,7 @@ export.register_namedtuple_serialization(
 State = TypeVar("State")
 
 
+@calls.explained("from_optax_state", aliases={}, lacking=_check.LACKING)
 def from_optax_state(opt_state: Any, like: State) -> State:
     """Goes on here with a training that ``optax.adamw`` began.
 
@@ -96,6 +98,7 @@ def from_optax_state(opt_state: Any, like: State) -> State:
     return _moved(opt_state, like, "opt_state", (AdamWState, AdamWOptState))
 
 
+@calls.explained("to_optax_state", aliases={}, lacking=_check.LACKING)
 def to_optax_state(state: Any, like: State) -> State:
     """Goes on with ``optax.adamw`` with a training that began here.
 

@@ -164,6 +164,31 @@ CALLS: dict[str, tuple[Call, type[Exception], str]] = {
         TypeError,
         "grads['b'] | ShapeDtypeStruct | pass arrays",
     ),
+    "like and state swapped": (
+        lambda: axo.from_optax_state(STATE, STOCK_STATE),
+        TypeError,
+        "like | has 0 states of AdamW | It is a new state, to be filled: init(params)",
+    ),
+    "params for like": (
+        lambda: axo.to_optax_state(STATE, PARAMS),
+        TypeError,
+        "like | has 0 states of AdamW | It is a new state, to be filled: init(params)",
+    ),
+    "nothing to fill": (
+        lambda: axo.from_optax_state(STOCK_STATE),
+        TypeError,
+        "from_optax_state | lacks like, a new state to be filled | init(params)",
+    ),
+    "nothing to fill there": (
+        lambda: axo.to_optax_state(STATE),
+        TypeError,
+        "to_optax_state | lacks like, a new state to be filled | init(params)",
+    ),
+    "no optimizer of ours": (
+        lambda: axo.from_optax_state(optax.sgd(0.1).init(PARAMS), STATE),
+        TypeError,
+        "opt_state | has 0 states of AdamW | It must be a state of optax.adamw",
+    ),
     "ones and zeros": (
         update(ours=MASK),
         TypeError,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from types import MappingProxyType
 from typing import Any
@@ -282,6 +283,16 @@ def test_arguments_that_are_forgotten(refused: Any, name: str, what: str) -> Non
     call = {"params": PARAMS, "grads": PARAMS, "state": STATE, "config": CONFIG}
     del call[name]
     refused(lambda: ax.adamw_step(**call), TypeError, "adamw_step: " + what, ORDER)
+
+
+ORDERS = [x for x in itertools.permutations(range(4)) if x[2:] != (2, 3)]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_every_other_order(refused: Any, order: tuple[int, ...]) -> None:
+    arguments = PARAMS, PARAMS, STATE, CONFIG
+    given = [arguments[i] for i in order]
+    refused(lambda: ax.adamw_step(*given), TypeError, "got a", "the order is " + ORDER)
 
 
 def test_a_rate_by_position(refused: Any) -> None:
