@@ -4,37 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 import dataclasses
+import functools
 from typing import Any, ClassVar, TypeAlias
 
 import jax
+from jax import export
 from jax.typing import ArrayLike, DTypeLike
 import numpy as np
 
-from adamw_xla._check import options
-from adamw_xla._check.leaves import kind
-from adamw_xla._check.trees import is_known_bool, is_mask_function
+from adamw_xla._check import calls, options
+from adamw_xla._check.trees import is_mask_function
+from adamw_xla._check.words import NATIVE, not_a_config
+from adamw_xla._static import Static, from_bytes, hashable, to_bytes
 from adamw_xla_lowering import compute_dtype
 
-Schedule: TypeAlias = Callable[[jax.Array], ArrayLike]
+Schedule: TypeAlias = Callable[[jax.Array], ArrayLike] | Callable[[], ArrayLike]
 ScalarOrSchedule: TypeAlias = ArrayLike | Schedule
-
-
-@dataclasses.dataclass(frozen=True)
-class _Static:
-    """A pytree of hashables, as one hashable."""
-
-    leaves: tuple[Hashable, ...]
-    treedef: Any
-
-    @classmethod
-    def of(cls, tree: Any) -> _Static:
-        leaves, treedef = jax.tree.flatten(tree)
-        # Arrays have no hash.
-        known = (bool(x) if is_known_bool(x) else x for x in leaves)
-        return cls(tuple(known), treedef)
-
-    def tree(self) -> Any:
-        return jax.tree.unflatten(self.treedef, self.leaves)
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -63,7 +48,9 @@ class AdamW:
         \frac{m_t / (1-\beta_1^t)}{\sqrt{v_t / (1-\beta_2^t)} + \epsilon} \right).
 
     The arithmetic is float32 (float64 for float64 params) whatever the params' dtype,
-    and the new param is rounded to its dtype last.
+    and the new param is rounded to its dtype last. So a step below half of the spacing of
+    the param's dtype is lost: at a learning rate of 1e-3 a bfloat16 param of 1 stays 1. Keep
+    float32 params and cast them in the loss function, where steps are that small.
 
     The config is a pytree: its numbers are leaves, its choices and callables are static.
     Closed over by a jitted function, the numbers are constants of the program; passed in
@@ -74,7 +61,8 @@ class AdamW:
       learning_rate: a number, a scalar array, or a callable from the step count (int32
         scalar, 0 at the first step) to a scalar: an optax schedule, a Keras
         ``LearningRateSchedule``. The count is of calls: under gradient accumulation it
-        rises at each micro-step, as in Keras.
+        rises at each micro-step, as in Keras. A callable without arguments, which Keras allows,
+        is called when a step is traced: what it then returns is what the program has.
       weight_decay: strength of the decoupled decay, multiplied by the learning rate; a
         number, scalar array or schedule. 0 for none.
       beta_1: decay of the first moment, in [0, 1); number or scalar array.
@@ -82,7 +70,8 @@ class AdamW:
       epsilon: the small constant in the denominator.
       amsgrad: divide by the running maximum of ``v``. As in Keras and PyTorch the raw
         ``v`` is compared; optax compares the bias-corrected one.
-      clipnorm: clip each leaf's gradient to this L2 norm.
+      clipnorm: clip each leaf's gradient to this L2 norm. A leaf that holds a stack of layers,
+        as for ``jax.lax.scan``, is one leaf, with one norm.
       clipvalue: clip each gradient element to [-clipvalue, clipvalue].
       global_clipnorm: clip the gradient of the whole tree to this L2 norm. Inside of
         ``jax.shard_map`` each device sees, and clips by, the norm of what it holds.
@@ -102,6 +91,8 @@ class AdamW:
       weight_decay_mask: a pytree of bools, a prefix of the params' tree, or a callable
         from params to one: False where there is no decay. Arrays of one bool will do, if they
         are known when a step is traced. Takes the place of Keras' ``exclude_from_weight_decay``.
+        Of stacked layers it sees the stack: there a bias has two dimensions, so go by the path
+        (``jax.tree_util.tree_map_with_path``) and not by ``ndim``.
       skip_nonfinite: a step whose gradient has a NaN or an infinity, or whose squared norm
         overflows (so that ``v`` would never recover), leaves params, state and count as they
         were, and is counted in ``state.skipped``. Decided on the device.
@@ -206,7 +197,7 @@ class AdamW:
         )
         choices = tuple(getattr(self, name) for name in self._CHOICES)
         mask = self.weight_decay_mask
-        kept = mask if is_mask_function(mask) else _Static.of(mask)
+        kept = mask if is_mask_function(mask) else Static.of(mask)
         return children, (schedules, choices, kept)
 
     @classmethod
@@ -218,11 +209,22 @@ class AdamW:
             **dict(zip(cls._NUMBERS, children, strict=True)),
             **dict(schedules),
             **dict(zip(cls._CHOICES, choices, strict=True)),
-            "weight_decay_mask": mask.tree() if isinstance(mask, _Static) else mask,
+            "weight_decay_mask": mask.tree() if isinstance(mask, Static) else mask,
         }
         for name, value in fields.items():
             object.__setattr__(config, name, value)
         return config
+
+    def _key(self) -> Hashable:
+        """Equal of equal configs, and hashable, whatever the arrays and the mask are."""
+        children, static = self.tree_flatten_with_keys()
+        return tuple(hashable(value) for _, value in children), static
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, AdamW) and self._key() == other._key())
+
+    def __hash__(self) -> int:
+        return hash(self._key())
 
     def dtype_of_m(self, param_dtype: Any) -> np.dtype[Any]:
         """The dtype of ``m`` for a param of this dtype."""
@@ -267,7 +269,19 @@ def _check_fields(c: AdamW) -> None:
         )
 
 
-def check_config(value: Any) -> None:
-    """Refuses what is not an ``AdamW``."""
+def check_config(value: Any, call: str = NATIVE.call) -> None:
+    """Refuses what is not an ``AdamW``; ``call`` is the call that needs one."""
     if not isinstance(value, AdamW):
-        raise TypeError(f"config must be an adamw_xla.AdamW, got {kind(value)}.")
+        raise not_a_config(value, call)
+
+
+# Lets `jax.export` write functions that take a config.
+export.register_pytree_node_serialization(
+    AdamW,
+    serialized_name="adamw_xla.AdamW",
+    serialize_auxdata=functools.partial(to_bytes, AdamW._CHOICES),
+    deserialize_auxdata=functools.partial(from_bytes, AdamW._CHOICES),
+)
+AdamW.__init__ = calls.explained(  # type: ignore[method-assign]
+    "AdamW", aliases=calls.ALIASES, is_method=True
+)(AdamW.__init__)

@@ -33,7 +33,7 @@ def as_scalar(value: Any, dtype: DTypeLike) -> Scalar:
 
 def evaluate(name: str, value: ScalarOrSchedule, step: jax.Array, dtype: DTypeLike) -> Scalar:
     """The rate of this name, or what its schedule says at this step; checked."""
-    now: Any = value(step) if callable(value) else value
+    now: Any = options.called(value, step) if callable(value) else value
     if hasattr(now, "__jax_array__"):  # a variable of Keras, or the like
         now = jnp.asarray(now)
     options.scheduled(name, now)

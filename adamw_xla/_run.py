@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from adamw_xla._check import options, trees
+from adamw_xla._check.words import NATIVE, Words, misplaced
 from adamw_xla._config import AdamW, ScalarOrSchedule, check_config
 from adamw_xla._hyper import Scalar, as_scalar, evaluate, increment
 from adamw_xla._state import AdamWState, check_state
@@ -46,18 +47,20 @@ def run_step(
     weight_decay: ScalarOrSchedule | None,
     backend: Backend,
     delta: bool = False,
+    words: Words = NATIVE,
 ) -> tuple[Any, AdamWState]:
     """``adamw_step`` on any backend; ``reference`` brings its own.
 
     With ``delta``, the first result is what to add to the params, in the dtype of the
-    arithmetic, and None where the gradient is.
+    arithmetic, and None where the gradient is. Errors are in the ``words`` of the caller's API.
     """
-    check_config(config)
+    misplaced(words, params=params, grads=grads, state=state, config=config)
+    check_config(config, words.call)
     leaves, treedef = jax.tree.flatten(params)
     trees.params(params, leaves)
-    check_state(params, treedef, leaves, state, config)
+    check_state(params, treedef, leaves, state, config, words)
     flat = trees.grads(params, treedef, leaves, grads)
-    decays = trees.mask(params, treedef, config.weight_decay_mask)
+    decays = trees.mask(params, treedef, config.weight_decay_mask, words.mask)
     for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
         if value is not None:
             options.scalar_or_schedule(name, value)

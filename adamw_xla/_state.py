@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 import dataclasses
+import sys
 from typing import Any, TypeVar
 
 import jax
 from jax import export
 import jax.numpy as jnp
 
-from adamw_xla._check import trees
-from adamw_xla._check.leaves import float_leaf, kind, same_shape, structure
+from adamw_xla import _flax
+from adamw_xla._check import calls, trees
+from adamw_xla._check.leaves import float_leaf, same_shape, structure
+from adamw_xla._check.words import NATIVE, Words, misplaced, not_a_state, of_other_options
 from adamw_xla._config import AdamW, check_config
 
 Tree = TypeVar("Tree")
@@ -43,6 +46,12 @@ class AdamWState:
     micro_step: jax.Array | None = None
     skipped: jax.Array | None = None
 
+    def __post_init__(self) -> None:
+        """Makes the state known to Flax' checkpoints, where Flax is in use."""
+        # With each state, not with this module: Flax may be imported after it.
+        if "flax.serialization" in sys.modules:
+            _flax.register(type(self))
+
 
 # Lets `jax.export` write functions that take or return a state.
 export.register_pytree_node_serialization(
@@ -53,6 +62,14 @@ export.register_pytree_node_serialization(
 )
 
 
+_INIT = dataclasses.replace(NATIVE, call="adamw_init(params, config)")
+
+
+@calls.explained(
+    "adamw_init",
+    aliases={"optimizer": "config", "model": "params", "parameters": "params"},
+    lacking={"config": "the options, an adamw_xla.AdamW"},
+)
 def adamw_init(params: Any, config: AdamW) -> AdamWState:
     """Builds the state for ``params``.
 
@@ -71,10 +88,11 @@ def adamw_init(params: Any, config: AdamW) -> AdamWState:
       TypeError: ``config`` is no ``AdamW``; or a leaf is no array, or not of a real floating
         dtype: names its path.
     """
-    check_config(config)
+    misplaced(_INIT, params=params, config=config)
+    check_config(config, _INIT.call)
     treedef: Any
     leaves, treedef = jax.tree.flatten(params)
-    trees.params(params, leaves)
+    trees.params(params, leaves, needs_values=config.use_ema)
 
     def zeros(dtype_of: Any) -> Any:
         return treedef.unflatten([jnp.zeros_like(p, dtype_of(p.dtype)) for p in leaves])
@@ -101,14 +119,16 @@ def adamw_init(params: Any, config: AdamW) -> AdamWState:
 
 
 def check_state(
-    params_tree: Any, treedef: Any, leaves: Sequence[Any], value: Any, c: AdamW
+    params_tree: Any,
+    treedef: Any,
+    leaves: Sequence[Any],
+    value: Any,
+    c: AdamW,
+    words: Words = NATIVE,
 ) -> None:
     """Checks that a state fits the params and was built for a config like ``c``."""
     if not isinstance(value, AdamWState):
-        raise TypeError(
-            f"state must be an adamw_xla.AdamWState, got {kind(value)}; build it with "
-            "adamw_init(params, config). (The order is adamw_step(params, grads, state, config).)"
-        )
+        raise not_a_state(words, value)
     accumulates = "gradient_accumulation_steps"
     needs = {
         "v_max": ("amsgrad", c.amsgrad),
@@ -119,22 +139,18 @@ def check_state(
     }
     for field, (option, needed) in needs.items():
         if (getattr(value, field) is not None) != needed and leaves:
-            has, wants = ("lacks", "sets") if needed else ("has", "does not set")
-            raise ValueError(
-                f"state.{field}: the state {has} it, but the config {wants} {option}: it was "
-                "built for another config. Build it with adamw_init(params, config)."
-            )
+            raise of_other_options(words, field, option, needed)
     for field in ("count", "micro_step", "skipped"):
         counter = getattr(value, field)
         is_number = type(counter) is int and field != "micro_step"  # that one is added to arrays
         if not is_number and (counter is not None or field == "count"):
-            trees.counter(f"state.{field}", counter)
+            trees.counter(words.of_state(field), counter)
     for field in ("m", "v", "v_max", "ema", "accumulated"):
         tree = getattr(value, field)
         if tree is None and field not in ("m", "v"):
             continue
         if jax.tree.structure(tree) != treedef:
-            structure(f"state.{field}", params_tree, tree)
+            structure(words.of_state(field), params_tree, tree)
         for i, (x, p) in enumerate(zip(jax.tree.leaves(tree), leaves, strict=True)):
-            float_leaf(f"state.{field}", params_tree, i, x)
-            same_shape(f"state.{field}", params_tree, i, x, p)
+            float_leaf(words.of_state(field), params_tree, i, x)
+            same_shape(words.of_state(field), params_tree, i, x, p)

@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from adamw_xla._check import trees
+from adamw_xla._check import calls, trees
+from adamw_xla._check.words import NATIVE, misplaced
 from adamw_xla._config import AdamW, ScalarOrSchedule, check_config
 from adamw_xla._run import run_step
 from adamw_xla._state import AdamWState, check_state
 from adamw_xla._update import Backend
 from adamw_xla_lowering import Implementation, adamw_sum_of_squares, adamw_update
 
+LACKING = {
+    "grads": "the gradients, as of jax.grad(loss_function)(params)",
+    "state": "from adamw_init(params, config) or the step before",
+    "config": "the options, an adamw_xla.AdamW",
+}
+OPTIONS = {
+    alias: f"it is an option of the config: AdamW({name.replace(' and ', '=..., ')}=...)"
+    for alias, name in {**calls.ALIASES, **{name: name for name in calls.ALIASES.values()}}.items()
+}
+ALIASES = {
+    **OPTIONS,
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "opt_state": "state",
+    "optimizer": "config",
+    "updates": "grads",
+    "gradients": "grads",
+    "model": "params",
+    "backend": "implementation",
+}
+_FINALIZE = dataclasses.replace(NATIVE, call="adamw_finalize(params, state, config)")
 
+
+@calls.explained("adamw_step", aliases=ALIASES, lacking=LACKING)
 def adamw_step(
     params: Any,
     grads: Any,
@@ -89,6 +114,7 @@ def adamw_step(
     )
 
 
+@calls.explained("adamw_finalize", aliases=ALIASES, lacking=LACKING)
 def adamw_finalize(params: Any, state: AdamWState, config: AdamW) -> Any:
     """Returns the moving average as params, at the end of a training with ``use_ema``.
 
@@ -98,21 +124,27 @@ def adamw_finalize(params: Any, state: AdamWState, config: AdamW) -> Any:
       config: the hyperparameters.
 
     Returns:
-      ``state.ema`` in the dtypes of ``params``; without ``use_ema`` params as they are.
+      ``state.ema`` in the dtypes of ``params``.
 
     Raises:
       TypeError: ``config``, ``state`` or a leaf of ``params`` is of the wrong kind or dtype.
-      ValueError: the state does not fit the params, or is another config's.
+      ValueError: the state does not fit the params, or is another config's; or the config does
+        not set ``use_ema``, so that there is no average.
     """
-    check_config(config)
+    misplaced(_FINALIZE, params=params, state=state, config=config)
+    check_config(config, _FINALIZE.call)
     leaves, treedef = jax.tree.flatten(params)
     trees.params(params, leaves)
-    check_state(params, treedef, leaves, state, config)
-    if state.ema is None:
-        return params
+    check_state(params, treedef, leaves, state, config, _FINALIZE)
+    if not config.use_ema:
+        raise ValueError(
+            "adamw_finalize: the config does not set use_ema, so there is no average of the "
+            "params; they are what the training made, or train with AdamW(use_ema=True)."
+        )
     return jax.tree.map(lambda p, e: e.astype(p.dtype), params, state.ema)
 
 
+@calls.explained("scale_loss", aliases={}, lacking=LACKING)
 def scale_loss(loss: jax.Array, config: AdamW) -> jax.Array:
     """Multiplies a loss by ``config.loss_scale_factor``, where there is one.
 
@@ -129,6 +161,6 @@ def scale_loss(loss: jax.Array, config: AdamW) -> jax.Array:
     Raises:
       TypeError: ``config`` is no ``AdamW``.
     """
-    check_config(config)
+    check_config(config, "scale_loss(loss, config)")
     factor = config.loss_scale_factor
     return loss if factor is None else loss * jnp.asarray(factor, loss.dtype)

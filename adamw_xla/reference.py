@@ -11,15 +11,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adamw_xla._check import calls
 from adamw_xla._config import AdamW, ScalarOrSchedule
 from adamw_xla._run import run_step
 from adamw_xla._state import AdamWState
+from adamw_xla._step import ALIASES, LACKING
 from adamw_xla._update import Backend
 from adamw_xla_lowering import Slot, UpdateResult, compute_dtype
 
 Leaves = Sequence[jax.Array]
 
 
+@calls.explained("reference.adamw_step", aliases=ALIASES, lacking=LACKING)
 def adamw_step(
     params: Any,
     grads: Any,

@@ -1,5 +1,7 @@
 """Checks of one leaf or one tree, which name it by its path."""
 
+import numbers
+import re
 from typing import Any, NoReturn
 
 import jax
@@ -7,13 +9,21 @@ import jax
 from adamw_xla_lowering import PARAM_DTYPES, dtype_names
 
 
-def float_leaf(argument: str, tree: Any, index: int, leaf: Any) -> None:
+def float_leaf(
+    argument: str, tree: Any, index: int, leaf: Any, *, needs_values: bool = True
+) -> None:
     """Refuses a leaf that is no array of a real floating dtype; ``tree`` has its path."""
     dtype = getattr(leaf, "dtype", None)
     if dtype is None or not hasattr(leaf, "shape"):
         raise TypeError(
-            f"{argument}{path(tree, index)}: must be an array, got {kind(leaf)}; wrap it in "
-            "jax.numpy.asarray."
+            f"{argument}{path(tree, index)}: must be an array, got {kind(leaf)}; "
+            f"{_how_to_have_an_array(argument, leaf)}."
+        )
+    if needs_values and isinstance(leaf, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{argument}{path(tree, index)}: is a jax.ShapeDtypeStruct, a shape without values; "
+            "pass arrays, or trace the call with jax.eval_shape or jax.jit(...).lower, which "
+            "take shapes."
         )
     if not all(isinstance(size, int) for size in leaf.shape):
         raise TypeError(
@@ -23,9 +33,27 @@ def float_leaf(argument: str, tree: Any, index: int, leaf: Any) -> None:
     if dtype not in PARAM_DTYPES:
         raise TypeError(
             f"{argument}{path(tree, index)}: has dtype {dtype}; must be "
-            f"{dtype_names()}. Keep other leaves out of the tree that is trained "
-            "(None stands for no leaf)."
+            f"{dtype_names()}. {_how_to_have_a_float(argument, dtype)}"
         )
+
+
+def _how_to_have_an_array(argument: str, leaf: Any) -> str:
+    if argument == "grads" and callable(leaf):
+        return "call jax.grad's result with the params, and pass what that returns"
+    if isinstance(leaf, numbers.Number):
+        return "wrap it in jax.numpy.asarray"
+    return "make it one, or keep it out of the tree that is trained (None stands for no leaf)"
+
+
+def _how_to_have_a_float(argument: str, dtype: Any) -> str:
+    if "complex" in str(dtype):
+        return (
+            "Train the real and the imaginary part as two leaves, as "
+            "optax.contrib.split_real_and_imaginary(adamw_xla.optax.adamw(...)) does."
+        )
+    if dtype == jax.dtypes.float0:
+        return "float0 is the gradient of an integer leaf: put None in its place."
+    return "Keep other leaves out of the tree that is trained (None stands for no leaf)."
 
 
 def same_shape(
@@ -42,6 +70,8 @@ def same_shape(
 
 def structure(argument: str, params_tree: Any, tree: Any, model: str = "params") -> NoReturn:
     """Raises for a tree that is not built like the model's, naming the first difference."""
+    if argument == "grads" and (what := _no_gradients(params_tree, tree)):
+        raise ValueError(f"{argument}: {what}")
     wanted, found = _paths(params_tree), _paths(tree)
     missing = [where for where in wanted if where not in set(found)]
     extra = [where for where in found if where not in set(wanted)]
@@ -57,6 +87,33 @@ def structure(argument: str, params_tree: Any, tree: Any, model: str = "params")
     raise ValueError(f"{argument}: {what}; it must have the tree structure of {model}.")
 
 
+def _no_gradients(params_tree: Any, value: Any) -> str | None:
+    """What another result of JAX's functions is, and what to do; None if this is of none."""
+    if _is_scalar(value) or (callable(value) and jax.tree_util.all_leaves([value])):
+        what = "a scalar" if _is_scalar(value) else "a function"
+        return f"is {what}, and params a tree; pass what jax.grad(loss_function)(params) returns."
+    if type(value) is not tuple or len(value) != 2:
+        return None
+    first = value[0]
+    scalar = first[0] if type(first) is tuple and len(first) == 2 else first
+    if _is_scalar(scalar):
+        what = "a scalar" if scalar is first else "a tuple that begins with a scalar"
+        return (
+            f"got a tuple of 2, the first {what}: jax.value_and_grad returns (value, grads); "
+            "unpack it, and pass grads alone."
+        )
+    if _paths(first) == _paths(params_tree):
+        return (
+            "got a tuple of 2, the first built like the params: jax.grad(..., has_aux=True) "
+            "returns (grads, aux); unpack it, and pass grads alone."
+        )
+    return None
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, numbers.Number) or getattr(value, "shape", None) == ()
+
+
 def _paths(tree: Any) -> list[str]:
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return [jax.tree_util.keystr(path) for path, _ in flat]
@@ -68,5 +125,8 @@ def path(tree: Any, index: int) -> str:
 
 
 def kind(value: Any) -> str:
-    """The full name of a value's class."""
-    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    """The full name of a value's class, without private modules."""
+    if isinstance(value, type):
+        return f"the class {value.__qualname__}"
+    name = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    return re.sub(r"(?<=\.)_\w+\.|^_\w+\.", "", name)

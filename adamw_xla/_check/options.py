@@ -1,6 +1,7 @@
 """Checks of numbers and choices, each by the name that its caller has for it."""
 
 from collections.abc import Callable, Mapping
+import inspect
 import math
 import numbers
 from typing import Any
@@ -28,6 +29,30 @@ def scalar_or_schedule(name: str, value: Any) -> None:
     """Checks a rate: a number at least 0, a scalar array, or a callable."""
     if not callable(value):
         scalar(name, value, lambda x: x >= 0, "at least 0")
+    elif not (takes(value, 1) or takes(value, 0)):
+        raise TypeError(
+            f"AdamW: {name} is a callable that cannot be called with the step count alone, got "
+            f"{value!r}; must be a number, or a schedule: a callable from the count to one. (If "
+            "it makes schedules, call it, and pass what it returns.)"
+        )
+
+
+def takes(value: Callable[..., Any], arguments: int) -> bool:
+    """Whether a callable can be called with so many arguments; True where it does not say."""
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*[None] * arguments)
+    except TypeError:
+        return False
+    return True
+
+
+def called(schedule: Callable[..., Any], count: Any) -> Any:
+    """What a schedule returns; as in Keras, it may be a callable without arguments."""
+    return schedule(count) if takes(schedule, 1) else schedule()
 
 
 def scheduled(name: str, value: Any) -> None:
@@ -58,12 +83,25 @@ def scalar(name: str, value: Any, fits: Callable[[float], bool], expected: str) 
 
 def _one_number(name: str, value: Any, expected: str) -> None:
     if isinstance(value, bool | np.bool_ | str | None) or not _is_real(value):
-        raise TypeError(f"AdamW: {name} must be a real number {expected}, got {value!r}.")
+        raise TypeError(
+            f"AdamW: {name} must be a real number {expected}, got {value!r}"
+            f"{_how_to_have_a_number(name, value, expected)}."
+        )
     if np.ndim(value) != 0:
         raise ValueError(
             f"AdamW: {name} must be a scalar, got shape {np.shape(value)}. For one value per "
-            "replica build the config inside of the function that is given to jax.vmap."
+            "replica build the optimizer inside of the function that is given to jax.vmap."
         )
+
+
+def _how_to_have_a_number(name: str, value: Any, expected: str) -> str:
+    if value is None and "None" not in expected:
+        return "; 0 is for none" if "at least 0" in expected else "; leave it out for its default"
+    if callable(value) and "schedule" not in name:
+        return "; schedules there may be of learning_rate and weight_decay alone"
+    if isinstance(value, bool | np.bool_ | str):
+        return "; give the number itself"
+    return ""
 
 
 def _in_range(name: str, value: Any, fits: Callable[[float], bool], expected: str) -> None:

@@ -7,12 +7,15 @@ import jax
 import numpy as np
 
 from adamw_xla._check.leaves import float_leaf, path, same_shape, structure
+from adamw_xla._check.words import NATIVE
 
 
-def params(tree: Any, leaves: Sequence[Any], argument: str = "params") -> None:
+def params(
+    tree: Any, leaves: Sequence[Any], argument: str = "params", *, needs_values: bool = True
+) -> None:
     """Checks that every leaf is an array of a real floating dtype."""
     for i, leaf in enumerate(leaves):
-        float_leaf(argument, tree, i, leaf)
+        float_leaf(argument, tree, i, leaf, needs_values=needs_values)
 
 
 def grads(params_tree: Any, treedef: Any, leaves: Sequence[Any], tree: Any) -> list[Any]:
@@ -21,11 +24,12 @@ def grads(params_tree: Any, treedef: Any, leaves: Sequence[Any], tree: Any) -> l
         flat = treedef.flatten_up_to(tree)
     except ValueError:
         structure("grads", params_tree, tree)
+    for g in flat:
+        if g is not None and not hasattr(g, "dtype") and not jax.tree_util.all_leaves([g]):
+            structure("grads", params_tree, tree)
     for i, (g, p) in enumerate(zip(flat, leaves, strict=True)):
         if g is None:
             continue
-        if not hasattr(g, "dtype") and not jax.tree_util.all_leaves([g]):
-            structure("grads", params_tree, tree)
         float_leaf("grads", params_tree, i, g)
         same_shape("grads", params_tree, i, g, p)
     if leaves and all(g is None for g in flat):
@@ -36,13 +40,16 @@ def grads(params_tree: Any, treedef: Any, leaves: Sequence[Any], tree: Any) -> l
     return flat
 
 
+_INT32 = "put the count in its place as jax.numpy.int32(...)."
+
+
 def counter(name: str, value: Any) -> None:
     """Refuses what is no int32 scalar."""
     dtype = getattr(value, "dtype", None)
     if dtype is None or not hasattr(value, "shape"):
-        raise TypeError(f"{name}: must be an int32 scalar, got {value!r}.")
+        raise TypeError(f"{name}: must be an int32 scalar, got {value!r}; {_INT32}")
     if dtype != np.int32:
-        raise TypeError(f"{name}: must be an int32 scalar, got one of dtype {dtype}.")
+        raise TypeError(f"{name}: must be an int32 scalar, got one of dtype {dtype}; {_INT32}")
     if value.shape != ():
         raise ValueError(
             f"{name}: must be an int32 scalar, got shape {value.shape}. A state that jax.vmap "
@@ -67,8 +74,8 @@ def is_known_bool(value: Any) -> bool:
     )
 
 
-def mask(params_tree: Any, treedef: Any, value: Any) -> list[bool]:
-    """For each leaf whether it decays."""
+def mask(params_tree: Any, treedef: Any, value: Any, argument: str = NATIVE.mask) -> list[bool]:
+    """For each leaf whether it decays; ``argument`` is what the caller's API calls the mask."""
     if value is None:
         return [True] * treedef.num_leaves
     tree = value(params_tree) if is_mask_function(value) else value
@@ -77,11 +84,19 @@ def mask(params_tree: Any, treedef: Any, value: Any) -> list[bool]:
             jax.tree.map(lambda keep, part: jax.tree.map(lambda _: keep, part), tree, params_tree)
         )
     except (ValueError, TypeError):
-        structure("weight_decay_mask", params_tree, tree)
+        structure(argument, params_tree, tree)
     for i, keep in enumerate(full):
         if not is_known_bool(keep):
             raise TypeError(
-                f"weight_decay_mask{path(params_tree, i)}: must be True or False, known when "
-                f"the step is traced; got {keep!r}."
+                f"{argument}{path(params_tree, i)}: must be True or False, known when the step "
+                f"is traced; got {keep!r}{_how_to_have_a_bool(argument, keep)}."
             )
     return [bool(keep) for keep in full]
+
+
+def _how_to_have_a_bool(argument: str, value: Any) -> str:
+    if isinstance(value, jax.core.Tracer):
+        return f"; build {argument} outside of the traced function, or make it a function of params"
+    if np.size(value) == 1 and not isinstance(value, str):
+        return f"; jax.tree.map(bool, {argument}) makes bools of numbers"
+    return "; it is one bool for a whole leaf"

@@ -35,7 +35,8 @@ def report(
     Temporaries are known from a ``Compiled`` alone.
 
     Args:
-      compiled: ``jax.jit(f, ...).lower(...).compile()``, or optimized HLO as text: its
+      compiled: ``jax.jit(f, ...).lower(...).compile()`` (of ``equinox.filter_jit`` or
+        ``flax.nnx.jit`` likewise), or optimized HLO as text: its
         ``as_text()``, or a file that XLA dumped, ``*after_optimizations.txt``.
       platform: whose rules apply, of "cpu", "cuda", "rocm" and "tpu"; None: as the
         text looks; AMD's GPUs look like NVIDIA's there, and their rules are the same.
@@ -49,6 +50,8 @@ def report(
       ValueError: the text is no optimized HLO, ``platform`` is unknown, or ``donated`` has
         another number of entries than the program has parameters.
     """
+    while not hasattr(compiled, "as_text") and hasattr(compiled, "compiled"):
+        compiled = compiled.compiled  # Equinox' wrapper
     text = compiled if isinstance(compiled, str) else _text(compiled)
     if platform is not None and platform not in get_args(Platform):
         raise ValueError(f"hlo: platform must be one of {get_args(Platform)}, got {platform!r}")
@@ -81,6 +84,8 @@ def report(
 
 def _text(compiled: Any) -> str:
     as_text = getattr(compiled, "as_text", None)
+    if hasattr(compiled, "compile"):
+        raise TypeError("hlo: got a program that is lowered, and not compiled; add .compile().")
     if as_text is None:
         raise TypeError(
             f"hlo: must be a compiled program or its text, got {type(compiled).__name__}; "

@@ -8,4 +8,11 @@ To use it, change the import:
 ``KERAS_BACKEND=jax`` must be set before Keras is imported.
 """
 
-from adamw_xla.keras._optimizer import AdamW as AdamW
+from adamw_xla._check import installed
+from adamw_xla.keras import _check
+
+installed.require("keras", "keras>=3.15", "adamw_xla.keras")
+_check.chosen_backend()
+
+# Behind the checks, since it imports Keras, which on its own fails in terms of TensorFlow.
+from adamw_xla.keras._optimizer import AdamW as AdamW  # noqa: E402

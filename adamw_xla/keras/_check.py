@@ -1,7 +1,13 @@
 """What ``adamw_xla.keras`` refuses, and the texts that it answers with."""
 
+from collections.abc import Iterable
+import json
+import os
+from pathlib import Path
+import sys
 from typing import Any
 
+from adamw_xla._check import calls
 from adamw_xla_lowering import PARAM_DTYPES, dtype_names
 
 
@@ -12,6 +18,46 @@ def backend(name: str) -> None:
             f"adamw_xla.keras.AdamW: Keras runs on the {name} backend; it must run on JAX. Set "
             "KERAS_BACKEND=jax before Keras is imported, or use keras.optimizers.AdamW."
         )
+
+
+def chosen_backend() -> None:
+    """Refuses every backend but JAX before Keras is imported, when it can still be chosen."""
+    if "keras" in sys.modules:
+        return
+    user = Path.home() if os.access(Path.home(), os.W_OK) else Path("/tmp")
+    home = Path(os.environ.get("KERAS_HOME", user / ".keras")).expanduser()
+    name = os.environ.get("KERAS_BACKEND") or _configured(home / "keras.json")
+    backend(name or "tensorflow")  # Keras' own default
+
+
+def _configured(file: Path) -> str | None:
+    """The backend that Keras' file names, if there is one that Keras can read."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+    return found.get("backend") if isinstance(found, dict) else None
+
+
+ALIASES = calls.called_here(
+    {
+        "weight_decay_mask": "call exclude_from_weight_decay(...) of the optimizer",
+        "state_dtype": "float32_state",
+        "epsilon_root": "stock Keras has none either; adamw_xla.AdamW has epsilon_root",
+        "nesterov": "stock Keras has none either; adamw_xla.AdamW has nesterov",
+        "skip_nonfinite": "keras.optimizers.LossScaleOptimizer skips such steps",
+    }
+)
+
+
+def keywords(given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuses arguments that the class does not have and knows by another name.
+
+    What it does not know either goes to Keras, which has a text of its own.
+    """
+    foreign = [name for name in given if name in ALIASES and name != "decay"]
+    if foreign:
+        raise TypeError(calls.unknown("AdamW", foreign, known, ALIASES))
 
 
 _NEVER_CALLED = (

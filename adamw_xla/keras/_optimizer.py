@@ -1,6 +1,7 @@
 """The class itself."""
 
 from collections.abc import Sequence
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -128,6 +129,7 @@ class AdamW(keras.optimizers.AdamW):
     ) -> None:
         _check.backend(keras.config.backend())
         _check.subclass(type(self), AdamW)
+        _check.keywords(kwargs, inspect.signature(AdamW).parameters)
         options.scalar_or_schedule("learning_rate", learning_rate)
         super().__init__(
             learning_rate=learning_rate if callable(learning_rate) else float(learning_rate),

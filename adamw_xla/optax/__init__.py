@@ -6,8 +6,13 @@
 ``to_optax_state`` move a running training over.
 """
 
-from adamw_xla.optax._state import AdamWOptState as AdamWOptState
-from adamw_xla.optax._state import from_optax_state as from_optax_state
-from adamw_xla.optax._state import to_optax_state as to_optax_state
-from adamw_xla.optax._transformation import adamw as adamw
-from adamw_xla.optax._transformation import clip_by_global_norm as clip_by_global_norm
+from adamw_xla._check import installed
+
+installed.require("optax", "optax>=0.2.5", "adamw_xla.optax")
+
+# Behind the check, since they import optax.
+from adamw_xla.optax._state import AdamWOptState as AdamWOptState  # noqa: E402
+from adamw_xla.optax._state import from_optax_state as from_optax_state  # noqa: E402
+from adamw_xla.optax._state import to_optax_state as to_optax_state  # noqa: E402
+from adamw_xla.optax._transformation import adamw as adamw  # noqa: E402
+from adamw_xla.optax._transformation import clip_by_global_norm as clip_by_global_norm  # noqa: E402

@@ -1,14 +1,50 @@
 """What ``adamw_xla.optax`` refuses, and the texts that it answers with."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import dataclasses
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
-from adamw_xla._check import options
-from adamw_xla._check.leaves import kind, same_shape, structure
+from adamw_xla._check import calls, options
+from adamw_xla._check.leaves import path, structure
+from adamw_xla._check.words import Words, is_state, misplaced, not_a_state, stars_of
 from adamw_xla_lowering import check_implementation
+
+NAMES = {
+    "beta_1": "b1",
+    "beta_2": "b2",
+    "beta_1 and beta_2": "b1 and b2",
+    "epsilon": "eps",
+    "epsilon_root": "eps_root",
+    "weight_decay_mask": "mask",
+    "state_dtype": "mu_dtype",
+}
+ALIASES = calls.called_here(NAMES)
+"""This API's names for the options, by all others."""
+
+WORDS = Words(
+    call="update(grads, opt_state, params)",
+    state="opt_state",
+    state_class="adamw_xla.optax.AdamWOptState",
+    state_is="what init(params) of adamw_xla.optax.adamw returned",
+    new_state="init(params)",
+    options="adamw",
+    another="other options of adamw",
+    mask="mask",
+    step="update returns (updates, opt_state)",
+    replace="opt_state._replace({})",
+    fields={"m": "mu", "v": "nu", "v_max": "nu_max"},
+)
+INIT = dataclasses.replace(WORDS, call="init(params)")
+LACKING = {
+    "params": "which the update depends on",
+    "state": "from init(params) or the update before",
+    "updates": "the gradients",
+    "learning_rate": "a number or a schedule",
+    "like": "a new state to be filled, init(params)",
+}
 
 
 def arguments(
@@ -37,27 +73,21 @@ def max_norm(value: Any) -> None:
     options.scalar("max_norm", value, lambda x: x > 0, "above 0")
 
 
-def call(params: Any, state: Any, kind_of_state: type) -> None:
+def call(grads: Any, state: Any, params: Any, kind_of_state: type) -> None:
     """Checks what is peculiar to a call through optax."""
-    if params is None:
-        raise ValueError(
-            "params: is None, but the update depends on them; call update(grads, state, params)."
-        )
+    misplaced(WORDS, grads=grads, state=state, params=params)
+    if params is None and is_state(state):
+        raise ValueError(f"params: is None, but the update depends on them; call {WORDS.call}.")
     if not isinstance(state, kind_of_state):
-        raise TypeError(
-            "state must be what init(params) of adamw_xla.optax.adamw returned, got "
-            f"{kind(state)}. (adamw_xla.optax.from_optax_state takes over that of "
-            "optax.adamw.)"
-        )
+        raise not_a_state(WORDS, state)
 
 
-def moved(field: str, place: Any, value: Any) -> tuple[list[Any], Any]:
+def moved(name: str, place: Any, value: Any, replace: str) -> tuple[list[Any], Any]:
     """The leaves and structure of a part of the state that goes to ``place`` in another."""
-    name = f"state.{field}"
     if place is None:
         raise ValueError(
             f"{name}: is there, but like has no place for it. Make like with the option that "
-            "it is for, or set it to None first if it may be lost."
+            f"it is for, or set it to None first if it may be lost: {replace}."
         )
     treedef: Any
     wanted, treedef = jax.tree.flatten(place)
@@ -66,33 +96,73 @@ def moved(field: str, place: Any, value: Any) -> tuple[list[Any], Any]:
     except ValueError:
         structure(name, place, value, "like")
     for i, (x, p) in enumerate(zip(leaves, wanted, strict=True)):
-        same_shape(name, place, i, x, p, "like")
+        if np.shape(x) != np.shape(p):
+            where = path(place, i)
+            raise ValueError(
+                f"{name}{where}: has shape {np.shape(x)}; must be {np.shape(p)}, the shape of "
+                f"like{where}."
+            )
     return leaves, treedef
 
 
-def not_one_state(argument: str, kinds: Sequence[type], count: int) -> NoReturn:
+def not_one_state(argument: str, tree: Any, kinds: Sequence[type], count: int) -> NoReturn:
     """Raises for a state in which not just one AdamW is found."""
     names = " or ".join(kind.__name__ for kind in kinds)
+    if count:
+        advice = "With several, as in optax.multi_transform, move each by itself."
+    elif (found := _without_class(tree, argument)) is not None:
+        where, stars, cls = found
+        advice = (
+            f"{where} looks like one that a checkpoint returned without its class. Restore it with "
+            f"a template, such as optax.adamw(...).init(params), or pass {cls}({stars}{where}), "
+            "which has the same moments."
+        )
+    elif argument == "like":
+        advice = (
+            "It is a new state, to be filled: init(params) of the transformation to go on with."
+        )
+    else:
+        advice = "It must be a state of optax.adamw, or of adamw here, alone or inside of others."
     raise TypeError(
-        f"{argument}: has {count} states of AdamW in it ({names}); must have one. With several, "
-        "as in optax.multi_transform, move each by itself."
+        f"{argument}: has {count} states of AdamW in it ({names}); must have one. {advice}"
     )
 
 
-def same_shapes(path: str, tree: Any, like: Any) -> None:
+_CLASSES = {
+    ("count", "mu", "nu"): "optax.ScaleByAdamState",
+    ("count", "m", "v"): "adamw_xla.AdamWState",
+}
+
+
+def _without_class(tree: Any, where: str) -> tuple[str, str, str] | None:
+    """A part of a tree with a state's fields: where it is, how to pass it on, to what."""
+    for fields, cls in _CLASSES.items():
+        if stars := stars_of(tree, fields):
+            more = len(tree) - 3 if stars == "*" else len(set(tree) - set(fields))
+            ours = more and cls.startswith("optax")
+            return where, stars, "adamw_xla.optax.AdamWOptState" if ours else cls
+    if not isinstance(tree, Mapping | tuple | list) or is_state(tree):
+        return None
+    for key, part in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+        if (found := _without_class(part, f"{where}[{key!r}]")) is not None:
+            return found
+    return None
+
+
+def same_shapes(where: str, tree: Any, like: Any) -> None:
     """Refuses a wrapper's part whose leaves have other shapes than those of ``like``."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     for (key, x), p in zip(flat, jax.tree.leaves(like), strict=True):
         if np.shape(x) != np.shape(p):
             raise ValueError(
-                f"{path}{jax.tree_util.keystr(key)}: has shape {np.shape(x)}; must be "
+                f"{where}{jax.tree_util.keystr(key)}: has shape {np.shape(x)}; must be "
                 f"{np.shape(p)}, the shape in like."
             )
 
 
-def no_place(path: str, inner: str) -> NoReturn:
+def no_place(where: str, inner: str) -> NoReturn:
     """Raises for a part of a wrapper's state that would be lost."""
     raise ValueError(
-        f"{path}: is there, but like has no place for it. Make like with the same wrapper around "
+        f"{where}: is there, but like has no place for it. Make like with the same wrapper around "
         f"adamw, or, if it may be lost, pass {inner} alone."
     )

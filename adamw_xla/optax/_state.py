@@ -10,6 +10,7 @@ from jax import export
 import jax.numpy as jnp
 import optax
 
+from adamw_xla._check import calls
 from adamw_xla._state import AdamWState
 from adamw_xla.optax import _check, _wrappers
 
@@ -42,6 +43,13 @@ class AdamWOptState(NamedTuple):
         """The same state under optax's names."""
         return cls(*(getattr(state, field.name) for field in dataclasses.fields(state)))
 
+    def __getitem__(self, index: Any) -> Any:
+        """``state[0]`` is the state, since that of ``optax.adamw`` is a tuple with it in front.
+
+        So what reads ``opt_state[0].mu`` or ``opt_state[0].count`` goes on.
+        """
+        return self if type(index) is int and index == 0 else tuple.__getitem__(self, index)
+
     def native(self) -> AdamWState:
         """The same state under its own names."""
         return AdamWState(*self)
@@ -55,6 +63,7 @@ export.register_namedtuple_serialization(
 State = TypeVar("State")
 
 
+@calls.explained("from_optax_state", aliases={}, lacking=_check.LACKING)
 def from_optax_state(opt_state: Any, like: State) -> State:
     """Goes on here with a training that ``optax.adamw`` began.
 
@@ -73,7 +82,8 @@ def from_optax_state(opt_state: Any, like: State) -> State:
 
     Args:
       opt_state: a state of ``optax.adamw`` (or of ``adamw`` here), alone or inside of
-        others: ``optax.chain``, ``optax.inject_hyperparams``, ``optax.MultiSteps``.
+        others: ``optax.chain``, ``optax.inject_hyperparams``, ``optax.MultiSteps``. The count
+        may be a Python int, as some checkpoints have it.
       like: a new state for the same params, to be filled: ``adamw_init(params, config)``,
         or ``init(params)`` of a transformation with ``adamw`` in it.
 
@@ -88,6 +98,7 @@ def from_optax_state(opt_state: Any, like: State) -> State:
     return _moved(opt_state, like, "opt_state", (AdamWState, AdamWOptState))
 
 
+@calls.explained("to_optax_state", aliases={}, lacking=_check.LACKING)
 def to_optax_state(state: Any, like: State) -> State:
     """Goes on with ``optax.adamw`` with a training that began here.
 
@@ -108,7 +119,7 @@ def to_optax_state(state: Any, like: State) -> State:
 def _moved(source: Any, like: Any, name: str, targets: tuple[type, ...]) -> Any:
     kinds = (AdamWState, AdamWOptState, optax.ScaleByAdamState)
     old, target = _the_only(source, kinds, name), _the_only(like, targets, "like")
-    new = _filled(_as_native(target), _as_native(old))
+    new = _filled(_as_native(target), old, name)
     filled: Any = new if isinstance(target, AdamWState) else type(target)(*_values(new, target))
     return _wrappers.exchanged(name, source, like, old, target, filled, new.count)
 
@@ -117,7 +128,7 @@ def _the_only(tree: Any, kinds: tuple[type, ...], name: str) -> Any:
     nodes = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, kinds))
     found = [x for x in nodes if isinstance(x, kinds)]
     if len(found) != 1:
-        _check.not_one_state(name, kinds, len(found))
+        _check.not_one_state(name, tree, kinds, len(found))
     return found[0]
 
 
@@ -130,14 +141,19 @@ def _values(state: AdamWState, target: Any) -> list[Any]:
     return [getattr(state, name) for name in names[: len(target)]]
 
 
-def _filled(like: AdamWState, old: AdamWState) -> AdamWState:
-    """``like`` with what ``old`` has, in the dtypes of ``like``."""
-    new = {}
+def _filled(like: AdamWState, source: Any, argument: str) -> AdamWState:
+    """``like`` with what ``source`` has, in the dtypes of ``like``."""
+    new, old = {}, _as_native(source)
+    is_native = isinstance(source, AdamWState)
     for field in dataclasses.fields(like):
         place, value = getattr(like, field.name), getattr(old, field.name)
         if value is None or (place is None and field.name in _COUNTERS):
             continue
-        leaves, treedef = _check.moved(field.name, place, value)
+        called = field.name if is_native else _check.WORDS.field(field.name)
+        replace = f"dataclasses.replace({argument}, " if is_native else f"{argument}._replace("
+        leaves, treedef = _check.moved(
+            f"{argument}.{called}", place, value, f"{replace}{called}=None)"
+        )
         dtypes = [x.dtype for x in jax.tree.leaves(place)]
         new[field.name] = treedef.unflatten(map(jnp.asarray, leaves, dtypes))
     return dataclasses.replace(like, **new)

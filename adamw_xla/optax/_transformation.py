@@ -12,7 +12,8 @@ import numpy as np
 import optax
 
 from adamw_xla import _clipping
-from adamw_xla._check import options, trees
+from adamw_xla._check import calls, options, trees
+from adamw_xla._check.words import misplaced
 from adamw_xla._config import AdamW
 from adamw_xla._run import run_step
 from adamw_xla._state import adamw_init
@@ -22,6 +23,7 @@ from adamw_xla.optax._state import AdamWOptState
 from adamw_xla_lowering import Implementation, adamw_sum_of_squares, adamw_update
 
 
+@calls.explained("adamw", aliases=_check.ALIASES, lacking=_check.LACKING)
 def adamw(
     learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.9,
@@ -76,10 +78,10 @@ def adamw(
         ``learning_rate``.
       mask: a pytree of bools, a prefix of the params' tree, or a callable from params to
         one: False where there is no decay. Arrays of one bool will do, if they are known when
-        a step is traced.
+        a step is traced. Of stacked layers it sees the stack, with a dimension more.
       nesterov: Nesterov momentum, as ``optax.nadamw``.
       amsgrad: divide by the running maximum of the second moments.
-      clipnorm: clip each leaf's gradient to this norm.
+      clipnorm: clip each leaf's gradient to this norm; of stacked layers, that of the stack.
       clipvalue: clip each gradient element to [-clipvalue, clipvalue].
       global_clipnorm: clip the gradient of the whole tree to this norm; as
         ``clip_by_global_norm`` in front.
@@ -169,20 +171,25 @@ class _Transform:
     updates_like_grads: bool
     implementation: Implementation | None
 
+    @calls.explained("init", aliases={}, is_method=True)
     def init(self, params: Any) -> AdamWOptState:
         """The state before the first update."""
+        misplaced(_check.INIT, params=params)
         state = adamw_init(params, self.config)
         if self.mu_dtype is not None:
             mu = optax.tree_utils.tree_zeros_like(params, dtype=self.mu_dtype)
             state = dataclasses.replace(state, m=mu)
         return AdamWOptState.of(state)
 
+    @calls.explained(
+        "update", aliases={}, lacking=_check.LACKING, form=_check.WORDS.call, is_method=True
+    )
     def update(
         self, updates: Any, state: AdamWOptState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, AdamWOptState]:
         """What to add to ``params``, and the new state; ``updates`` are the gradients."""
         del extra_args
-        _check.call(params, state, AdamWOptState)
+        _check.call(updates, state, params, AdamWOptState)
         update = functools.partial(adamw_update, implementation=self.implementation)
         changes, new = run_step(
             params,
@@ -193,6 +200,7 @@ class _Transform:
             weight_decay=None,
             backend=Backend(update),
             delta=True,
+            words=_check.WORDS,
         )
         if self.updates_like_grads:
             changes = jax.tree.map(lambda x, g: x.astype(g.dtype), changes, updates)

@@ -280,7 +280,7 @@ def is_one_leaf(
 def check_implementation(implementation: Any) -> None:
     """Raises ValueError unless it is one of ``Implementation``, or None."""
     if implementation not in (None, "xla", "native"):
-        raise ValueError(f'implementation must be None, "xla" or "native", got {implementation!r}')
+        raise ValueError(f'implementation must be None, "xla" or "native", got {implementation!r}.')
 
 
 IMPLEMENTATION_VARIABLE = "ADAMW_XLA_IMPLEMENTATION"

@@ -19,6 +19,7 @@ import adamw_xla as ax
 from adamw_xla import _clipping
 from adamw_xla._run import run_step
 from adamw_xla._update import Backend, do_if
+import adamw_xla.optax as axo
 from adamw_xla_lowering import adamw_sum_of_squares, adamw_update
 
 # ----------------------------------------------------------------- schedules, overrides
@@ -67,6 +68,22 @@ def test_overrides(value: Any) -> None:
 @pytest.mark.parametrize("rate", [1, np.float32(1), np.int64(1), jnp.float32(1), jnp.bfloat16(1)])
 def test_any_real_scalar_is_a_rate(rate: Any) -> None:
     close(run(ax.AdamW(learning_rate=rate))[0], run(ax.AdamW(learning_rate=1.0))[0])
+
+
+def test_a_rate_without_arguments_is_called_as_in_keras() -> None:
+    called: list[None] = []
+
+    def rate() -> float:
+        called.append(None)
+        return 0.25
+
+    plain = run(ax.AdamW(learning_rate=0.25, weight_decay=0.25))[0]
+    same(run(ax.AdamW(learning_rate=rate, weight_decay=rate))[0], plain)
+    same(run(ax.AdamW(), learning_rate=rate, weight_decay=rate)[0], plain)
+    grads = tree(1)
+    ours, wanted = (axo.adamw(r) for r in (rate, 0.25))
+    same(*(a.update(grads, a.init(grads), grads)[0] for a in (ours, wanted)))
+    assert called
 
 
 # --------------------------------------------------------------------------------- clipping
@@ -173,8 +190,6 @@ def test_finalize() -> None:
         assert p.dtype == jnp.bfloat16
         np.testing.assert_array_equal(p, e.astype(jnp.bfloat16))
     assert not np.array_equal(final["w"], params["w"])
-    plain = ax.AdamW()
-    same(ax.adamw_finalize(tree(), ax.adamw_init(tree(), plain), plain), tree())
 
 
 def test_loss_scale() -> None:

@@ -1,0 +1,40 @@
+"""How ``flax.serialization`` writes and reads a dataclass; nothing here imports Flax."""
+
+from collections.abc import Mapping
+import dataclasses
+import sys
+from typing import Any
+
+
+def register(cls: type) -> None:
+    """Makes a dataclass one of those that the ``flax.serialization`` of this process knows."""
+    serialization: Any = sys.modules["flax.serialization"]
+    # A module that is yet being imported has no such function.
+    is_known = getattr(serialization, "is_serializable", lambda _: True)
+    if not is_known(cls):
+        serialization.register_serialization_state(cls, _to_dict, _from_dict)
+
+
+def _to_dict(value: Any) -> dict[str, Any]:
+    to_state_dict = sys.modules["flax.serialization"].to_state_dict
+    return {f.name: to_state_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+
+
+def _from_dict(template: Any, found: Mapping[str, Any]) -> Any:
+    """``template`` with the fields of ``found``, which must have the same."""
+    from_state_dict = sys.modules["flax.serialization"].from_state_dict
+    names = [f.name for f in dataclasses.fields(template)]
+    if set(names) != set(found):
+        raise ValueError(
+            f"{type(template).__name__}: what is restored has the fields {sorted(found)}; must "
+            f"have {sorted(names)}: it was saved from something else."
+        )
+    for name in names:
+        if (getattr(template, name) is None) != (found[name] is None):
+            has, lacks = ("template", "file") if found[name] is None else ("file", "template")
+            raise ValueError(
+                f"{type(template).__name__}.{name}: the {has} has it, and the {lacks} lacks it; "
+                "make the template with the options that the state was saved with."
+            )
+    fields = {name: from_state_dict(getattr(template, name), found[name], name) for name in names}
+    return type(template)(**fields)

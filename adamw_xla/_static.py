@@ -1,0 +1,101 @@
+"""What of a config is no number: as a hashable, and as bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adamw_xla._check.trees import is_known_bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """A pytree of hashables, as one hashable."""
+
+    leaves: tuple[Hashable, ...]
+    treedef: Any
+
+    @classmethod
+    def of(cls, tree: Any) -> Static:
+        """The tree; arrays of one bool become bools, since arrays have no hash."""
+        leaves, treedef = jax.tree.flatten(tree)
+        known = (bool(x) if is_known_bool(x) else x for x in leaves)
+        return cls(tuple(known), treedef)
+
+    def tree(self) -> Any:
+        """The tree again."""
+        return jax.tree.unflatten(self.treedef, self.leaves)
+
+
+def hashable(value: Any) -> Hashable:
+    """A number as a hashable; what is computed with otherwise, is not equal.
+
+    Of JAX's arrays a step computes in their dtype, of all others in float64.
+    """
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            "AdamW: a config with a traced number has no hash, and is equal to none; pass it to "
+            "jax.jit as an argument that is not static."
+        )
+    if isinstance(value, jax.Array | np.ndarray | np.generic) and np.ndim(value) == 0:
+        return isinstance(value, jax.Array), str(value.dtype), value.item()
+    return value
+
+
+def to_bytes(names: Sequence[str], static: Any) -> bytes:
+    """What of a config is no number, for ``jax.export``; ``names`` are its choices'.
+
+    Raises:
+      TypeError: it is nothing that a file can hold; names the option.
+    """
+    schedules, choices, mask = static
+    advice = "close over the config in the function that is exported, in place of passing it."
+    if schedules:
+        raise TypeError(f"AdamW: {schedules[0][0]} is a callable, which no file holds; {advice}")
+    if not isinstance(mask, Static):
+        raise TypeError(f"AdamW: weight_decay_mask is a callable, which no file holds; {advice}")
+    values = (x.name if isinstance(x, np.dtype) else x for x in choices)
+    fields = dict(zip(names, values, strict=True))
+    try:
+        fields["weight_decay_mask"] = _to_json(mask.tree())
+    except TypeError as error:
+        raise TypeError(
+            f"AdamW: weight_decay_mask has {error} in it, and a file holds bools in dicts, lists "
+            f"and tuples; {advice}"
+        ) from None
+    return json.dumps(fields).encode()
+
+
+def from_bytes(names: Sequence[str], data: bytes) -> Any:
+    """What ``to_bytes`` wrote."""
+    fields = json.loads(data)
+    mask = Static.of(_from_json(fields.pop("weight_decay_mask")))
+    if fields["state_dtype"] is not None:
+        fields["state_dtype"] = jnp.dtype(fields["state_dtype"])
+    return (), tuple(fields[name] for name in names), mask
+
+
+def _to_json(tree: Any) -> Any:
+    """A tree of None, bools, lists, tuples and dicts of strings, as what JSON can hold."""
+    if tree is None or isinstance(tree, bool):
+        return tree
+    if type(tree) in (list, tuple):
+        return {type(tree).__name__: [_to_json(x) for x in tree]}
+    if type(tree) is dict and all(isinstance(key, str) for key in tree):
+        return {"dict": {key: _to_json(x) for key, x in tree.items()}}
+    raise TypeError(f"a {type(tree).__name__}")
+
+
+def _from_json(value: Any) -> Any:
+    if value is None or isinstance(value, bool):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "dict":
+        return {key: _from_json(x) for key, x in content.items()}
+    return {"list": list, "tuple": tuple}[kind](map(_from_json, content))
