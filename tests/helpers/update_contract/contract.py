@@ -294,8 +294,11 @@ class UpdatesInPlace(_Tests):
         kinds = [kind for kind in UpdateResult._fields if kind in tree]
         kept = [tree[kind] for kind in kinds]
         donating = self.implementation.jit(update, donate_argnums=(2,))
-        memory = donating.lower(hyper(), tree["grads"], kept).compile().memory_analysis()
+        compiled = donating.lower(hyper(), tree["grads"], kept).compile()
+        memory = compiled.memory_analysis()
         assert memory.alias_size_in_bytes == sum(x.nbytes for column in kept for x in column)
+        assert memory.temp_size_in_bytes < 1000
+        assert " copy(" not in compiled.as_text()
 
     def test_what_is_not_donated_keeps_its_values(self) -> None:
         tree = jax.tree.map(jnp.asarray, leaves([(1000,), ()], ema=True))
