@@ -154,17 +154,7 @@ class UpdateSpec:
 
     def options(self) -> dict[str, bool]:
         """The choices that a reader of a dump wants to see."""
-        names = (
-            "amsgrad",
-            "ema",
-            "ema_overwrite",
-            "clip_value",
-            "skip",
-            "epsilon_root",
-            "nesterov",
-            "delta",
-            "leaf_scale",
-        )
+        names = [field.name for field in dataclasses.fields(self) if field.default is False]
         return {name: getattr(self, name) for name in names}
 
     def __repr__(self) -> str:

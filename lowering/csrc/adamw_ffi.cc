@@ -39,16 +39,19 @@ Operand OperandOf(const ffi::AnyBuffer& x) {
   return {x.untyped_data(), x.dimensions().begin()};
 }
 
+#define ADAMW_PARAMETER(name) , bool name
+#define ADAMW_VALUE(name) name,
+
 ffi::Error UpdateLeaves(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets,
-                        Int64s leaves, Int64s groups, std::int64_t batch_rank, bool amsgrad,
-                        bool ema, bool ema_overwrite, bool clip_value, bool skip,
-                        bool epsilon_root, bool nesterov, bool delta, bool leaf_scale) {
+                        Int64s leaves, Int64s groups,
+                        std::int64_t batch_rank ADAMW_OPTIONS(ADAMW_PARAMETER)) {
+  const Options options = {ADAMW_OPTIONS(ADAMW_VALUE)};
   if (delta) return ffi::Error(ffi::ErrorCode::kUnimplemented, "adamw_xla: no delta form here");
   std::vector<Kind> kinds = {kParams, kGrads, kM, kV};
   if (amsgrad) kinds.push_back(kVMax);
   if (ema) kinds.push_back(kEma);
   const std::size_t n = leaves.size(), first = 1 + leaf_scale;
-  // Operands behind the leaves are only waited for: see cpu.py.
+  // Operands behind the leaves are only waited for: see cpu/kernel.py.
   if (groups.size() != n || args.size() < first + n * kinds.size() ||
       rets.size() != n * (kinds.size() - 1)) {
     return ffi::Error::InvalidArgument("adamw_xla: the operands do not fit the attributes");
@@ -61,11 +64,7 @@ ffi::Error UpdateLeaves(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rema
   scalars.groups = hyper.dimensions()[batch_rank];
   scalars.wide = hyper.element_type() == ffi::DataType::F64;
   scalars.batch_rank = static_cast<int>(batch_rank);
-  scalars.skip = skip;
-  scalars.clip_value = clip_value;
-  scalars.ema_overwrite = ema_overwrite;
-  scalars.epsilon_root = epsilon_root;
-  scalars.nesterov = nesterov;
+  scalars.options = options;
   if (leaf_scale) {
     scalars.leaf_scale = OperandOf(arg(1));
     scalars.leaves = arg(1).dimensions()[batch_rank];
@@ -111,10 +110,6 @@ ffi::Error UpdateLeaves(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rema
 }  // namespace
 }  // namespace adamw
 
-// The call's options, in the order of contract.UpdateSpec.options and of UpdateLeaves.
-#define ADAMW_OPTIONS(X)                                                        \
-  X(amsgrad) X(ema) X(ema_overwrite) X(clip_value) X(skip) X(epsilon_root)      \
-  X(nesterov) X(delta) X(leaf_scale)
 #define ADAMW_ATTRIBUTE(name) .Attr<bool>(#name)
 
 ADAMW_EXPORT XLA_FFI_Error* AdamWXlaUpdate(XLA_FFI_CallFrame* call_frame);
@@ -129,7 +124,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(AdamWXlaUpdate, adamw::UpdateLeaves,
                                   .Attr<std::int64_t>("batch_rank")
                                   ADAMW_OPTIONS(ADAMW_ATTRIBUTE));
 
-// The slots of hyper and the options, in this library's order, for library.py to compare with
+// The slots of hyper and the options, in this library's order, for cpu/library.py to compare with
 // its own.
 #define ADAMW_NAME(name) #name " "
 ADAMW_EXPORT const char* AdamWXlaSlots() { return ADAMW_SLOTS(ADAMW_NAME); }

@@ -10,7 +10,7 @@
 
 namespace adamw {
 
-// Columns of hyper, in the order of contract.Slot; native.py compares the two.
+// Columns of hyper, in the order of contract.Slot; cpu/library.py compares the two.
 #define ADAMW_SLOTS(X)                                                          \
   X(GRAD_SCALE) X(STEP_SIZE) X(V_CORRECTION) X(DECAY_RATE) X(BETA_1)            \
   X(ONE_MINUS_BETA_1) X(BETA_2) X(ONE_MINUS_BETA_2) X(EPSILON) X(CLIP_VALUE)    \
@@ -20,6 +20,15 @@ namespace adamw {
 #define ADAMW_ENUMERATOR(name) name,
 enum Slot { ADAMW_SLOTS(ADAMW_ENUMERATOR) kNumSlots };
 #undef ADAMW_ENUMERATOR
+
+// What kind of update it is, in the order of contract.UpdateSpec; likewise.
+#define ADAMW_OPTIONS(X)                                                        \
+  X(amsgrad) X(ema) X(ema_overwrite) X(clip_value) X(skip) X(epsilon_root)      \
+  X(nesterov) X(delta) X(leaf_scale)
+
+#define ADAMW_FIELD(name) bool name;
+struct Options { ADAMW_OPTIONS(ADAMW_FIELD) };
+#undef ADAMW_FIELD
 
 // What a leaf brings. All but the gradients come back.
 enum Kind { kParams, kGrads, kM, kV, kVMax, kEma, kNumKinds };

@@ -148,11 +148,12 @@ bool Tree::SetScalars(const Leaf& leaf, std::int64_t row, Slice& slice) const {
     const std::int64_t column = row_of(scalars_.leaf_scale) * scalars_.leaves + leaf.index;
     slice.leaf_scale = Read(scalars_.leaf_scale.data, column, scalars_.wide);
   }
-  if (!scalars_.clip_value) slice.slots[CLIP_VALUE] = std::numeric_limits<double>::infinity();
-  if (!scalars_.ema_overwrite) slice.slots[EMA_OVERWRITE] = 0.0;
-  if (!scalars_.epsilon_root) slice.slots[EPSILON_ROOT] = 0.0;
-  if (!scalars_.nesterov) slice.slots[GRAD_STEP_SIZE] = 0.0;
-  if (!scalars_.skip) return true;
+  const Options& options = scalars_.options;
+  if (!options.clip_value) slice.slots[CLIP_VALUE] = std::numeric_limits<double>::infinity();
+  if (!options.ema_overwrite) slice.slots[EMA_OVERWRITE] = 0.0;
+  if (!options.epsilon_root) slice.slots[EPSILON_ROOT] = 0.0;
+  if (!options.nesterov) slice.slots[GRAD_STEP_SIZE] = 0.0;
+  if (!options.skip) return true;
   // Compared in the dtype of the arithmetic, as the StableHLO path does.
   return leaf.dtype[kParams] == DType::kF64 ? slice.slots[APPLY] != 0
                                             : static_cast<float>(slice.slots[APPLY]) != 0;

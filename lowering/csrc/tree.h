@@ -36,7 +36,7 @@ class Tree {
     std::int64_t leaves;
     bool wide;            // both are float64; else float32
     int batch_rank;
-    bool skip, clip_value, ema_overwrite, epsilon_root, nesterov;
+    Options options;
   };
 
   Tree(const Scalars& scalars, std::vector<Leaf> leaves);

@@ -1,8 +1,9 @@
-"""Inputs for the CPU kernel's tests, and the update in float64 NumPy, from its formulas."""
+"""Inputs for the update's tests, and the update in float64 NumPy, from its formulas."""
 
 from collections.abc import Sequence
+import dataclasses
 import os
-from typing import Any
+from typing import Any, Literal
 
 from bounded import Bounded, assert_within
 import ml_dtypes
@@ -124,16 +125,20 @@ def expected(
     skip: bool = False,
     epsilon_root: bool = False,
     nesterov: bool = False,
+    delta: Literal["change", "difference"] | None = None,
 ) -> dict[str, Bounded]:
     """The new leaf, in float64, and how far rounding may move it.
 
-    A leaf that was expected from an earlier step brings the errors of that step along.
+    A leaf that was expected from an earlier step brings the errors of that step along. With
+    ``delta``, "params" is their change: as it is, or as what is between the new and the old.
     """
     params = leaf["params"]
     dtype = params.arithmetic if isinstance(params, Bounded) else compute_dtype(params)
     s = {slot: Bounded.operand(row[slot], dtype) for slot in Slot}
     x = {kind: Bounded.operand(value, dtype) for kind, value in leaf.items()}
     if skip and s[Slot.APPLY].value == 0:
+        if delta:
+            x["params"] = Bounded.operand(np.zeros_like(x["params"].value), dtype)
         return {kind: value for kind, value in x.items() if kind != "grads"}
     with np.errstate(all="ignore"):
         g = s[Slot.GRAD_SCALE] * x["grads"]
@@ -149,7 +154,8 @@ def expected(
         if nesterov:
             along = along + s[Slot.GRAD_STEP_SIZE] * g
         step = along / (square.sqrt() * s[Slot.V_CORRECTION] + s[Slot.EPSILON])
-        p = x["params"] - (s[Slot.DECAY_RATE] * x["params"] + step)
+        change = s[Slot.DECAY_RATE] * x["params"] + step
+        p = x["params"] - change
         new = {"params": p, "m": m, "v": v}
         if "v_max" in x:
             new["v_max"] = w
@@ -158,10 +164,14 @@ def expected(
             new["ema"] = e
             if ema_overwrite and s[Slot.EMA_OVERWRITE].value != 0:
                 new["params"] = e
+        if delta == "change" and new["params"] is p:
+            new["params"] = dataclasses.replace(change, value=-change.value)
+        elif delta:
+            new["params"] = new["params"] - x["params"]
     return new
 
 
-def check(got: Any, h: Any, tree: dict[str, Any], groups: Any = None, **flags: bool) -> None:
+def check(got: Any, h: Any, tree: dict[str, Any], groups: Any = None, **flags: Any) -> None:
     """Every leaf of a result is what the formulas say, and like what it replaces."""
     scales = tree.get("leaf_scale")
     for i in range(len(tree["params"])):
@@ -171,5 +181,6 @@ def check(got: Any, h: Any, tree: dict[str, Any], groups: Any = None, **flags: b
         for kind, value in want.items():
             result = getattr(got, kind)[i]
             assert result.shape == leaf[kind].shape
-            assert result.dtype == leaf[kind].dtype
+            changes = kind == "params" and flags.get("delta")
+            assert result.dtype == (compute_dtype(leaf[kind]) if changes else leaf[kind].dtype)
             assert_within(result, value, f"{kind}[{i}]")

@@ -1,74 +1,16 @@
-"""XLA:GPU's own lowering: its numbers, run on the CPU, and the groups that it makes."""
+"""XLA:GPU's own lowering: the groups that it makes."""
 
 from __future__ import annotations
 
 import functools
 import re
-import types
 from typing import Any
 
-from bounded import assert_within
-from cpu_oracle import check, expected, hyper, leaves, split
-from elsewhere import run_as
 import jax
 import jax.numpy as jnp
-import pytest
 
 import adamw_xla as ax
-from adamw_xla_lowering import adamw_update
 from adamw_xla_lowering.gpu import merge
-
-# Equal sizes of several shapes, more of one than a kernel takes, and nothing at all.
-SHAPES = [(6,), (2, 3), (3, 2), (), (0, 4), (1,), *[(5,)] * 30, (4, 3, 7)]
-OPTIONS: list[dict[str, bool]] = [
-    {},
-    {"amsgrad": True, "clip_value": True},
-    {"ema": True, "ema_overwrite": True, "skip": True},
-    {"nesterov": True, "epsilon_root": True},
-]
-
-
-def update(tree: dict[str, Any], **flags: Any) -> Any:
-    """The update on flat operands, so that ``run_as`` can pass them."""
-    kinds = list(tree)
-
-    def flat(h: Any, *columns: Any) -> Any:
-        result = adamw_update(h, **dict(zip(kinds, columns, strict=True)), **flags)
-        return [column for column in result if column is not None]
-
-    return flat
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(o) or "plain")
-@pytest.mark.parametrize("param", ["float32", "bfloat16"])
-def test_matches_the_formulas(param: str, options: dict[str, bool]) -> None:
-    operands, flags = split(options)
-    tree = leaves(SHAPES, param, **operands)
-    groups = [i % 2 for i in range(len(SHAPES))]
-    h = hyper(2)
-    columns = run_as("cuda", update(tree, groups=groups, **flags), h, *tree.values())
-    kinds = [kind for kind in tree if kind != "grads"]
-    got = types.SimpleNamespace(**dict(zip(kinds, columns, strict=True)))
-    check(got, h, tree, groups, **flags)
-
-
-def test_under_vmap_with_an_unbatched_leaf() -> None:
-    h, tree = hyper(batch=(3,)), leaves([(3, 2, 5), (3, 10)])
-    shared = tree["m"][0][0]
-
-    def one(h: Any, p: Any, g: Any, m: Any, v: Any) -> Any:
-        return adamw_update(h, p, g, [shared, m[0]], v)[:3]
-
-    batched = jax.vmap(one)
-    columns = [tree["params"], tree["grads"], [tree["m"][1]], tree["v"]]
-    got = run_as("cuda", batched, h, *columns)
-    for replica in range(3):
-        for i in range(2):
-            leaf = {kind: column[i][replica] for kind, column in tree.items()}
-            leaf["m"] = shared if i == 0 else leaf["m"]
-            want = expected(h[replica, 0], leaf)
-            for kind, column in zip(("params", "m", "v"), got, strict=True):
-                assert_within(column[i][replica], want[kind], f"{kind}[{i}]")
 
 
 def lowered(shapes: list[tuple[int, ...]], **options: Any) -> str:

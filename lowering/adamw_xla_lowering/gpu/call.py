@@ -16,6 +16,7 @@ from jax.extend.mlir import ir
 from jax.interpreters import mlir
 import numpy as np
 
+from .._jax_private import name_dialect_module
 from ..errors import unavailable
 
 try:
@@ -26,6 +27,7 @@ except ImportError as error:  # another jaxlib: StableHLO still works
 else:
     tt = dialect
     _reason = None
+    name_dialect_module("tt", dialect)
 
 TARGET_NAME = "__gpu$xla.gpu.triton"
 """The custom call that XLA:GPU compiles; only CUDA's was looked at."""

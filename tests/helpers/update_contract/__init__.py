@@ -1,0 +1,1 @@
+"""One operation, several implementations: what each can run, and what all of them must do."""

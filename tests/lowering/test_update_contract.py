@@ -1,0 +1,46 @@
+"""Each implementation of the update keeps the contract that all of them share."""
+
+from update_contract.contract import (
+    LowersAsAnother,
+    MakesChanges,
+    UpdateContract,
+    UpdatesAnyTree,
+    UpdatesInPlace,
+)
+from update_contract.implementations import IMPLEMENTATIONS
+
+
+class TestReference(UpdateContract, MakesChanges, UpdatesInPlace):
+    implementation = IMPLEMENTATIONS["reference"]
+
+
+class TestStableHLO(UpdateContract, MakesChanges, UpdatesInPlace):
+    implementation = IMPLEMENTATIONS["stablehlo"]
+
+
+class TestStableHLOForTPU(LowersAsAnother, MakesChanges):
+    implementation = IMPLEMENTATIONS["tpu"]
+    other = IMPLEMENTATIONS["stablehlo"]
+
+
+class TestStableHLOForCUDA(UpdateContract, MakesChanges):
+    implementation = IMPLEMENTATIONS["cuda"]
+
+
+class TestStableHLOForROCm(LowersAsAnother, MakesChanges):
+    implementation = IMPLEMENTATIONS["rocm"]
+    other = IMPLEMENTATIONS["cuda"]
+
+
+class TestCPUKernel(UpdateContract, UpdatesInPlace, UpdatesAnyTree):
+    implementation = IMPLEMENTATIONS["cpu kernel"]
+
+
+class TestInterpretedGPUKernel(UpdateContract, UpdatesAnyTree):
+    implementation = IMPLEMENTATIONS["gpu kernel"]
+
+
+def test_every_implementation_is_tested() -> None:
+    classes = [x for x in globals().values() if isinstance(x, type)]
+    tested = [vars(x)["implementation"] for x in classes if "implementation" in vars(x)]
+    assert tested == list(IMPLEMENTATIONS.values())
