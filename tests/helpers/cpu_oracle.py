@@ -1,13 +1,12 @@
-"""Inputs for the CPU kernel's tests, and the update in float64 NumPy, from its formulas."""
+"""Inputs for the update's tests, and the update in float64 NumPy, from its formulas."""
 
 from collections.abc import Sequence
 import os
 from typing import Any
 
-from bounded import Bounded, assert_within
+from bounded import IEEE, Bounded, Machine, assert_within
 import ml_dtypes
 import numpy as np
-import pytest
 
 from adamw_xla_lowering import NUM_SLOTS, Slot
 from adamw_xla_lowering.cpu import library as native
@@ -42,6 +41,8 @@ OPTIONS: list[dict[str, bool]] = [
 
 def require_native() -> None:
     """Skips the test without the compiled kernel, or fails where it must be there."""
+    import pytest  # only here: the other helpers run on devices whose Python may not have it
+
     if (reason := native.unavailable_reason()) is not None:
         if os.environ.get("ADAMW_XLA_REQUIRE_NATIVE") == "1":
             pytest.fail(f"the CPU kernel is required: {reason}")
@@ -124,6 +125,7 @@ def expected(
     skip: bool = False,
     epsilon_root: bool = False,
     nesterov: bool = False,
+    machine: Machine = IEEE,
 ) -> dict[str, Bounded]:
     """The new leaf, in float64, and how far rounding may move it.
 
@@ -131,14 +133,14 @@ def expected(
     """
     params = leaf["params"]
     dtype = params.arithmetic if isinstance(params, Bounded) else compute_dtype(params)
-    s = {slot: Bounded.operand(row[slot], dtype) for slot in Slot}
-    x = {kind: Bounded.operand(value, dtype) for kind, value in leaf.items()}
+    s = {slot: Bounded.operand(row[slot], dtype, machine) for slot in Slot}
+    x = {kind: Bounded.operand(value, dtype, machine) for kind, value in leaf.items()}
     if skip and s[Slot.APPLY].value == 0:
         return {kind: value for kind, value in x.items() if kind != "grads"}
     with np.errstate(all="ignore"):
         g = s[Slot.GRAD_SCALE] * x["grads"]
         if leaf_scale != 1:
-            g = g * Bounded.operand(leaf_scale, dtype)
+            g = g * Bounded.operand(leaf_scale, dtype, machine)
         if clip_value:
             g = g.clip(s[Slot.CLIP_VALUE])
         m = s[Slot.BETA_1] * x["m"] + s[Slot.ONE_MINUS_BETA_1] * g
@@ -161,7 +163,7 @@ def expected(
     return new
 
 
-def check(got: Any, h: Any, tree: dict[str, Any], groups: Any = None, **flags: bool) -> None:
+def check(got: Any, h: Any, tree: dict[str, Any], groups: Any = None, **flags: Any) -> None:
     """Every leaf of a result is what the formulas say, and like what it replaces."""
     scales = tree.get("leaf_scale")
     for i in range(len(tree["params"])):

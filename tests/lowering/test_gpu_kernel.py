@@ -8,7 +8,9 @@ import math
 import re
 from typing import Any
 
-from bounded import assert_within
+from bounded import IEEE, assert_within
+from checks import updates
+from checks.tables import BATCHES, FLAGS, SHAPES, mixed
 from cpu_oracle import DTYPES, OPTIONS, check, expected, hyper, leaves, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,8 +26,6 @@ from adamw_xla_lowering.gpu import kernel as gpu_kernel
 from adamw_xla_lowering.gpu.pieces import Kind, Launch, Leaf, cut
 from adamw_xla_lowering.gpu.triton_builder import norm_kernel
 from adamw_xla_lowering.rules import partitioned
-
-FLAGS = ("ema_overwrite", "clip_value", "skip", "epsilon_root", "nesterov")
 
 
 @pytest.fixture
@@ -43,9 +43,6 @@ def update(h: Any, tree: dict[str, Any], **flags: Any) -> UpdateResult:
 def check_update(h: Any, tree: dict[str, Any], groups: Any = None, **flags: Any) -> None:
     """Compares every leaf with the formulas."""
     check(update(h, tree, groups=groups, **flags), h, tree, groups, **flags)
-
-
-SHAPES = [(6,), (2, 3), (), (0, 4), (1,), (64,), (65,), (128,), (5, 16), (15,), (200,)]
 
 
 def test_a_plain_tree_is_one_kernel(interpreted: Interpreted) -> None:
@@ -71,31 +68,11 @@ def cases(draw: Any) -> dict[str, Any]:
     }
 
 
-def mixed(case: dict[str, Any]) -> dict[str, list[Any]]:
-    """A tree whose leaves have dtypes of their own."""
-    tree: dict[str, list[Any]] = {}
-    for i, (shape, param, grad) in enumerate(
-        zip(case["shapes"], case["param"], case["grad"], strict=True)
-    ):
-        one = leaves(
-            [shape], param, grad, "float32", case["amsgrad"], case["ema"], case["seed"] + i
-        )
-        for kind, column in one.items():
-            tree.setdefault(kind, []).extend(column)
-    return tree
-
-
 def test_any_tree_and_options_match_the_formulas(interpreted: Interpreted) -> None:
     @settings(max_examples=25, deadline=None, derandomize=True, database=None)
     @given(cases())
     def one(case: dict[str, Any]) -> None:
-        tree: dict[str, Any] = mixed(case)
-        if case["leaf_scale"]:
-            n = len(case["shapes"])
-            tree["leaf_scale"] = np.linspace(0.5, 1.5, n).astype(np.float32)
-        flags = {name: on for name, on in case["flags"].items() if on}
-        if "ema" not in tree:
-            flags.pop("ema_overwrite", None)
+        tree, flags = mixed(case)
         interpreted.kernels.clear()
         check_update(hyper(3, APPLY=case["apply"]), tree, groups=case["groups"], **flags)
         empty = all(0 in shape for shape in case["shapes"])
@@ -113,56 +90,24 @@ def test_each_option_matches_the_formulas(
 
 
 def test_what_is_skipped_keeps_its_bits(interpreted: Interpreted) -> None:
-    tree = leaves(SHAPES, "bfloat16", ema=True)
-    tree["grads"] = [np.full_like(x, np.nan) for x in tree["grads"]]
-    got = update(hyper(APPLY=0.0), tree, skip=True)
-    for kind in ("params", "m", "v", "ema"):
-        for x, y in zip(getattr(got, kind), tree[kind], strict=True):
-            assert np.asarray(x).tobytes() == y.tobytes()
+    updates.skipped("native", IEEE, "bfloat16")
+    assert len(interpreted.kernels) == 1
 
 
 def test_nan_and_infinity_stay_where_they_are(interpreted: Interpreted) -> None:
-    tree = leaves([(70,)])
-    tree["grads"][0][[3, 69]] = np.nan, np.inf
-    check_update(hyper(CLIP_VALUE=10.0), tree, clip_value=True)
+    updates.nan_and_infinity("native", IEEE)
+    assert len(interpreted.kernels) == 1
 
 
 def test_float64(interpreted: Interpreted) -> None:
-    with jax.enable_x64(True):
-        tree: dict[str, list[Any]] = leaves([(70,)], "float64", state="float64")
-        for kind, column in leaves([(70,)], "bfloat16").items():
-            tree[kind] += column
-        check_update(hyper(dtype=np.float64), tree)
-
-
-BATCHES = {
-    "leaves": (None, {"params", "grads", "m", "v"}),
-    "hyper": (0, {"params", "grads", "m", "v"}),
-    "gradients": (None, {"grads"}),
-    "rates": (0, {"m"}),
-}
+    updates.float64_beside_bfloat16("native", IEEE)
+    assert len(interpreted.kernels) == 1
 
 
 @pytest.mark.parametrize("case", BATCHES)
 @pytest.mark.parametrize("shape", [(5, 7), (64,), (65,)], ids=str)
 def test_under_vmap(case: str, shape: tuple[int, ...], interpreted: Interpreted) -> None:
-    hyper_axis, batched = BATCHES[case]
-    rows = hyper(2, (3,)) if hyper_axis == 0 else hyper(2)
-    wide = leaves([(3, *shape)] * 2)
-    tree = {k: col if k in batched else [x[0] for x in col] for k, col in wide.items()}
-    axes = (hyper_axis, {k: 0 if k in batched else None for k in tree})
-
-    def one(h: Any, t: Any) -> Any:
-        return adamw_update(h, **t, groups=[1, 0], implementation="native")[:3]
-
-    columns = jax.jit(jax.vmap(one, in_axes=axes))(rows, tree)
-    for replica in range(3):
-        row = rows[replica] if hyper_axis == 0 else rows
-        for i in range(2):
-            leaf = {k: col[i][replica] if k in batched else col[i] for k, col in tree.items()}
-            want = expected(row[1 - i], leaf)
-            for kind, column in zip(("params", "m", "v"), columns, strict=True):
-                assert_within(column[i][replica], want[kind], f"{kind}[{i}]")
+    updates.batched("native", IEEE, case, shape)
     assert len(interpreted.kernels) == 1
 
 
@@ -282,20 +227,5 @@ def test_refuses_where_there_is_no_triton(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_under_three_vmaps_of_which_an_operand_has_two(interpreted: Interpreted) -> None:
-    tree = leaves([(6,)])
-    rng = np.random.default_rng(1)
-    m = rng.standard_normal((2, 3, 6)).astype(np.float32)
-    grads = rng.standard_normal((4, 6)).astype(np.float32)
-
-    def one(m: Any, g: Any) -> Any:
-        operands = {**tree, "m": [m], "grads": [g]}
-        return adamw_update(hyper(), **operands, implementation="native")[:3]
-
-    last = jax.vmap(one, in_axes=(0, None))
-    middle = jax.vmap(last, in_axes=(None, 0))
-    columns = jax.jit(jax.vmap(middle, in_axes=(0, None)))(m, grads)
-    for a, b, c in np.ndindex(2, 4, 3):
-        leaf = {kind: tree[kind][0] for kind in ("params", "v")}
-        want = expected(hyper()[0], leaf | {"m": m[a, c], "grads": grads[b]})
-        for kind, column in zip(("params", "m", "v"), columns, strict=True):
-            assert_within(column[0][a, b, c], want[kind], kind)
+    updates.batched_thrice("native", IEEE)
+    assert len(interpreted.kernels) == 1

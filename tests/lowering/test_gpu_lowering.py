@@ -8,6 +8,7 @@ import types
 from typing import Any
 
 from bounded import assert_within
+from checks.tables import ALIKE
 from cpu_oracle import check, expected, hyper, leaves, split
 from elsewhere import run_as
 import jax
@@ -18,8 +19,6 @@ import adamw_xla as ax
 from adamw_xla_lowering import adamw_update
 from adamw_xla_lowering.gpu import merge
 
-# Equal sizes of several shapes, more of one than a kernel takes, and nothing at all.
-SHAPES = [(6,), (2, 3), (3, 2), (), (0, 4), (1,), *[(5,)] * 30, (4, 3, 7)]
 OPTIONS: list[dict[str, bool]] = [
     {},
     {"amsgrad": True, "clip_value": True},
@@ -43,8 +42,8 @@ def update(tree: dict[str, Any], **flags: Any) -> Any:
 @pytest.mark.parametrize("param", ["float32", "bfloat16"])
 def test_matches_the_formulas(param: str, options: dict[str, bool]) -> None:
     operands, flags = split(options)
-    tree = leaves(SHAPES, param, **operands)
-    groups = [i % 2 for i in range(len(SHAPES))]
+    tree = leaves(ALIKE, param, **operands)
+    groups = [i % 2 for i in range(len(ALIKE))]
     h = hyper(2)
     columns = run_as("cuda", update(tree, groups=groups, **flags), h, *tree.values())
     kinds = [kind for kind in tree if kind != "grads"]
