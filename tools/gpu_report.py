@@ -176,13 +176,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if problem := cli.folder_problem(options.out):
         parser().error(f"cannot write into {options.out}: {problem}")
     options.out.joinpath("report.log").write_text("")
-    signal.signal(signal.SIGTERM, _stop)
+    before = signal.signal(signal.SIGTERM, _stop)
     record = Record(options.out.resolve(), options.device, options.minutes)
     scratch = Path(tempfile.mkdtemp(prefix="gpu_report."))
     try:
         run_parts(chosen(options.only), record, scratch)
     finally:
-        record.write()
+        record.stop()
+        signal.signal(signal.SIGTERM, before)
         shutil.rmtree(scratch, ignore_errors=True)
     print((record.out / "report.md").read_text())
     print(f"report: {record.out}/report.json, report.md, report.log")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 import json
 import os
@@ -13,7 +14,7 @@ from typing import Any
 
 from benches import gpu_peers
 import gpu_report
-from gpu_reporting import build, page, plan, process, steps, verdict
+from gpu_reporting import build, child, page, plan, process, steps, verdict
 from gpu_reporting.plan import PARTS, Part
 from gpu_reporting.process import Ended
 from gpu_reporting.record import Record
@@ -180,6 +181,20 @@ def test_without_a_gpu_nothing_else_is_tried(tmp_path: Path) -> None:
     assert not gpu_report.all_is_well(record.as_json())
 
 
+def test_what_is_ended_from_outside_is_in_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_parts(parts: list[Part], record: Record, scratch: Path) -> None:
+        record.begin("steps", 10.0)
+        raise SystemExit(143)
+
+    monkeypatch.setattr(gpu_report, "run_parts", run_parts)
+    with pytest.raises(SystemExit):
+        gpu_report.main(["--out", str(tmp_path)])
+    parts = json.loads((tmp_path / "report.json").read_text())["parts"]
+    assert parts["steps"]["status"] == "interrupted"
+
+
 def test_command_buffers_are_off_where_they_should_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_ftz=false")
     flags = {p.name: gpu_report.environment(p, Path("/no"), "gpu")["XLA_FLAGS"] for p in PARTS}
@@ -275,6 +290,20 @@ def test_a_peer_that_fails_is_left_out() -> None:
 def test_a_case_that_does_not_fit_is_skipped() -> None:
     item = steps.measure(steps.Plan("1x256M", "float32", False, gpu_peers.PEERS), 24 * 10**9)
     assert item["skipped"] == "needs 32 GB, and JAX may have 24 GB"
+
+
+def test_cases_that_have_no_time_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = tmp_path / "items"
+
+    def start(parser: argparse.ArgumentParser) -> child.Child:
+        return child.Child("cpu", 0.0, items, parser.parse_args([]))
+
+    monkeypatch.setattr(child, "start", start)
+    monkeypatch.setattr(steps, "measure", lambda *_: pytest.fail("measured"))
+    steps.main()
+    _, *cases = child.read_items(items)
+    assert [case["skipped"] for case in cases] == ["no time was left"] * 4
+    assert cases[3]["case"] == "16x32k bfloat16 clip"
 
 
 def test_the_plans_are_of_what_there_is() -> None:

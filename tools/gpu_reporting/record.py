@@ -57,6 +57,13 @@ class Record:
         self.parts[name] = {"status": "skipped", "why": why, "items": []}
         self.write()
 
+    def stop(self) -> None:
+        """Nothing more will come, as asked for or because somebody has ended it."""
+        for part in self.parts.values():
+            if part["status"] == "running":
+                part["status"] = "interrupted"
+        self.write()
+
     def item(self, name: str, key: str) -> Any:
         """What a part wrote last under this key; None if it did not."""
         items = self.parts.get(name, {}).get("items", [])

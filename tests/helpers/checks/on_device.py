@@ -52,7 +52,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "accumulation": {"gradient_accumulation_steps": 3, "loss_scale_factor": 24.0},
 }
 
-BIG_BYTES = 2**31 * 26
+BIG_BYTES = 2**31 * 20
 """What ``beyond_32_bits`` needs, with room to spare."""
 
 
