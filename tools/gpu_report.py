@@ -49,7 +49,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--minutes", type=float, default=9.0, help="for all of it (default: 9)")
-    add("--out", type=Path, default=ROOT / "out" / "gpu_report", help="a folder (default: out/…)")
+    add(
+        "--out",
+        type=Path,
+        default=ROOT / "out" / "gpu_report",
+        metavar="DIR",
+        help="where the files go (default: out/gpu_report of this checkout)",
+    )
     add(
         "--only",
         action="append",

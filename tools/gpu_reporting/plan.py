@@ -36,32 +36,32 @@ def _module(name: str, *arguments: str) -> list[str]:
 
 
 PARTS = (
-    Part("build", "builds the package from this checkout, without a network", 40, _module("build")),
-    Part("machine", "which device, driver and versions these are", 25, _module("machine")),
+    Part("build", "builds the package from this checkout, without a network", 60, _module("build")),
+    Part("machine", "which device, driver and versions these are", 40, _module("machine")),
     Part(
         "correct-native",
         'the kernel ("native") on the device, against float64',
-        65,
+        60,
         _module("correct", "--implementation", "native"),
     ),
     Part(
         "correct-xla",
         'StableHLO ("xla") on the device, against float64',
-        65,
+        60,
         _module("correct", "--implementation", "xla"),
     ),
-    Part("steps", "times of one step, ours beside the peers'", 195, _module("steps")),
+    Part("steps", "times of one step, ours beside the peers'", 180, _module("steps")),
     Part(
         "sweep",
         "launch shapes of the kernel, and which leaves are merged",
-        75,
+        70,
         _module("steps", "--sweep"),
         needs_gpu=True,
     ),
     Part(
         "steps-no-graphs",
         "the same times with XLA's command buffers off",
-        75,
+        70,
         _module("steps"),
         {"XLA_FLAGS": GRAPHS_OFF},
         needs_gpu=True,
