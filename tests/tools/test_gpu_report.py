@@ -18,6 +18,7 @@ from gpu_reporting import build, child, page, plan, process, steps, verdict
 from gpu_reporting.plan import PARTS, Part
 from gpu_reporting.process import Ended
 from gpu_reporting.record import Record
+import jax
 from places import python_path
 import pytest
 
@@ -179,6 +180,16 @@ def test_without_a_gpu_nothing_else_is_tried(tmp_path: Path) -> None:
         "JAX finds no GPU"
     }
     assert not gpu_report.all_is_well(record.as_json())
+
+
+def test_a_processor_is_not_taken_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the platforms "cuda,cpu" JAX takes the second where the first is missing."""
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is one")
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    part = child.Child("gpu", 0.0, Path("items"), argparse.Namespace())
+    with pytest.raises(SystemExit, match="JAX finds no GPU"):
+        child.use_device(part)
 
 
 def test_what_is_ended_from_outside_is_in_the_files(

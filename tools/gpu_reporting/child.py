@@ -63,7 +63,8 @@ def use_device(child: Child) -> Any:
 
     jax.config.update("jax_platforms", "cpu" if child.device == "cpu" else "cuda,cpu")
     try:
-        return jax.devices()[0]
+        # By name: of several platforms, JAX passes over in silence what it does not find.
+        return jax.devices("cpu" if child.device == "cpu" else "cuda")[0]
     except RuntimeError as error:
         raise SystemExit(f"JAX finds no GPU: {error}") from None
 
