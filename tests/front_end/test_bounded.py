@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bounded import Bounded, assert_within
+from bounded import PTX, Bounded, assert_within
 import ml_dtypes
 import numpy as np
 import pytest
@@ -32,6 +32,23 @@ def test_errors_come_close_to_their_bounds() -> None:
     for want, got in [*pairs, (a * b - c, x * y - z)]:
         reached = np.max(np.abs(got.astype(np.float64) - want.value) / want.error)
         assert 0.5 < reached <= 1, reached
+
+
+@pytest.mark.parametrize(("name", "units"), [("divide", 2), ("sqrt", 1)])
+def test_a_gpu_may_be_as_far_off_as_its_manual_says(name: str, units: int) -> None:
+    """Two units in the last place of a quotient, one of a root; no more, and no IEEE machine."""
+    x, y = (z.astype(np.float32) for z in (A, B))
+
+    def want(*machine: Any) -> Bounded:
+        a, b = (Bounded.operand(z, np.float32, *machine) for z in (x, y))
+        return a / b if name == "divide" else a.sqrt()
+
+    off = (x / y if name == "divide" else np.sqrt(x)).view(np.int32) + np.int32(units)
+    assert_within(off.view(np.float32), want(PTX), name)
+    with pytest.raises(AssertionError, match="elements are off"):
+        assert_within(off.view(np.float32), want(), name)
+    with pytest.raises(AssertionError, match="elements are off"):
+        assert_within((off + np.int32(2 * units)).view(np.float32), want(PTX), name)
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])

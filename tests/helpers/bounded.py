@@ -15,6 +15,24 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """How far off float32 operations may be, in half units in the last place of the result.
+
+    IEEE's operations are rounded once: by one. Float64's are IEEE's on every machine here.
+    """
+
+    divide: float = 1
+    sqrt: float = 1
+
+
+IEEE = Machine()
+PTX = Machine(divide=4, sqrt=2)
+"""What XLA:GPU makes of StableHLO. By the PTX ISA, ``div.full.f32`` is off by 2 units in the
+last place at most, ``sqrt.approx.f32`` by 2^-23 of its result. (Sums and products are
+rounded to nearest, and contracted: a rounding less.)"""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bounded:
     """``value``, computed in ``arithmetic``, is off by ``error`` at most."""
@@ -22,59 +40,63 @@ class Bounded:
     value: Array
     error: Array
     arithmetic: np.dtype[Any]
+    machine: Machine = IEEE
 
     @staticmethod
-    def operand(x: Any, arithmetic: Any) -> Bounded:
+    def operand(x: Any, arithmetic: Any, machine: Machine = IEEE) -> Bounded:
         """A number that is given; wider than the arithmetic, it is rounded first."""
         if isinstance(x, Bounded):
             return x
         value = np.asarray(x).astype(np.float64)
         with np.errstate(invalid="ignore"):  # infinity less infinity
             error = np.abs(value - value.astype(arithmetic))
-        return _bounded(value, error, np.dtype(arithmetic))
+        return Bounded(value, _finite(value, error), np.dtype(arithmetic), machine)
 
     def __add__(self, other: Bounded) -> Bounded:
-        return _rounded(self.value + other.value, self.error + other.error, self.arithmetic)
+        return self._rounded(self.value + other.value, self.error + other.error)
 
     def __sub__(self, other: Bounded) -> Bounded:
-        return _rounded(self.value - other.value, self.error + other.error, self.arithmetic)
+        return self._rounded(self.value - other.value, self.error + other.error)
 
     def __mul__(self, other: Bounded) -> Bounded:
         a, b = np.abs(self.value), np.abs(other.value)
         error = a * other.error + b * self.error + self.error * other.error
-        return _rounded(self.value * other.value, error, self.arithmetic)
+        return self._rounded(self.value * other.value, error)
 
     def __truediv__(self, other: Bounded) -> Bounded:
         value = self.value / other.value
         least = np.maximum(np.abs(other.value) - other.error, 0)
         error = (self.error + np.abs(value) * other.error) / least
-        return _rounded(value, error, self.arithmetic)
+        return self._rounded(value, error, self.machine.divide)
 
     def sqrt(self) -> Bounded:
         root = np.sqrt(self.value)
         least = np.sqrt(np.maximum(self.value - self.error, 0))
         error = np.where(root > 0, self.error / (root + least), np.sqrt(self.error))
-        return _rounded(root, error, self.arithmetic)
+        return self._rounded(root, error, self.machine.sqrt)
 
     def maximum(self, other: Bounded) -> Bounded:
         error = np.maximum(self.error, other.error)
-        return _bounded(np.maximum(self.value, other.value), error, self.arithmetic)
+        return self._like(np.maximum(self.value, other.value), error)
 
     def clip(self, bound: Bounded) -> Bounded:
         value = np.clip(self.value, -bound.value, bound.value)
-        return _bounded(value, np.maximum(self.error, bound.error), self.arithmetic)
+        return self._like(value, np.maximum(self.error, bound.error))
+
+    def _like(self, value: Array, error: Array) -> Bounded:
+        return dataclasses.replace(self, value=value, error=_finite(value, error))
+
+    def _rounded(self, value: Array, error: Array, halves: float = 1) -> Bounded:
+        """Half units in the last place of what may be off already; subnormal, it is flushed."""
+        kind = np.finfo(self.arithmetic)
+        units = halves if self.arithmetic == np.float32 else 1
+        off = (np.abs(value) + error) * units * float(kind.eps) / 2
+        return self._like(value, error + np.maximum(off, float(kind.tiny)))
 
 
-def _bounded(value: Array, error: Array, arithmetic: np.dtype[Any]) -> Bounded:
+def _finite(value: Array, error: Array) -> Array:
     """NaN and infinity are exact: they stand where they stand, or the test fails."""
-    return Bounded(value, np.where(np.isfinite(value), error, 0.0), arithmetic)
-
-
-def _rounded(value: Array, error: Array, arithmetic: np.dtype[Any]) -> Bounded:
-    """Half a unit in the last place of what may be off already; subnormal, it is flushed."""
-    kind = np.finfo(arithmetic)
-    half_a_unit = (np.abs(value) + error) * float(kind.eps) / 2
-    return _bounded(value, error + np.maximum(half_a_unit, float(kind.tiny)), arithmetic)
+    return np.where(np.isfinite(value), error, 0.0)
 
 
 def assert_within(got: Any, want: Bounded, name: str) -> None:

@@ -5,10 +5,9 @@ import dataclasses
 import os
 from typing import Any, Literal
 
-from bounded import Bounded, assert_within
+from bounded import IEEE, Bounded, Machine, assert_within
 import ml_dtypes
 import numpy as np
-import pytest
 
 from adamw_xla_lowering import NUM_SLOTS, Slot
 from adamw_xla_lowering.cpu import library as native
@@ -43,6 +42,8 @@ OPTIONS: list[dict[str, bool]] = [
 
 def require_native() -> None:
     """Skips the test without the compiled kernel, or fails where it must be there."""
+    import pytest  # only here: the other helpers run on devices whose Python may not have it
+
     if (reason := native.unavailable_reason()) is not None:
         if os.environ.get("ADAMW_XLA_REQUIRE_NATIVE") == "1":
             pytest.fail(f"the CPU kernel is required: {reason}")
@@ -126,6 +127,7 @@ def expected(
     epsilon_root: bool = False,
     nesterov: bool = False,
     delta: Literal["change", "difference"] | None = None,
+    machine: Machine = IEEE,
 ) -> dict[str, Bounded]:
     """The new leaf, in float64, and how far rounding may move it.
 
@@ -134,16 +136,16 @@ def expected(
     """
     params = leaf["params"]
     dtype = params.arithmetic if isinstance(params, Bounded) else compute_dtype(params)
-    s = {slot: Bounded.operand(row[slot], dtype) for slot in Slot}
-    x = {kind: Bounded.operand(value, dtype) for kind, value in leaf.items()}
+    s = {slot: Bounded.operand(row[slot], dtype, machine) for slot in Slot}
+    x = {kind: Bounded.operand(value, dtype, machine) for kind, value in leaf.items()}
     if skip and s[Slot.APPLY].value == 0:
         if delta:
-            x["params"] = Bounded.operand(np.zeros_like(x["params"].value), dtype)
+            x["params"] = Bounded.operand(np.zeros_like(x["params"].value), dtype, machine)
         return {kind: value for kind, value in x.items() if kind != "grads"}
     with np.errstate(all="ignore"):
         g = s[Slot.GRAD_SCALE] * x["grads"]
         if leaf_scale != 1:
-            g = g * Bounded.operand(leaf_scale, dtype)
+            g = g * Bounded.operand(leaf_scale, dtype, machine)
         if clip_value:
             g = g.clip(s[Slot.CLIP_VALUE])
         m = s[Slot.BETA_1] * x["m"] + s[Slot.ONE_MINUS_BETA_1] * g

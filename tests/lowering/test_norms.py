@@ -4,6 +4,7 @@ from collections.abc import Callable
 import functools
 from typing import Any
 
+from checks.norms import RTOL, RTOL_64, SHAPES, make_leaves, oracle
 from elsewhere import run_as
 import jax
 import jax.numpy as jnp
@@ -12,23 +13,6 @@ import pytest
 
 from adamw_xla_lowering import adamw_sum_of_squares
 from adamw_xla_lowering.gpu import norm as gpu_norm
-
-SHAPES = [(), (3,), (3,), (0, 2), (2, 5), (5, 2), (64, 256), (128, 128), (16389,)]
-
-# Roundings go up as often as down: one chain of additions over the largest leaf would be off
-# by about sqrt(16389)/3 half units. Rows, vectors and trees have shorter chains.
-HALF_UNITS = 16389**0.5 / 3
-RTOL = HALF_UNITS * 2.0**-24
-RTOL_64 = HALF_UNITS * 2.0**-53
-
-
-def _leaves(dtype: Any = np.float32, batch: tuple[int, ...] = ()) -> list[jax.Array]:
-    rng = np.random.default_rng(7)
-    return [jnp.asarray(rng.normal(size=(*batch, *shape)), dtype) for shape in SHAPES]
-
-
-def _oracle(scale: float, leaves: list[Any]) -> np.ndarray:
-    return np.array([np.sum((scale * np.asarray(x, np.float64)) ** 2) for x in leaves])
 
 
 @pytest.fixture(scope="module", params=["cpu", "cuda", "tpu"])
@@ -45,9 +29,9 @@ def sum_of_squares(request: pytest.FixtureRequest) -> Callable[..., jax.Array]:
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
 @pytest.mark.parametrize("per_leaf", [False, True])
 def test_sums(sum_of_squares: Callable[..., jax.Array], dtype: Any, per_leaf: bool) -> None:
-    leaves = _leaves(dtype)
+    leaves = make_leaves(dtype)
     found = sum_of_squares(jnp.float32(0.5), leaves, per_leaf=per_leaf)
-    expected = _oracle(0.5, leaves)
+    expected = oracle(0.5, leaves)
     np.testing.assert_allclose(found, expected if per_leaf else expected.sum(), rtol=RTOL)
     assert found.dtype == jnp.float32
 
@@ -55,17 +39,17 @@ def test_sums(sum_of_squares: Callable[..., jax.Array], dtype: Any, per_leaf: bo
 def test_more_summands_than_one_kernel_takes(sum_of_squares: Callable[..., jax.Array]) -> None:
     leaves = [jnp.full((4,), float(i)) for i in range(2 * gpu_norm.MAX_MERGED_SUMMANDS + 1)]
     found = sum_of_squares(jnp.float32(1.0), leaves)
-    assert found == _oracle(1.0, leaves).sum()  # whole numbers that float32 holds
+    assert found == oracle(1.0, leaves).sum()  # whole numbers that float32 holds
 
 
 @pytest.mark.parametrize("per_leaf", [False, True])
 @pytest.mark.parametrize("batch", [(), (3,)])
-def test_rows_of_very_large_leaves(
+def test_rows_of_very_largemake_leaves(
     per_leaf: bool, batch: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows are added by the kernel that sums them, here from 16 sums on that are left."""
     monkeypatch.setattr(gpu_norm, "MIN_FOLDED_ROWS", 16)
-    leaves = _leaves(batch=batch)
+    leaves = make_leaves(batch=batch)
     call = functools.partial(adamw_sum_of_squares, jnp.float32(0.5), per_leaf=per_leaf)
 
     def f(leaves: list[jax.Array]) -> jax.Array:
@@ -77,23 +61,23 @@ def test_rows_of_very_large_leaves(
     assert "4x16x256xf32" in exported.mlir_module()  # a quarter of 64 rows
     found = np.asarray(run_as("cuda", f, leaves))
     rows = [[x[i] for x in leaves] for i in range(*batch)] if batch else [leaves]
-    expected = np.array([_oracle(0.5, row) for row in rows]).reshape(*batch, -1)
+    expected = np.array([oracle(0.5, row) for row in rows]).reshape(*batch, -1)
     want = expected if per_leaf else expected.sum(-1)
     np.testing.assert_allclose(found, want, rtol=RTOL)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_one_bad_element_is_seen(sum_of_squares: Callable[..., jax.Array], bad: float) -> None:
-    leaves = _leaves()
+    leaves = make_leaves()
     leaves[6] = leaves[6].at[3, 4].set(bad)
     assert not np.isfinite(sum_of_squares(jnp.float32(1.0), leaves))
 
 
 def test_float64() -> None:
     with jax.enable_x64(True):
-        leaves = _leaves(np.float64)
+        leaves = make_leaves(np.float64)
         found = adamw_sum_of_squares(jnp.float64(0.5), leaves)
-        np.testing.assert_allclose(found, _oracle(0.5, leaves).sum(), rtol=RTOL_64)
+        np.testing.assert_allclose(found, oracle(0.5, leaves).sum(), rtol=RTOL_64)
 
 
 def test_nothing_to_sum() -> None:
@@ -105,12 +89,12 @@ def test_nothing_to_sum() -> None:
 @pytest.mark.parametrize("axes", [(0, 0), (None, 0), (0, None)])
 def test_vmap(per_leaf: bool, axes: tuple[int | None, int | None]) -> None:
     scales = jnp.array([0.5, 2.0]) if axes[0] == 0 else jnp.float32(0.5)
-    leaves = _leaves(batch=(2,)) if axes[1] == 0 else _leaves()
+    leaves = make_leaves(batch=(2,)) if axes[1] == 0 else make_leaves()
     call = functools.partial(adamw_sum_of_squares, per_leaf=per_leaf)
     found = jax.jit(jax.vmap(call, in_axes=axes))(scales, leaves)
     for i in range(2):
         row = [x[i] for x in leaves] if axes[1] == 0 else leaves
-        expected = _oracle(float(scales[i]) if axes[0] == 0 else 0.5, row)
+        expected = oracle(float(scales[i]) if axes[0] == 0 else 0.5, row)
         np.testing.assert_allclose(found[i], expected if per_leaf else expected.sum(), rtol=RTOL)
 
 
@@ -137,7 +121,7 @@ def test_refuses_what_cannot_be_summed(scale: Any, leaf: jax.Array, fragment: st
 
 def test_who_adds_leaves_before_they_are_reduced() -> None:
     def reductions(platform: str) -> int:
-        traced = jax.jit(lambda x: adamw_sum_of_squares(jnp.float32(1.0), x)).trace(_leaves())
+        traced = jax.jit(lambda x: adamw_sum_of_squares(jnp.float32(1.0), x)).trace(make_leaves())
         return traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.reduce(")
 
     assert reductions("cpu") == len(SHAPES)

@@ -25,7 +25,7 @@ def test_every_peer_makes_its_steps(peer: str) -> None:
     built = EVERYONE[peer](SHAPES, "float32", grads, True)
     built.run(2)
     if isinstance(built, step_peers.Jitted):
-        params, state = built._carry
+        params, state = built.carry.value
         moved = [not np.array_equal(p, jnp.full_like(p, 0.5)) for p in params]
         assert all(moved) == (peer != "identity")
         assert sum(x.size for x in jax.tree.leaves(state)) >= 2 * sum(p.size for p in params)

@@ -3,118 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-import dataclasses
 import gc
 from importlib.util import find_spec
 import json
 from pathlib import Path
 import shutil
-import statistics
-import time
 from typing import Any, Literal, TypeAlias
 
-from benches import gpu_peers, step_peers
+from benches import gpu_peers, step_cases, step_peers
+from benches.step_cases import CASES, STEPS, Case, Result, trees
 from benches.step_peers import Build
-from benches.timing import no_gc, processor
+from benches.timing import processor
 import jax
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-import shapes
 
 import adamw_xla as ax
 
 Device: TypeAlias = Literal["cpu", "gpu"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One tree, dtype and clipping."""
-
-    name: str
-    shapes: list[tuple[int, ...]]
-    dtype: str = "float32"
-    clip: bool = False
-
-    @property
-    def least_bytes(self) -> int:
-        """What a step must read and write."""
-        return step_peers.bytes_moved(self.shapes, self.dtype)
-
-    @property
-    def label(self) -> str:
-        return f"{self.name} {self.dtype}{' clip' if self.clip else ''}"
-
-
-CASES = {
-    "cpu": ("16x4M", "16x32k", "gpt2-small", "400x64k", "1000x1k"),
-    "gpu": ("gpt2-small", "resnet50", "400x64k", "1000x1k", "1x256M"),
-}
-"""By device, what is measured if nothing is asked for."""
-
-STEPS = {"cpu": 1, "gpu": 20}
-"""Steps for each reading of the clock."""
-
-
-def trees() -> dict[str, list[tuple[int, ...]]]:
-    """The trees that can be asked for, by name."""
-    million, k = 1 << 20, 1 << 10
-    return {
-        "16x4M": [(4 * million,)] * 16,
-        "16x32k": [(32 * k,)] * 16,  # stays in the cache, if few take part
-        "gpt2-small": list(shapes.MODELS["gpt2-small"]().values()),
-        "resnet50": list(shapes.MODELS["resnet50"]().values()),
-        "400x64k": [(64 * k,)] * 400,
-        "1000x1k": [(k,)] * 1000,
-        "1x256M": [(256 * million,)],
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """Seconds per step of every peer, round by round."""
-
-    case: Case
-    seconds: dict[str, list[float]]
-
-    def median(self, peer: str) -> float:
-        return statistics.median(self.seconds[peer])
-
-    def ratio(self, peer: str, ours: str, floor: str | None = None) -> tuple[float, float, float]:
-        """Ratio of medians, and the quartiles of the rounds' own ratios."""
-        off = self.seconds[floor] if floor else [0.0] * len(self.seconds[ours])
-        rounds = [
-            (theirs - base) / (mine - base)
-            for theirs, mine, base in zip(self.seconds[peer], self.seconds[ours], off, strict=True)
-            if mine > base
-        ]
-        base = statistics.median(off)
-        low, _, high = statistics.quantiles(rounds, n=4)
-        return (self.median(peer) - base) / (self.median(ours) - base), low, high
-
-
 def measure(
     case: Case, peers: Mapping[str, Build], rounds: int, steps: int, progress: Progress
 ) -> Result:
-    """Times ``steps`` steps of every peer once per round, in an order that rotates."""
-    grads = step_peers.make_grads(case.shapes, case.dtype)
-    names = list(peers)
-    built = {
-        name: build(case.shapes, case.dtype, grads, case.clip) for name, build in peers.items()
-    }
-    for peer in built.values():
-        peer.run(2)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+    """Builds the peers and times them, in turn."""
+    built = step_cases.build(case, peers)
     task = progress.add_task(case.label, total=rounds)
-    with no_gc():
-        for i in range(rounds):
-            for name in names[i % len(names) :] + names[: i % len(names)]:
-                start = time.perf_counter()
-                built[name].run(steps)
-                seconds[name].append((time.perf_counter() - start) / steps)
-            progress.advance(task)
-    return Result(case, seconds)
+    return step_cases.time_rounds(case, built, rounds, steps, lambda: progress.advance(task))
 
 
 def machine() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import ctypes
+import dataclasses
 import functools
 import os
 from pathlib import Path
@@ -34,6 +35,9 @@ BYTES_PER_STATE = 4
 class Peer(Protocol):
     """One contestant."""
 
+    def prepare(self) -> None:
+        """Compiles what there is to be compiled; may be called in a thread of its own."""
+
     def run(self, steps: int) -> None:
         """Makes so many steps and waits for the last."""
 
@@ -55,6 +59,19 @@ def make_params(shapes: list[tuple[int, ...]], dtype: str) -> list[jax.Array]:
     return [jnp.full(shape, 0.5, dtype) for shape in shapes]
 
 
+@dataclasses.dataclass
+class Carry:
+    """The params and state that a step replaces."""
+
+    value: tuple[Any, Any]
+
+    @property
+    def kind(self) -> Any:
+        """Equal for those that the same program can take."""
+        leaves, treedef = jax.tree.flatten(self.value)
+        return treedef, tuple((x.shape, x.dtype) for x in leaves)
+
+
 class Jitted:
     """A donated jitted step ``fn(params, grads, state) -> (params, state)``."""
 
@@ -62,14 +79,20 @@ class Jitted:
         self, fn: Callable[..., Any], params: Any, grads: list[jax.Array], state: Any
     ) -> None:
         self._grads = grads
-        self._carry = (params, state)
+        self.carry = Carry((params, state))
         jitted = jax.jit(lambda carry, grads: fn(carry[0], grads, carry[1]), donate_argnums=0)
-        self._compiled = jitted.lower(self._carry, grads).compile()
+        self._lowered = jitted.lower(self.carry.value, grads)
+        self._compiled: Any = None
+
+    def prepare(self) -> None:
+        self._compiled = self._compiled or self._lowered.compile()
 
     def run(self, steps: int) -> None:
+        self.prepare()
+        carry = self.carry.value
         for _ in range(steps):
-            self._carry = self._compiled(self._carry, self._grads)
-        jax.block_until_ready(self._carry)
+            carry = self._compiled(carry, self._grads)
+        self.carry.value = jax.block_until_ready(carry)
 
 
 def _jitted(
@@ -134,6 +157,9 @@ class TorchFused:
             self._params, LEARNING_RATE, eps=EPSILON, weight_decay=WEIGHT_DECAY, fused=True
         )
 
+    def prepare(self) -> None:
+        pass
+
     def run(self, steps: int) -> None:
         for _ in range(steps):
             if self._clip:
@@ -164,6 +190,9 @@ class Bandwidth:
             pointers(*(leaf[k].ctypes.data for leaf in self._leaves)) for k in range(4)
         ]
         self._sizes = (ctypes.c_long * n)(*(leaf[0].size for leaf in self._leaves))
+
+    def prepare(self) -> None:
+        pass
 
     def run(self, steps: int) -> None:
         for _ in range(steps):

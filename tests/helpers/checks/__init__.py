@@ -1,0 +1,1 @@
+"""What tests and ``tools/gpu_report.py`` check alike: plain functions, which need no pytest."""

@@ -1,0 +1,1 @@
+"""What ``gpu_report.py`` is made of: parts that are processes, their record, and its page."""

@@ -1,0 +1,150 @@
+"""Times of one step on the device, ours beside the peers', or beside variants of our own."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+import gc
+from importlib.util import find_spec
+import itertools
+import os
+import time
+from typing import Any, NamedTuple
+
+from gpu_reporting import child
+
+READING = 0.06
+"""Seconds that one reading of the clock may take: some steps of the slowest peer."""
+
+TIMING = 2.0
+"""Seconds for the rounds of one case."""
+
+ROUNDS = (5, 15)
+"""At least, and at most."""
+
+GPU_TREES = (("gpt2-small", "resnet50", "1x256M"), ("400x64k",), ("1000x1k",))
+"""In groups: those whose programs compile in seconds first, and last what takes half a minute."""
+
+CPU_TREES = (("16x32k",),)
+KINDS = [("float32", False), ("bfloat16", False), ("float32", True), ("bfloat16", True)]
+"""Dtype of the params, and whether gradients are clipped by the global norm."""
+
+LAUNCHES, MERGES = ("native",), ("merged", "by leaf")
+SWEPT = [
+    ("gpt2-small", "float32", LAUNCHES + MERGES),
+    ("1x256M", "float32", LAUNCHES),
+    ("4x64M", "float32", LAUNCHES + MERGES),
+    ("gpt2-small", "bfloat16", LAUNCHES + MERGES),
+    ("resnet50", "float32", LAUNCHES + MERGES),
+    ("1000x1k", "float32", MERGES),
+    ("400x64k", "float32", LAUNCHES + MERGES),  # last: 5 s to compile each launch
+]
+"""Trees, and the beginnings of the names of what is compared there."""
+
+
+class Plan(NamedTuple):
+    """What to time: a tree, its params' dtype, clipping, who takes part."""
+
+    tree: str
+    dtype: str
+    clip: bool
+    peers: Mapping[str, Any]
+
+
+def plans(device: str, sweep: bool, without: list[str]) -> Iterator[Plan]:
+    """All cases, in order of worth."""
+    from benches import gpu_peers, step_peers
+
+    if sweep:
+        for tree, dtype, names in SWEPT:
+            chosen = {k: v for k, v in gpu_peers.SWEEP.items() if k.startswith(names)}
+            yield Plan(tree, dtype, False, _kept(chosen, without))
+        return
+    peers = gpu_peers.PEERS if device == "gpu" else step_peers.PEERS
+    left_out = ["keras", *([] if device == "gpu" else ["bandwidth"]), *without]
+    for group in GPU_TREES if device == "gpu" else CPU_TREES:
+        for (dtype, clip), tree in itertools.product(KINDS, group):
+            yield Plan(tree, dtype, clip, _kept(peers, left_out))
+
+
+def _kept(peers: Mapping[str, Any], without: list[str]) -> dict[str, Any]:
+    """Those who can take part: not left out, and installed."""
+    kept = {k: v for k, v in peers.items() if k.split()[0] not in without and k not in without}
+    return {k: v for k, v in kept.items() if k not in ("torch", "optax") or find_spec(k)}
+
+
+def needed_bytes(least: int, peers: Mapping[str, Any]) -> int:
+    """Of JAX's memory for one case: arrays of ours and of optax', gradients, and two copies.
+
+    Each set of arrays is at most what a step moves; a copy is half of that.
+    """
+    sets = 1 + ("optax" in peers) + 3 * ("bandwidth" in peers) * 0.5
+    return int(1.2 * least * sets)
+
+
+def measure(plan: Plan, memory: int) -> dict[str, Any]:
+    """Builds and times one case: an item for the report."""
+    from benches import step_cases
+
+    case = step_cases.Case(plan.tree, step_cases.trees()[plan.tree], plan.dtype, plan.clip)
+    item: dict[str, Any] = {"case": case.label, "tree": plan.tree, "dtype": plan.dtype}
+    item |= {"clip": plan.clip, "least_bytes": case.least_bytes}
+    needed = needed_bytes(case.least_bytes, plan.peers)
+    if memory and needed > memory:
+        skipped = f"needs {needed / 1e9:.0f} GB, and JAX may have {memory / 1e9:.0f} GB"
+        return item | {"skipped": skipped}
+    failed: dict[str, str] = {}
+
+    def note(name: str, error: Exception) -> None:
+        failed[name] = f"{type(error).__name__}: {error}"[:400]
+
+    begin = time.monotonic()
+    built = step_cases.build(case, plan.peers, note)
+    item |= {"build_seconds": round(time.monotonic() - begin, 2), "failed": failed}
+    if not built:
+        return item
+    trial = {name: _seconds(peer, 2) / 2 for name, peer in built.items()}
+    steps = int(min(max(READING / max(trial.values()), 3), 20))
+    rounds = int(TIMING / (steps * sum(trial.values())))
+    rounds = min(max(rounds, ROUNDS[0]), ROUNDS[1])
+    result = step_cases.time_rounds(case, built, rounds, steps)
+    return item | {"steps": steps, "rounds": rounds, "seconds": result.seconds}
+
+
+def _seconds(peer: Any, steps: int) -> float:
+    start = time.perf_counter()
+    peer.run(steps)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--without", action="append", default=[])
+    me = child.start(parser)
+    device = child.use_device(me)
+    without = list(me.options.without)
+    if me.device == "cpu":
+        import adamw_xla
+
+        without += [] if adamw_xla.native_available() else ["native"]
+    me.write(xla_flags=os.environ.get("XLA_FLAGS", ""), without=without)
+    memory = int((device.memory_stats() or {}).get("bytes_limit", 0))
+    spent: dict[str, float] = {}
+    for plan in plans(me.device, me.options.sweep, without):
+        label = f"{plan.tree} {plan.dtype}{' clip' if plan.clip else ''}"
+        if me.left < spent.get(plan.tree, 1.0):  # compiling takes most, and is the same again
+            me.write(case=label, skipped="no time was left")
+            continue
+        begin = time.monotonic()
+        try:
+            item = measure(plan, memory)
+        except Exception as error:  # the other cases have their turn
+            item = {"case": label, "skipped": f"{type(error).__name__}: {error}"[:600]}
+        me.write(**item)
+        gc.collect()
+        spent[plan.tree] = time.monotonic() - begin
+
+
+if __name__ == "__main__":
+    main()
