@@ -67,7 +67,8 @@ class AdamW:
         number, scalar array or schedule. 0 for none.
       beta_1: decay of the first moment, in [0, 1); number or scalar array.
       beta_2: decay of the second moment, in [0, 1); number or scalar array.
-      epsilon: the small constant in the denominator.
+      epsilon: the small constant in the denominator. 0 counts as 1.2e-38: what never had a
+        gradient does not move.
       amsgrad: divide by the running maximum of ``v``. As in Keras and PyTorch the raw
         ``v`` is compared; optax compares the bias-corrected one.
       clipnorm: clip each leaf's gradient to this L2 norm. A leaf that holds a stack of layers,
@@ -75,9 +76,10 @@ class AdamW:
       clipvalue: clip each gradient element to [-clipvalue, clipvalue].
       global_clipnorm: clip the gradient of the whole tree to this L2 norm. Inside of
         ``jax.shard_map`` each device sees, and clips by, the norm of what it holds.
-        A norm that overflows (float32: gradients of some 1e19) is no number to clip by. As in
-        Keras, with ``global_clipnorm`` everything becomes NaN, and with ``clipnorm`` the leaf's
-        gradient becomes 0; ``skip_nonfinite`` skips both.
+        The norm is right for every finite gradient, also where its squares overflow (float32:
+        from 1.8e19 on; there stock Keras makes everything NaN). Elements below 1.1e-19 count as
+        0 in it. A gradient whose norm is above 8.5e37 times the bound becomes 0. One that has a
+        NaN or an infinity makes everything NaN, unless ``skip_nonfinite`` skips it.
       use_ema: keep a moving average of the params; ``adamw_finalize`` returns it.
       ema_momentum: its momentum, in [0, 1].
       ema_overwrite_frequency: replace the params by their average every so many updates.
@@ -94,8 +96,8 @@ class AdamW:
         Of stacked layers it sees the stack: there a bias has two dimensions, so go by the path
         (``jax.tree_util.tree_map_with_path``) and not by ``ndim``.
       skip_nonfinite: a step whose gradient has a NaN or an infinity, or whose squared norm
-        overflows (so that ``v`` would never recover), leaves params, state and count as they
-        were, and is counted in ``state.skipped``. Decided on the device.
+        overflows after clipping (so that ``v`` would never recover), leaves params, state and
+        count as they were, and is counted in ``state.skipped``. Decided on the device.
       epsilon_root: a constant added to (the corrected) ``v`` under the root, optax's
         ``eps_root``: it bounds the root's derivative, where steps are differentiated. None:
         none, and no addition.

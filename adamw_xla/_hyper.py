@@ -82,7 +82,7 @@ def hyper_rows(
         Slot.ONE_MINUS_BETA_1: 1 - beta_1,
         Slot.BETA_2: beta_2,
         Slot.ONE_MINUS_BETA_2: 1 - beta_2,
-        Slot.EPSILON: as_scalar(config.epsilon, dtype),
+        Slot.EPSILON: _at_least_tiny(as_scalar(config.epsilon, dtype), dtype),
         Slot.APPLY: apply,
         **_step_slots(config, _array(learning_rate, dtype), t, beta_1, beta_2),
         **_clip_slots(config, dtype),
@@ -90,6 +90,14 @@ def hyper_rows(
     }
     rows = [_pack({**slots, Slot.DECAY_RATE: learning_rate * rate}, dtype) for rate in decay]
     return lax.concatenate(rows, 0) if len(rows) > 1 else rows[0]
+
+
+def _at_least_tiny(epsilon: Scalar, dtype: DTypeLike) -> Scalar:
+    """With an epsilon of 0, an element that never had a gradient would be 0/0; else no change."""
+    tiny = np.finfo(np.float32).tiny  # also in float64, where some leaves may be float32
+    if isinstance(epsilon, float):
+        return max(epsilon, float(tiny))
+    return lax.max(epsilon, np.asarray(tiny, dtype))
 
 
 def _power_minus_one(beta: Scalar, t: jax.Array) -> jax.Array:

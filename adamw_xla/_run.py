@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adamw_xla import _clipping
 from adamw_xla._check import options, trees
 from adamw_xla._check.words import NATIVE, Words, misplaced
 from adamw_xla._config import AdamW, ScalarOrSchedule, check_config
@@ -160,7 +161,8 @@ class _Step:
         good = jnp.asarray(True)
         if self.config.skip_nonfinite:
             total = [a + g for a, g in zip(old, scaled, strict=True)]
-            good = jnp.isfinite(self.backend.sum_of_squares(jnp.ones((), self.dtype), total))
+            squares = self.backend.sum_of_squares(jnp.ones((), self.dtype), total)
+            good = _clipping.is_good(self.config, squares)
             scaled = [jnp.where(good, g, 0) for g in scaled]
             state = dataclasses.replace(state, skipped=increment(state.skipped, ~good))
         total = [a + g for a, g in zip(old, scaled, strict=True)]

@@ -128,8 +128,11 @@ def update_leaves(
       clear: return zeros in place of the gradients too.
     """
     clip = _clipping.scales(config, grads, scale, dtype, backend.sum_of_squares)
-    # A NaN or an infinity anywhere is one in the sum.
-    apply = jnp.all(jnp.isfinite(clip.squares)) if config.skip_nonfinite else None
+    squares = clip.squares
+    apply = None
+    if config.skip_nonfinite:
+        assert squares is not None
+        apply = _clipping.is_good(config, squares)
     hyper = hyper_rows(
         config,
         count,
@@ -156,4 +159,4 @@ def update_leaves(
         nesterov=config.nesterov,
         delta=delta,
     )
-    return Updated(new, apply, cleared(grads, clip.squares) if clear else None)
+    return Updated(new, apply, cleared(grads, squares and squares.sum) if clear else None)

@@ -17,7 +17,7 @@ from adamw_xla._run import run_step
 from adamw_xla._state import AdamWState
 from adamw_xla._step import ALIASES, LACKING
 from adamw_xla._update import Backend
-from adamw_xla_lowering import Slot, UpdateResult, compute_dtype
+from adamw_xla_lowering import Slot, Squares, UpdateResult, compute_dtype, small_unit
 
 Leaves = Sequence[jax.Array]
 
@@ -64,10 +64,15 @@ def _do_if(condition: jax.Array, body: Callable[[Any], Any], x: Any) -> Any:
     return jax.lax.cond(condition, body, lambda x: x, x)
 
 
-def sum_of_squares(scale: jax.Array, leaves: Leaves, *, per_leaf: bool = False) -> jax.Array:
-    """Sums ``(scale * x)**2`` over all leaves, or over each: [] or [leaves]."""
-    sums = jnp.stack([jnp.sum(jnp.square(x.astype(scale.dtype) * scale)) for x in leaves])
-    return sums if per_leaf else jnp.sum(sums)
+def sum_of_squares(scale: jax.Array, leaves: Leaves, *, per_leaf: bool = False) -> Squares:
+    """Sums ``(scale * x)**2`` over all leaves or each, in a unit that fits: [] or [leaves]."""
+
+    def summed(unit: float) -> jax.Array:
+        scaled = (x.astype(scale.dtype) * scale * unit for x in leaves)
+        sums = jnp.stack([jnp.sum(jnp.square(x)) for x in scaled])
+        return sums if per_leaf else jnp.sum(sums)
+
+    return Squares.chosen(summed(1.0), summed(small_unit(scale.dtype)))
 
 
 def adamw_update(

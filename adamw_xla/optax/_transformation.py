@@ -213,8 +213,10 @@ class _Transform:
 def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
     """``optax.clip_by_global_norm``, which reads the tree in a kernel or two per shape.
 
-    The norm is taken in float32, or in float64 where a gradient is float64. If it is not
-    finite, everything becomes NaN, so that ``optax.apply_if_finite`` behind it sees that.
+    The norm is taken in float32, or in float64 where a gradient is float64, and is right for
+    every finite gradient; optax makes zeros of one whose squares overflow (float32: from
+    1.8e19 on). Where a gradient is infinite or NaN, everything becomes NaN, so that
+    ``optax.apply_if_finite`` behind it sees that.
 
     Args:
       max_norm: the largest norm that passes.
@@ -241,5 +243,9 @@ def _clip(max_norm: ArrayLike, updates: Any, state: Any, params: Any = None) -> 
     trees.params(updates, leaves, "updates")
     wide = any(x.dtype == np.float64 for x in leaves)
     one = jnp.ones((), np.float64 if wide else np.float32)
-    factor = _clipping.global_factor(jnp.sqrt(adamw_sum_of_squares(one, leaves)), max_norm)
-    return jax.tree.map(lambda x: (x.astype(one.dtype) * factor).astype(x.dtype), updates), state
+    unit, quotient = _clipping.global_factors(adamw_sum_of_squares(one, leaves), max_norm)
+
+    def clipped(x: jax.Array) -> jax.Array:
+        return (x.astype(one.dtype) * unit * quotient).astype(x.dtype)
+
+    return jax.tree.map(clipped, updates), state

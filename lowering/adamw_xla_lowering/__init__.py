@@ -11,8 +11,10 @@ from .contract import UpdateSpec as UpdateSpec
 from .contract import check_implementation as check_implementation
 from .contract import compute_dtype as compute_dtype
 from .contract import dtype_names as dtype_names
+from .contract import small_unit as small_unit
 from .cpu.library import native_available as native_available
 from .errors import NativeUnavailableError as NativeUnavailableError
+from .norms import Squares as Squares
 from .norms import adamw_sum_of_squares as adamw_sum_of_squares
 from .primitive import UpdateResult as UpdateResult
 from .primitive import adamw_update as adamw_update

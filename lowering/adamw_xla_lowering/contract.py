@@ -233,6 +233,14 @@ def operand_name(spec: UpdateSpec, index: int) -> str:
     return f"{spec.operand_kinds[kind]}[{leaf}]"
 
 
+def small_unit(dtype: Any) -> float:
+    """A power of two, so small that squares of what is multiplied by it cannot overflow.
+
+    Nor can the sum of 2^39 of them, for whatever is finite in ``dtype``, float32 or float64.
+    """
+    return float(2.0 ** -(np.finfo(dtype).maxexp // 2 + 20))
+
+
 def compute_dtype(param_dtype: Any) -> np.dtype[Any]:
     """The dtype of the arithmetic on a param of this dtype."""
     return np.dtype(np.float64 if param_dtype == np.float64 else np.float32)

@@ -1,5 +1,9 @@
 """``adamw_sum_of_squares_p``: the squared L2 norm of a whole tree, as one equation.
 
+Squares overflow where numbers are far from it (in float32 from 1.8e19 on). So there are two
+sums: of the squares, and of squares in a unit so small that nothing finite overflows. The first
+is taken where it is finite, else the second: a norm is right for every finite gradient.
+
 Clipping by the global norm, clipping each leaf by its own, and the search for a gradient
 that is not finite all need nothing else. As one equation it traces in the time of one
 leaf, and a platform can read the tree in fewer kernels than one or two per leaf.
@@ -7,7 +11,7 @@ leaf, and a platform can read the tree in fewer kernels than one or two per leaf
 
 from collections.abc import Sequence
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import Primitive
@@ -24,9 +28,29 @@ from .contract import (
     NormSpec,
     check_implementation,
     dtype_names,
+    small_unit,
 )
 from .rules import autodiff, eager
 from .rules.batching import to_front
+
+
+class Squares(NamedTuple):
+    """A sum of squares, whose root divided by ``unit`` is a norm.
+
+    Attributes:
+      sum: of ``(unit * scale * x)**2``; infinite or NaN only where a ``scale * x`` is.
+      unit: 1, or where the sum of ``(scale * x)**2`` would overflow ``contract.small_unit``.
+    """
+
+    sum: jax.Array
+    unit: jax.Array
+
+    @staticmethod
+    def chosen(plain: jax.Array, small: jax.Array) -> "Squares":
+        """The one of two sums, in units of 1 and ``small_unit``, that did not overflow."""
+        fits = jnp.isfinite(plain)
+        unit = jnp.where(fits, 1.0, small_unit(plain.dtype)).astype(plain.dtype)
+        return Squares(jnp.where(fits, plain, small), unit)
 
 
 def adamw_sum_of_squares(
@@ -35,8 +59,8 @@ def adamw_sum_of_squares(
     *,
     per_leaf: bool = False,
     implementation: Implementation | None = None,
-) -> jax.Array:
-    """Sums ``(scale * x)**2`` over the elements of all leaves, or of each.
+) -> Squares:
+    """Sums ``(scale * x)**2`` over the elements of all leaves, or of each, in a unit that fits.
 
     Args:
       scale: a scalar, float32 or float64; the arithmetic and the result are of its dtype.
@@ -46,8 +70,8 @@ def adamw_sum_of_squares(
         kernel makes the sum where it can, and otherwise StableHLO.
 
     Returns:
-      A scalar, or [leaves] with ``per_leaf``. It is infinite or NaN where an element is,
-      or where a square overflows.
+      Scalars, or [leaves] with ``per_leaf``. Of up to 2^39 elements; what is below the root of
+      the smallest normal number of the dtype (float32: 1.1e-19) counts as 0.
 
     Raises:
       TypeError: a leaf's or the scale's dtype does not fit.
@@ -56,10 +80,10 @@ def adamw_sum_of_squares(
     """
     check_implementation(implementation)
     if not leaves:
-        return jnp.zeros((0,) if per_leaf else (), scale.dtype)
+        shape = (0,) if per_leaf else ()
+        return Squares(jnp.zeros(shape, scale.dtype), jnp.ones(shape, scale.dtype))
     spec = NormSpec(per_leaf, implementation=implementation)
-    (result,) = adamw_sum_of_squares_p.bind(scale, *leaves, spec=spec)
-    return result
+    return Squares(*adamw_sum_of_squares_p.bind(scale, *leaves, spec=spec))
 
 
 # ------------------------------------------------------------------------------- the rules
@@ -79,7 +103,7 @@ def _abstract_eval(scale: Any, *leaves: Any, spec: NormSpec) -> list[Any]:
     tail = (len(leaves),) if spec.per_leaf else ()
     partition = (*batch_spec(batch, members), *(None for _ in tail))
     aval = with_shape_and_spec(scale, (*batch, *tail), partition)
-    return [varying_like(aval.update(weak_type=False), members)]
+    return [varying_like(aval.update(weak_type=False), members)] * 2
 
 
 def _batch(
@@ -87,7 +111,7 @@ def _batch(
 ) -> tuple[list[jax.Array], list[int]]:
     moved = map(to_front, operands, dims)
     batched = dataclasses.replace(spec, batch_rank=spec.batch_rank + 1)
-    return adamw_sum_of_squares_p.bind(*moved, spec=batched), [0]
+    return adamw_sum_of_squares_p.bind(*moved, spec=batched), [0, 0]
 
 
 # ---------------------------------------------------------------------------- registration

@@ -37,7 +37,7 @@ def _no_kernel(lower: Lowering, ctx: Any, *operands: Any, spec: UpdateSpec) -> A
 _by_leaf = functools.partial(_no_kernel, stablehlo.lower)
 
 PLATFORMS: dict[str | None, Platform] = {
-    "cpu": Platform(cpu.lower, norm_stablehlo.lower_by_leaf),
+    "cpu": Platform(cpu.lower, norm_stablehlo.lower_in_turn),
     "cuda": Platform(cuda.lower, gpu_norm.lower),
     "rocm": Platform(functools.partial(_no_kernel, merge.lower), gpu_norm.lower_merged),
     "tpu": Platform(_by_leaf, norm_stablehlo.lower_added),

@@ -84,6 +84,15 @@ def _norm(leaves: Leaves) -> float:
     return float(np.sqrt(sum(np.sum(np.square(g)) for g in leaves)))
 
 
+def _factor(norm: float, bound: float) -> float:
+    return 1.0 if norm <= bound else bound / norm
+
+
+def _quotient(a: Array, b: Array) -> Array:
+    """What never had a gradient does not move, with an epsilon of 0 too: 0/0 is 0."""
+    return np.divide(a, b, out=np.zeros_like(a), where=(a != 0) | (b != 0))
+
+
 def step(
     params: Leaves, grads: list[Array | None], state: State, o: Options
 ) -> tuple[Leaves, State, Terms]:
@@ -126,10 +135,10 @@ def step(
         size = {i: x / n for i, x in size.items()}
 
     if o.clipnorm is not None:
-        factors = {i: o.clipnorm / max(_norm([x]), o.clipnorm) for i, x in g.items()}
+        factors = {i: _factor(_norm([x]), o.clipnorm) for i, x in g.items()}
     elif o.global_clipnorm is not None:
-        norm, bound = _norm(list(g.values())), o.global_clipnorm
-        factor = min(1.0, bound / norm if norm else np.inf)
+        norm = _norm(list(g.values()))
+        factor = _factor(norm, o.global_clipnorm)
         factors = dict.fromkeys(live, factor if np.isfinite(norm) else np.nan)
     else:
         factors = dict.fromkeys(live, 1.0)
@@ -164,10 +173,10 @@ def step(
             direction = o.beta_1 * new.m[i] / following + (1 - o.beta_1) * g[i] / bias_1
             term = o.beta_1 * terms.m[i] / following + (1 - o.beta_1) * size[i] / bias_1
         decay = lr * wd * p if decays else np.zeros_like(p)
-        result[i] = p - decay - rate * direction / denominator
+        result[i] = p - decay - rate * _quotient(direction, denominator)
         # To first order an error of w is half of it in the root.
         inside = np.abs(direction) * np.divide(term_w, w, out=np.ones_like(w), where=w > 0)
-        enters = rate * np.maximum(term, inside) / denominator
+        enters = rate * _quotient(np.maximum(term, inside), denominator)
         terms.step[i] = enters
         terms.params[i] = np.maximum.reduce([np.abs(p), np.abs(decay), enters])
         if o.use_ema:

@@ -37,7 +37,7 @@ DTYPES: dict[str, Any] = {
     "i1": np.bool_,
 }
 COMPARISONS = {2: operator.lt}  # cmpi: slt
-FLOAT_COMPARISONS = {13: operator.ne}  # cmpf: une
+FLOAT_COMPARISONS = {4: operator.lt, 13: operator.ne}  # cmpf: olt, une
 
 
 @dataclasses.dataclass

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from triton_interpreter import Interpreted, buffer, run
 
-from adamw_xla_lowering import NativeUnavailableError, UpdateResult, adamw_update
+from adamw_xla_lowering import NativeUnavailableError, UpdateResult, adamw_update, small_unit
 from adamw_xla_lowering.gpu import call as gpu_call
 from adamw_xla_lowering.gpu import kernel as gpu_kernel
 from adamw_xla_lowering.gpu.pieces import Kind, Launch, Leaf, cut
@@ -72,18 +72,26 @@ def test_very_large_leaves_are_cut_without_overflow() -> None:
 
 
 @pytest.mark.parametrize("span", [1, 3])
-@pytest.mark.parametrize("scale", [np.float32(0.5), np.float64(0.5)], ids=str)
-def test_partial_sums(span: int, scale: Any) -> None:
+@pytest.mark.parametrize("scale", [np.float32(0.5), np.float64(0.5)], ids=["float32", "float64"])
+@pytest.mark.parametrize("is_large", [False, True], ids=["", "overflows"])
+def test_partial_sums(span: int, scale: Any, is_large: bool) -> None:
     rng = np.random.default_rng(0)
     sizes, dtypes = [1, 64, 200, 1000, 7], ["float32", "bfloat16", "float32", "float16", "float64"]
     arrays = [rng.standard_normal(n).astype(DTYPES[d]) for n, d in zip(sizes, dtypes, strict=True)]
+    if is_large:
+        large = 2 if scale.dtype == np.float32 else 4
+        arrays[large] = arrays[large] * scale.dtype.type(np.sqrt(np.finfo(scale.dtype).max) * 1e9)
     tree = [Leaf(Kind((x.dtype,), ()), x.size) for x in arrays]
     kernel = norm_kernel(tree, scale.dtype, Launch(64, 1), span)
     sums = buffer(np.full(kernel.programs, np.nan, scale.dtype))
     run(kernel, [buffer(scale), *map(buffer, arrays), sums])
     assert (sums.writes == 1).all()
-    found = math.fsum(sums.data)
-    want = math.fsum(y for x in arrays for y in (0.5 * x.astype(np.float64)) ** 2)
+    # Negative sums are in the small unit; all are compared in that of the large ones.
+    small = small_unit(scale.dtype)
+    unit = small if is_large else 1.0
+    found = math.fsum(-s if s < 0 else s * unit * unit for s in sums.data.astype(np.float64))
+    assert np.any(sums.data < 0) == is_large
+    want = math.fsum(y for x in arrays for y in (0.5 * unit * x.astype(np.float64)) ** 2)
     # No term is negative, so the sum is off by no more roundings than one of them meets: in
     # the dtype (which the square doubles), its square, the walk, the halving, and in `want`.
     roundings = 2 + 1 + (span - 1) + math.log2(64) + 1

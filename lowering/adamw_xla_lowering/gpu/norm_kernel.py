@@ -1,7 +1,8 @@
 """The squared norm of a tree on NVIDIA GPUs: partial sums of all leaves by one kernel.
 
-Each program writes one sum, and XLA adds them up; the order of the additions is the same
-in every run. It goes with the update's kernel: compiled and interpreted, not run.
+Each program writes one number, and XLA adds them up; the order of the additions is the same
+in every run. The number is the sum of squares, or where that overflows minus the sum in the
+small unit. It goes with the update's kernel: compiled and interpreted, not run.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 
 from ..contract import cut_evenly
+from ..norm_stablehlo import splat, units
 from . import call
 from .kernel import can_run, launch_shape
 from .pieces import Kind, Leaf
@@ -36,7 +38,8 @@ def partial_sums(
       leaves: tensors of any shapes.
 
     Returns:
-      A tensor [programs] in the dtype of ``scale``; None where the kernel cannot be used.
+      A tensor [programs] in the dtype of ``scale``, as ``squeezed`` makes it; None where the
+      kernel cannot be used.
     """
     scale_aval, *avals = ctx.avals_in
     full = [i for i, aval in enumerate(avals) if 0 not in aval.shape]
@@ -54,3 +57,18 @@ def partial_sums(
     if len(found) == 1:
         return found[0]
     return hlo.concatenate(found, ir.IntegerAttr.get(ir.IntegerType.get_signless(64), 0))
+
+
+def squeezed(sums: ir.Value) -> ir.Value:
+    """Sums in both units -> one number each: the first, or minus the second if it overflowed."""
+    plain, small = hlo.real(sums), hlo.imag(sums)
+    return hlo.select(hlo.is_finite(plain), plain, hlo.negate(small))
+
+
+def split_parts(x: ir.Value) -> ir.Value:
+    """What ``squeezed`` made of sums -> these sums; the first is infinite where it overflowed."""
+    is_small = hlo.compare(x, splat(x.type, 0.0), hlo.ComparisonDirectionAttr.get("LT"))
+    plain = hlo.select(is_small, splat(x.type, math.inf), x)
+    unit = hlo.broadcast_in_dim(x.type, units(x)[1], mlir.dense_int_array([]))
+    root = hlo.multiply(hlo.sqrt(hlo.abs(x)), unit)
+    return hlo.complex(plain, hlo.maximum(hlo.negate(x), hlo.multiply(root, root)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 import dataclasses
+import math
 from typing import Any
 
 from jax.extend.mlir import ir
@@ -10,7 +11,15 @@ from jax.interpreters import mlir
 import numpy as np
 
 from .. import arithmetic
-from ..contract import NORM_NAME, UPDATE_NAME, Slot, UpdateSpec, compute_dtype, join_leaves
+from ..contract import (
+    NORM_NAME,
+    UPDATE_NAME,
+    Slot,
+    UpdateSpec,
+    compute_dtype,
+    join_leaves,
+    small_unit,
+)
 from .call import Kernel, build, tt
 from .pieces import Kind, Launch, Leaf, Section, cut
 from .triton_ops import BlockOps, constant, convert, load_scalar, offset_by, splat_constant
@@ -46,7 +55,9 @@ def update_kernel(
 
 
 def norm_kernel(leaves: Sequence[Leaf], scale_dtype: Any, launch: Launch, span: int) -> Kernel:
-    """Partial sums of ``(scale * x)**2``: parameters are scale, leaves, one sum per program.
+    """Partial sums of ``(scale * x)**2``: parameters are scale, leaves, one number per program.
+
+    The number is the sum, or where that overflows minus the sum in the small unit.
 
     Args:
       leaves: none of them empty, each of one operand and no batch.
@@ -148,7 +159,8 @@ class _Norm:
         i32 = ir.IntegerType.get_signless(32)
         first = arith.muli(work.local, constant(self.span, i32))
         low, high, one = (constant(x, i32) for x in (0, self.span, 1))
-        loop = scf.ForOp(low, high, one, [ops.constant(0.0)])
+        unit = ops.constant(small_unit(self.dtype))
+        loop = scf.ForOp(low, high, one, [ops.constant(0.0)] * 2)
         with ir.InsertionPoint(loop.body):
             base = work.base(arith.addi(first, loop.induction_variable))
             mask = work.mask(base)
@@ -156,11 +168,21 @@ class _Norm:
             stored = mlir.dtype_to_ir_type(section.kind.operands[0])
             zero = splat_constant(section.block, stored, 0.0)
             x = ops.multiply(ops.convert(tt.load(at, mask=mask, other=zero)), scale)
-            scf.yield_([ops.add(loop.inner_iter_args[0], ops.multiply(x, x))])
+            numbers = (x, ops.multiply(x, unit))
+            pairs = zip(loop.inner_iter_args, numbers, strict=True)
+            scf.yield_([ops.add(total, ops.multiply(y, y)) for total, y in pairs])
+        plain, small = (self._over_threads(ops, total) for total in loop.results)
+        infinity = arith.constant(ops.dtype, ir.FloatAttr.get(ops.dtype, math.inf))
+        fits = arith.cmpf(arith.CmpFPredicate.OLT, plain, infinity)  # no sum is negative
+        total = arith.select(fits, plain, arith.negf(small))
+        tt.store(offset_by(self.sums, program), total)
+
+    @staticmethod
+    def _over_threads(ops: BlockOps, block: ir.Value) -> ir.Value:
         # jaxlib's stubs show the generated class, which this one takes the place of.
         reduce: Any = tt.ReduceOp
-        total = reduce([loop.results[0]], 0)
+        total = reduce([block], 0)
         combine = total.regions[0].blocks.append(ops.dtype, ops.dtype)
         with ir.InsertionPoint(combine):
             tt.reduce_return([arith.addf(*combine.arguments)])
-        tt.store(offset_by(self.sums, program), total.result[0])
+        return total.result[0]

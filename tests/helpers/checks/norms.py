@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamw_xla_lowering import adamw_sum_of_squares
+from adamw_xla_lowering import Squares, adamw_sum_of_squares
 
 SHAPES = [(), (3,), (3,), (0, 2), (2, 5), (5, 2), (64, 256), (128, 128), (16389,)]
 
@@ -29,6 +29,11 @@ def oracle(scale: float, leaves: list[Any]) -> np.ndarray:
     return np.array([np.sum((scale * np.asarray(x, np.float64)) ** 2) for x in leaves])
 
 
+def squared(found: Squares) -> np.ndarray:
+    """The squared norm, in float64."""
+    return np.asarray(found.sum, np.float64) / np.asarray(found.unit, np.float64) ** 2
+
+
 def sums(implementation: Any, dtype: Any, per_leaf: bool) -> None:
     """The sum over a tree, or over each of its leaves."""
     with jax.enable_x64(dtype == np.float64):
@@ -38,10 +43,10 @@ def sums(implementation: Any, dtype: Any, per_leaf: bool) -> None:
             adamw_sum_of_squares, per_leaf=per_leaf, implementation=implementation
         )
         found = jax.jit(f)(scale, leaves)
-        assert found.dtype == scale.dtype
+        assert {x.dtype for x in found} == {scale.dtype}
         want = oracle(0.5, leaves)
         rtol = RTOL_64 if dtype == np.float64 else RTOL
-        np.testing.assert_allclose(found, want if per_leaf else want.sum(), rtol=rtol)
+        np.testing.assert_allclose(squared(found), want if per_leaf else want.sum(), rtol=rtol)
 
 
 def whole_numbers(implementation: Any) -> None:
@@ -51,7 +56,7 @@ def whole_numbers(implementation: Any) -> None:
     f = jax.jit(functools.partial(adamw_sum_of_squares, implementation=implementation))
     want = oracle(1.0, leaves).sum()
     for _ in range(4):
-        found = f(jnp.float32(1.0), leaves)
+        found = f(jnp.float32(1.0), leaves).sum
         assert found == want, f"{found} is not {want}"
 
 
@@ -59,7 +64,7 @@ def deterministic(implementation: Any) -> None:
     """The same bits, run after run, of a sum that rounding enters."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal(1 << 21), np.float32)
     f = jax.jit(functools.partial(adamw_sum_of_squares, implementation=implementation))
-    found = {float(f(jnp.float32(0.7), [x, x[:70_001]])) for _ in range(8)}
+    found = {float(f(jnp.float32(0.7), [x, x[:70_001]]).sum) for _ in range(8)}
     assert len(found) == 1, f"{found} differ"
 
 
@@ -69,14 +74,14 @@ def one_bad_element(implementation: Any) -> None:
     for bad in (np.nan, np.inf, -np.inf):
         leaves = make_leaves()
         leaves[6] = leaves[6].at[3, 4].set(bad)
-        assert not np.isfinite(f(jnp.float32(1.0), leaves)), f"{bad} is not seen"
+        assert not np.isfinite(f(jnp.float32(1.0), leaves).sum), f"{bad} is not seen"
 
 
 def batched(implementation: Any, per_leaf: bool) -> None:
     """Under ``vmap``, with a scale for each member."""
     scales, leaves = jnp.array([0.5, 2.0]), make_leaves(batch=(2,))
     call = functools.partial(adamw_sum_of_squares, per_leaf=per_leaf, implementation=implementation)
-    found = jax.jit(jax.vmap(call))(scales, leaves)
+    found = squared(jax.jit(jax.vmap(call))(scales, leaves))
     for i in range(2):
         want = oracle(float(scales[i]), [x[i] for x in leaves])
         np.testing.assert_allclose(found[i], want if per_leaf else want.sum(), rtol=RTOL)
