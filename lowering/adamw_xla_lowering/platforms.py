@@ -10,7 +10,7 @@ from jax.interpreters import mlir
 
 from . import norm_stablehlo, stablehlo
 from ._jax_private import platforms_of
-from .contract import UpdateSpec, default_implementation
+from .contract import NormSpec, UpdateSpec, default_implementation
 from .cpu import kernel as cpu
 from .errors import unavailable
 from .gpu import kernel as cuda
@@ -47,11 +47,20 @@ PLATFORMS: dict[str | None, Platform] = {
 
 def _lower(ctx: mlir.LoweringRuleContext, *operands: Any, spec: UpdateSpec) -> Any:
     """The rule of the platform; for a program that must run on several, StableHLO."""
-    platforms = platforms_of(ctx)
-    key = platforms[0] if len(platforms) == 1 else None
     if spec.implementation is None:
         spec = dataclasses.replace(spec, implementation=default_implementation())
-    return PLATFORMS.get(key, PLATFORMS[None]).update(ctx, *operands, spec=spec)
+    return _platform(ctx).update(ctx, *operands, spec=spec)
+
+
+def _lower_norm(ctx: mlir.LoweringRuleContext, *operands: Any, spec: NormSpec) -> Any:
+    """Likewise."""
+    return _platform(ctx).norm(ctx, *operands, spec=spec)
+
+
+def _platform(ctx: mlir.LoweringRuleContext) -> Platform:
+    platforms = platforms_of(ctx)
+    key = platforms[0] if len(platforms) == 1 else None
+    return PLATFORMS.get(key, PLATFORMS[None])
 
 
 def register(primitive: Primitive) -> None:
@@ -65,5 +74,5 @@ def register(primitive: Primitive) -> None:
 
 def register_norm(primitive: Primitive) -> None:
     """Installs the norm's lowerings."""
-    for platform, lowerings in PLATFORMS.items():
-        mlir.register_lowering(primitive, lowerings.norm, platform=platform)
+    # Likewise: in a function of its own the GPUs' could not see whether the scale is known.
+    mlir.register_lowering(primitive, _lower_norm, cacheable=False)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from inspection import aot, inspect_cases
 from inspection.inspect_cases import OURS, Case, Inspected
+import jax
 from jax.flatten_util import ravel_pytree
 import peer_steps
 import pytest
@@ -40,6 +41,21 @@ BOUNDS = {
     ("resnet50", "v5e", "none"): Bound(161, 0),
     ("resnet50", "v5e", "global"): Bound(191, 25_000_000),
 }
+
+ACCUMULATED = {
+    # 21 leaves' updates stay kernels of their own in 0.10, and 4 in 0.12.
+    ("h100", "none"): {(0, 10): Bound(55, 21_000), (0, 12): Bound(37, 17_000)},
+    # 768 partial sums for each size of large leaves, twice, and what makes the last sum.
+    ("h100", "global"): {(0, 10): Bound(50, 90_000)},
+    ("v5e", "none"): {(0, 10): Bound(296, 0)},
+    # By libtpu 0.0.42 and 0.0.50: the same kernels and cycles, and 37.7 MB more in its plan.
+    ("v5e", "global"): {(0, 10): Bound(310, 0), (0, 12): Bound(310, 38_000_000)},
+}
+"""GPT-2 small with gradient accumulation, from a version of jax on: the additions of every call
+and the update of the last. Optax has 156 to 444 kernels and 39 kB to 552 MB of temporaries."""
+
+MAX_CYCLES = {"none": 12_500_000, "global": 14_000_000}
+"""The TPU compiler's estimate for the same; optax: 12,652,745 and 14,363,586."""
 
 
 def target(name: str) -> aot.Target:
@@ -106,17 +122,17 @@ def test_no_more_than_optax(name, clip):
     assert mine.peak_bytes <= 1.001 * optax.peak_bytes
 
 
-@pytest.mark.parametrize("clip", ["none", "global"])
-@pytest.mark.parametrize("name", ["h100", "v5e"])
+@pytest.mark.parametrize(("name", "clip"), ACCUMULATED)
 def test_accumulation_is_cleared_in_place(name, clip):
-    """Kernels and copies of a call that updates; optax does the same work at every call."""
+    """Kernels, copies and memory of a call that updates: no leaf has a copy or a temporary."""
     target(name)
-    mine, optax = (inspected("gpt2-small", name, clip, who, 4).report for who in (OURS, "optax"))
-    assert mine.program.count <= (56 if name == "h100" else optax.program.count)
-    assert mine.program.by_kind.get("copy", 0) <= 2  # scalars
-    assert mine.undonated == ()
-    assert (mine.program.estimated_cycles or 0) <= (optax.program.estimated_cycles or 0)
-    assert mine.temporary_bytes <= optax.temporary_bytes
+    found = inspected("gpt2-small", name, clip, accumulate=4)
+    since = max(version for version in ACCUMULATED[name, clip] if version <= jax.__version_info__)
+    bound = ACCUMULATED[name, clip][since]
+    assert kept(found, bound), (found.report.program.by_kind, found.report.temporary_bytes, bound)
+    assert found.report.program.by_kind.get("copy", 0) <= 2  # scalars
+    assert found.report.undonated == ()
+    assert (found.report.program.estimated_cycles or 0) <= MAX_CYCLES[clip]
 
 
 # -------------------------------------------------------------- what the bounds must not let pass

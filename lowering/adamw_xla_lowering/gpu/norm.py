@@ -40,6 +40,11 @@ MAX_ROW = 8192
 MIN_ROWS = 256
 """With fewer, XLA:GPU would not fuse what makes the rows: too few blocks for a device."""
 
+MIN_SCALED_ROWS = 768
+"""The same where the squares take a factor, which XLA:GPU reckons to be read anew for every
+element: with 256 rows it would write the sum of 24 large leaves' squares into a buffer first.
+512 are enough for 24 leaves of 2 M elements, not for 48 of 4 M; sizes of powers of 2 get 1024."""
+
 MIN_FOLDED_ROWS = 1024
 """Up to eight rows that are far apart are added by one kernel too, if so many sums are left."""
 
@@ -82,10 +87,11 @@ def lower_merged(
     if spec.per_leaf:
         return _finish(ctx, _sums_by_leaf(squares, flat, alike.values(), spec, aval_out), spec)
     partial = []
+    min_rows = MIN_ROWS if _is_one(scale) else MIN_SCALED_ROWS
     for group in alike.values():
         for run in cut_evenly(group, MAX_MERGED_SUMMANDS):
             total = functools.reduce(hlo.add, [squares(flat[i]) for i in run])
-            partial.append(_partly_summed(total, r))
+            partial.append(_partly_summed(total, r, min_rows))
     if r == 0:
         # One reduction of all partial sums, in place of a second stage for each group; the
         # barrier keeps the compiler from merging the stages and splitting them its own way.
@@ -146,11 +152,19 @@ def _sums_by_leaf(
     return [sums[i] for i in range(len(flat))]
 
 
-def _partly_summed(x: ir.Value, batch_rank: int) -> ir.Value:
+def _is_one(x: ir.Value) -> bool:
+    """Whether the compiler knows ``x`` to be 1, and leaves a multiplication by it out."""
+    if isinstance(x.owner, ir.Block) or x.owner.operation.name != "stablehlo.constant":
+        return False
+    value = ir.DenseFPElementsAttr(x.owner.operation.attributes["value"])
+    return value.is_splat and value[0] == 1.0
+
+
+def _partly_summed(x: ir.Value, batch_rank: int, min_rows: int = MIN_ROWS) -> ir.Value:
     """[*batch, n] -> [*batch, k] with the same sum and a smaller k, by one kernel."""
     kind = ir.RankedTensorType(x.type)
     *batch, n = kind.shape
-    longest = min(max(n // MIN_ROWS, MIN_ROW), MAX_ROW)
+    longest = min(max(n // min_rows, MIN_ROW), MAX_ROW)
     columns = next((c for c in range(longest, 0, -1) if n % c == 0), 1)
     if n <= MAX_UNSUMMED or columns < MIN_ROW:
         return x
