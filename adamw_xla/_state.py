@@ -1,6 +1,6 @@
 """``AdamWState`` and how it begins."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 import dataclasses
 from typing import Any, TypeVar
 
@@ -9,10 +9,16 @@ from jax import export
 import jax.numpy as jnp
 
 from adamw_xla._check import trees
-from adamw_xla._check.leaves import float_leaf, kind, same_shape, structure
+from adamw_xla._check.leaves import float_leaf, kind, same_dtype
 from adamw_xla._config import AdamW, check_config
 
 Tree = TypeVar("Tree")
+
+COLUMNS = ("m", "v", "v_max", "ema", "accumulated")
+"""Fields that mirror the params."""
+
+COUNTERS = ("count", "micro_step", "skipped")
+"""Fields that are int32 scalars."""
 
 
 @jax.tree_util.register_dataclass
@@ -70,6 +76,7 @@ def adamw_init(params: Any, config: AdamW) -> AdamWState:
     Raises:
       TypeError: ``config`` is no ``AdamW``; or a leaf is no array, or not of a real floating
         dtype: names its path.
+      ValueError: ``config.state_dtype`` is float64, and JAX has none now.
     """
     check_config(config)
     treedef: Any
@@ -100,15 +107,41 @@ def adamw_init(params: Any, config: AdamW) -> AdamWState:
     )
 
 
-def check_state(
-    params_tree: Any, treedef: Any, leaves: Sequence[Any], value: Any, c: AdamW
-) -> None:
-    """Checks that a state fits the params and was built for a config like ``c``."""
+def check_kind(value: Any) -> None:
+    """Refuses what is no state at all."""
     if not isinstance(value, AdamWState):
         raise TypeError(
             f"state must be an adamw_xla.AdamWState, got {kind(value)}; build it with "
             "adamw_init(params, config). (The order is adamw_step(params, grads, state, config).)"
         )
+
+
+def check_state(
+    params_tree: Any,
+    treedef: Any,
+    leaves: Sequence[Any],
+    value: AdamWState,
+    c: AdamW,
+    live: Collection[int] = (),
+    any_dtype_of_m: bool = False,
+) -> dict[str, list[Any]]:
+    """Checks that a state fits the params and was built for a config like ``c``.
+
+    A leaf without state is not looked at, unless it is live.
+
+    Args:
+      params_tree: the params.
+      treedef: its structure.
+      leaves: its leaves.
+      value: the state.
+      c: the config.
+      live: the leaves that have a gradient.
+      any_dtype_of_m: the caller answers for the dtype of ``m``.
+
+    Returns:
+      For each field that mirrors the params its value for each of their leaves, None where a
+      leaf has no state.
+    """
     accumulates = "gradient_accumulation_steps"
     needs = {
         "v_max": ("amsgrad", c.amsgrad),
@@ -124,17 +157,26 @@ def check_state(
                 f"state.{field}: the state {has} it, but the config {wants} {option}: it was "
                 "built for another config. Build it with adamw_init(params, config)."
             )
-    for field in ("count", "micro_step", "skipped"):
+    for field in COUNTERS:
         counter = getattr(value, field)
-        is_number = type(counter) is int and field != "micro_step"  # that one is added to arrays
+        is_number = type(counter) is int and field != "micro_step"  # an old state has none
         if not is_number and (counter is not None or field == "count"):
             trees.counter(f"state.{field}", counter)
-    for field in ("m", "v", "v_max", "ema", "accumulated"):
-        tree = getattr(value, field)
-        if tree is None and field not in ("m", "v"):
+    trees_of = {field: getattr(value, field) for field in COLUMNS}
+    columns = {
+        field: trees.like_params(f"state.{field}", params_tree, treedef, tree)
+        for field, tree in trees_of.items()
+        if tree is not None or field in ("m", "v")
+    }
+    for i, (p, *row) in enumerate(zip(leaves, *columns.values(), strict=True)):
+        if i not in live and all(x is None for x in row):
             continue
-        if jax.tree.structure(tree) != treedef:
-            structure(f"state.{field}", params_tree, tree)
-        for i, (x, p) in enumerate(zip(jax.tree.leaves(tree), leaves, strict=True)):
-            float_leaf(f"state.{field}", params_tree, i, x)
-            same_shape(f"state.{field}", params_tree, i, x, p)
+        float_leaf("params", params_tree, i, p)
+        for field, x in zip(columns, row, strict=True):
+            if x is None and i not in live:
+                continue
+            trees.state_leaf(f"state.{field}", params_tree, i, x, p)
+            if not (any_dtype_of_m and field == "m"):
+                dtype_of = c.dtype_of_m if field == "m" else c.dtype_of_state
+                same_dtype(f"state.{field}", params_tree, i, x, dtype_of(p.dtype))
+    return columns

@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamw_xla._check import trees
 from adamw_xla._config import AdamW, ScalarOrSchedule, check_config
 from adamw_xla._run import run_step
-from adamw_xla._state import AdamWState, check_state
+from adamw_xla._state import AdamWState, check_kind, check_state
 from adamw_xla._update import Backend
 from adamw_xla_lowering import Implementation, adamw_sum_of_squares, adamw_update
 
@@ -32,10 +31,13 @@ def adamw_step(
     in place. ``AdamW`` has the equations.
 
     Args:
-      params: a pytree of arrays, bfloat16, float16, float32 or float64.
+      params: a pytree of arrays, bfloat16, float16, float32 or float64. Where grads and state
+        are None it may hold anything: a function, a key, integers.
       grads: the gradients, built and shaped like params, of any of those dtypes. A leaf
-        that is None is frozen: its param and state stay as they are.
-      state: from ``adamw_init(params, config)`` or the last step.
+        that is None is frozen: its param and state stay as they are. So is one that is
+        ``float0``, as ``jax.grad(..., allow_int=True)`` makes them.
+      state: from ``adamw_init(params, config)`` or the last step. Of a model that holds other
+        things than arrays, init takes the part that is trained, with None for the rest.
       config: the hyperparameters.
       learning_rate: takes the place of the config's for this step: a number or scalar array,
         traced or not, or a schedule.
@@ -98,19 +100,26 @@ def adamw_finalize(params: Any, state: AdamWState, config: AdamW) -> Any:
       config: the hyperparameters.
 
     Returns:
-      ``state.ema`` in the dtypes of ``params``; without ``use_ema`` params as they are.
+      ``state.ema`` in the dtypes of ``params``; without ``use_ema`` params as they are. A leaf
+      that has no average, since the state has None there, is that of ``params``.
 
     Raises:
       TypeError: ``config``, ``state`` or a leaf of ``params`` is of the wrong kind or dtype.
       ValueError: the state does not fit the params, or is another config's.
     """
     check_config(config)
+    check_kind(state)
+    treedef: Any
     leaves, treedef = jax.tree.flatten(params)
-    trees.params(params, leaves)
-    check_state(params, treedef, leaves, state, config)
-    if state.ema is None:
+    columns = check_state(params, treedef, leaves, state, config)
+    if "ema" not in columns:
         return params
-    return jax.tree.map(lambda p, e: e.astype(p.dtype), params, state.ema)
+    pairs = zip(leaves, columns["ema"], strict=True)
+    return treedef.unflatten(p if e is None else _as_param(e, p) for p, e in pairs)
+
+
+def _as_param(average: Any, param: Any) -> jax.Array:
+    return jnp.asarray(average, jax.dtypes.canonicalize_dtype(param.dtype))
 
 
 def scale_loss(loss: jax.Array, config: AdamW) -> jax.Array:
@@ -131,4 +140,7 @@ def scale_loss(loss: jax.Array, config: AdamW) -> jax.Array:
     """
     check_config(config)
     factor = config.loss_scale_factor
-    return loss if factor is None else loss * jnp.asarray(factor, loss.dtype)
+    if factor is None:
+        return loss
+    loss = jnp.asarray(loss)
+    return loss * jnp.asarray(factor, loss.dtype)
