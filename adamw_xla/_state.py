@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 import dataclasses
+import functools
 from typing import Any, TypeVar
 
 import jax
@@ -168,6 +169,7 @@ def check_state(
         for field, tree in trees_of.items()
         if tree is not None or field in ("m", "v")
     }
+    dtype_of_m, dtype_of_state = functools.cache(c.dtype_of_m), functools.cache(c.dtype_of_state)
     for i, (p, *row) in enumerate(zip(leaves, *columns.values(), strict=True)):
         if i not in live and all(x is None for x in row):
             continue
@@ -177,6 +179,6 @@ def check_state(
                 continue
             trees.state_leaf(f"state.{field}", params_tree, i, x, p)
             if not (any_dtype_of_m and field == "m"):
-                dtype_of = c.dtype_of_m if field == "m" else c.dtype_of_state
+                dtype_of = dtype_of_m if field == "m" else dtype_of_state
                 same_dtype(f"state.{field}", params_tree, i, x, dtype_of(p.dtype))
     return columns

@@ -48,7 +48,7 @@ def same_shape(
 
 def same_dtype(argument: str, tree: Any, index: int, leaf: Any, wanted: Any) -> None:
     """Refuses state that is of another dtype than its config asks for."""
-    if jax.dtypes.canonicalize_dtype(leaf.dtype) != wanted:
+    if leaf.dtype != wanted and jax.dtypes.canonicalize_dtype(leaf.dtype) != wanted:
         raise TypeError(
             f"{argument}{path(tree, index)}: has dtype {leaf.dtype}; must be {wanted}, which the "
             f"config and its param ask for. To go on with this state, cast all of {argument} with "
