@@ -181,7 +181,6 @@ class AdamW:
         "loss_scale_factor",
         "epsilon_root",
     )
-    _DECAYS: ClassVar[tuple[str, ...]] = ("beta_1", "beta_2", "ema_momentum")
     _CHOICES: ClassVar[tuple[str, ...]] = (
         "amsgrad",
         "use_ema",
@@ -211,8 +210,8 @@ class AdamW:
         schedules = tuple((name, value) for name, value in values.items() if callable(value))
         following = {
             f"{part}_{name}": getattr(known_decay(self, name), part)
-            for name in self._DECAYS
-            for part in ("complement", "log")
+            for name, parts in _following(self.use_ema).items()
+            for part in parts
         }
         children = tuple(
             (jax.tree_util.GetAttrKey(name), None if callable(value) else value)
@@ -238,8 +237,8 @@ class AdamW:
         for name, value in fields.items():
             object.__setattr__(config, name, value)
         decays = {
-            name: _decay.Decay(fields[name], *parts)
-            for name, *parts in zip(cls._DECAYS, following, following, strict=True)
+            name: _decay.Decay(fields[name], **dict(zip(parts, following, strict=False)))
+            for name, parts in _following(fields["use_ema"]).items()
         }
         object.__setattr__(config, "_decays", decays)
         return config
@@ -258,10 +257,21 @@ class AdamW:
         return compute_dtype(jax.dtypes.canonicalize_dtype(param_dtype))
 
 
+def _following(use_ema: bool) -> dict[str, tuple[str, ...]]:
+    """What is passed on beside each decay: no more than is read, for each is an argument."""
+    parts = ("complement", "log")
+    return {"beta_1": parts, "beta_2": parts, **({"ema_momentum": parts[:1]} if use_ema else {})}
+
+
 def known_decay(config: AdamW, name: str) -> _decay.Decay:
     """The decay of this name, with what was known of it when its config was flattened."""
-    kept: dict[str, _decay.Decay] = config.__dict__.get("_decays", {})
-    return kept[name] if name in kept else _decay.of(getattr(config, name))
+    kept: dict[str, _decay.Decay] = config.__dict__.setdefault("_decays", {})
+    if name in kept:
+        return kept[name]
+    found = _decay.of(getattr(config, name))
+    if isinstance(found.log, float):  # a tracer made here may not outlive the trace
+        kept[name] = found
+    return found
 
 
 _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")

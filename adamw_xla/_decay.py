@@ -22,7 +22,7 @@ class Decay(NamedTuple):
 
     value: Any
     complement: Any
-    log: Any
+    log: Any = None
 
 
 def of(value: Any) -> Decay:
@@ -45,13 +45,14 @@ def rounded(value: Any, beside: Decay, dtype: DTypeLike) -> Decay:
     decay = lax.convert_element_type(given, dtype).reshape(())
     kinds = [x for x in (given.dtype, np.dtype(dtype)) if jnp.issubdtype(x, np.floating)]
     unit = max(2.0 ** -jnp.finfo(kind).nmant for kind in kinds)  # type: ignore[no-untyped-call]
-    complement, log = (jnp.asarray(x, dtype).reshape(()) for x in beside[1:])
     one = np.ones((), dtype)
-    return Decay(
-        decay,
-        _corrected(lax.sub(one, decay), complement, unit),
-        _corrected(lax.log(decay), log, lax.mul(lax.add(one, lax.abs(log)), one * (2 * unit))),
-    )
+    complement = jnp.asarray(beside.complement, dtype).reshape(())
+    complement = _corrected(lax.sub(one, decay), complement, unit)
+    if beside.log is None:
+        return Decay(decay, complement)
+    log = jnp.asarray(beside.log, dtype).reshape(())
+    slack = lax.mul(lax.add(one, lax.abs(log)), one * (2 * unit))
+    return Decay(decay, complement, _corrected(lax.log(decay), log, slack))
 
 
 def _corrected(rough: jax.Array, fine: jax.Array, slack: Any) -> jax.Array:

@@ -185,17 +185,18 @@ class _Step:
             good = jnp.isfinite(self.backend.sum_of_squares(jnp.ones((), self.dtype), total))
             scaled = [jnp.where(good, g, 0) for g in scaled]
             counters = counters | {"skipped": increment(counters["skipped"], ~good)}
-        total = [a + g for a, g in zip(old, scaled, strict=True)]
         done = counters["micro_step"] + good.astype(np.int32)
+        # The mean is of what was summed: of more than ``steps`` where these have become fewer. A
+        # factor there would cost XLA:GPU a copy of a leaf; here it is 1, and no bit changes.
+        few = steps / jnp.maximum(done, steps).astype(self.dtype)
+        total = [(a + g) * few.astype(a.dtype) for a, g in zip(old, scaled, strict=True)]
         between = _Moving(
             columns | {"params": self._unmoved(), "accumulated": total},
             counters | {"micro_step": done},
         )
 
         def update(moving: _Moving) -> _Moving:
-            # By what was summed, which is more than ``steps`` where these have become fewer.
-            scale = 1 / moving.counters["micro_step"].astype(self.dtype)
-            return self._updated(moving, moving.columns["accumulated"], scale, clear=True)
+            return self._updated(moving, moving.columns["accumulated"], 1 / steps, clear=True)
 
         return self.backend.do_if(done >= steps, update, between)
 
