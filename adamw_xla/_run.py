@@ -186,8 +186,8 @@ class _Step:
             scaled = [jnp.where(good, g, 0) for g in scaled]
             counters = counters | {"skipped": increment(counters["skipped"], ~good)}
         done = counters["micro_step"] + good.astype(np.int32)
-        # The mean is of what was summed: of more than ``steps`` where these have become fewer. A
-        # factor there would cost XLA:GPU a copy of a leaf; here it is 1, and no bit changes.
+        # The mean is of what was summed: of more than ``steps`` where these have become fewer.
+        # Else the factor is 1, and no bit changes.
         few = steps / jnp.maximum(done, steps).astype(self.dtype)
         total = [(a + g) * few.astype(a.dtype) for a, g in zip(old, scaled, strict=True)]
         between = _Moving(
