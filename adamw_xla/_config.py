@@ -12,6 +12,7 @@ from jax import export
 from jax.typing import ArrayLike, DTypeLike
 import numpy as np
 
+from adamw_xla import _decay
 from adamw_xla._check import calls, options
 from adamw_xla._check.trees import is_mask_function
 from adamw_xla._check.words import NATIVE, not_a_config
@@ -54,7 +55,9 @@ class AdamW:
 
     The config is a pytree: its numbers are leaves, its choices and callables are static.
     Closed over by a jitted function, the numbers are constants of the program; passed in
-    as an argument, they are traced, and a changed learning rate does not recompile. To
+    as an argument, they are traced, and a changed learning rate does not recompile; with the
+    betas go ``1 - beta`` and ``log(beta)`` in float64, so that nothing is lost. (It is where
+    a traced config is rebuilt by ``dataclasses.replace``: from a beta that is rounded.) To
     batch one with ``jax.vmap``, build it inside of the mapped function.
 
     Args:
@@ -86,14 +89,16 @@ class AdamW:
       loss_scale_factor: the gradients are of ``scale_loss(loss, config)``, and are
         divided by this factor.
       gradient_accumulation_steps: make an update of the mean gradient of so many calls.
-        Unlike Keras on JAX, the calls between leave params and their average alone.
+        Unlike Keras on JAX, the calls between leave params and their average alone. It may
+        be changed in mid-accumulation: the mean is of the gradients that were summed.
       name: for people; stored, never read.
       epsilon_hat: True: epsilon as in Keras and before Section 2.1 of Kingma and Ba.
         False: as in their Algorithm 1, PyTorch and optax.
       weight_decay_mask: a pytree of bools, a prefix of the params' tree, or a callable
         from params to one: False where there is no decay. Arrays of one bool will do, if they
-        are known when a step is traced. Takes the place of Keras' ``exclude_from_weight_decay``.
-        Of stacked layers it sees the stack: there a bias has two dimensions, so go by the path
+        are known when a step is traced. A callable sees None where a leaf has no state. Takes
+        the place of Keras' ``exclude_from_weight_decay``. Of stacked layers it sees the stack:
+        there a bias has two dimensions, so go by the path
         (``jax.tree_util.tree_map_with_path``) and not by ``ndim``.
       skip_nonfinite: a step whose gradient has a NaN or an infinity, or whose squared norm
         overflows after clipping (so that ``v`` would never recover), leaves params, state and
@@ -190,12 +195,20 @@ class AdamW:
         _check_fields(self)
 
     def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], Hashable]:
-        """Numbers are children; schedules, choices and the mask are static."""
+        """Numbers are children; schedules, choices and the mask are static.
+
+        Behind them stands what follows from the decays, in float64: a traced decay is rounded.
+        """
         values = {name: getattr(self, name) for name in self._NUMBERS}
         schedules = tuple((name, value) for name, value in values.items() if callable(value))
+        following = {
+            f"{part}_{name}": getattr(known_decay(self, name), part)
+            for name, parts in _following(self.use_ema).items()
+            for part in parts
+        }
         children = tuple(
             (jax.tree_util.GetAttrKey(name), None if callable(value) else value)
-            for name, value in values.items()
+            for name, value in (values | following).items()
         )
         choices = tuple(getattr(self, name) for name in self._CHOICES)
         mask = self.weight_decay_mask
@@ -207,14 +220,20 @@ class AdamW:
         """Rebuilds without checks: the leaves may be tracers, or no numbers at all."""
         schedules, choices, mask = aux
         config = object.__new__(cls)
+        numbers, following = children[: len(cls._NUMBERS)], iter(children[len(cls._NUMBERS) :])
         fields = {
-            **dict(zip(cls._NUMBERS, children, strict=True)),
+            **dict(zip(cls._NUMBERS, numbers, strict=True)),
             **dict(schedules),
             **dict(zip(cls._CHOICES, choices, strict=True)),
             "weight_decay_mask": mask.tree() if isinstance(mask, Static) else mask,
         }
         for name, value in fields.items():
             object.__setattr__(config, name, value)
+        decays = {
+            name: _decay.Decay(fields[name], **dict(zip(parts, following, strict=False)))
+            for name, parts in _following(fields["use_ema"]).items()
+        }
+        object.__setattr__(config, "_decays", decays)
         return config
 
     def _key(self) -> Hashable:
@@ -230,12 +249,33 @@ class AdamW:
 
     def dtype_of_m(self, param_dtype: Any) -> np.dtype[Any]:
         """The dtype of ``m`` for a param of this dtype."""
-        return np.dtype(self.state_dtype or compute_dtype(param_dtype))
+        if self.state_dtype is None:
+            return compute_dtype(jax.dtypes.canonicalize_dtype(param_dtype))
+        return options.available("state_dtype", self.state_dtype)
 
     def dtype_of_state(self, param_dtype: Any) -> np.dtype[Any]:
         """The dtype of all other state: never below float32."""
         dtype = self.dtype_of_m(param_dtype)
-        return dtype if dtype.itemsize >= 4 else np.dtype(compute_dtype(param_dtype))
+        if dtype.itemsize >= 4:
+            return dtype
+        return compute_dtype(jax.dtypes.canonicalize_dtype(param_dtype))
+
+
+def _following(use_ema: bool) -> dict[str, tuple[str, ...]]:
+    """What is passed on beside each decay: no more than is read, for each is an argument."""
+    parts = ("complement", "log")
+    return {"beta_1": parts, "beta_2": parts, **({"ema_momentum": parts[:1]} if use_ema else {})}
+
+
+def known_decay(config: AdamW, name: str) -> _decay.Decay:
+    """The decay of this name, with what was known of it when its config was flattened."""
+    kept: dict[str, _decay.Decay] = config.__dict__.setdefault("_decays", {})
+    if name in kept:
+        return kept[name]
+    found = _decay.of(getattr(config, name))
+    if isinstance(found.log, float):  # a tracer made here may not outlive the trace
+        kept[name] = found
+    return found
 
 
 _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
@@ -257,6 +297,7 @@ def _check_fields(c: AdamW) -> None:
             options.scalar(name, getattr(c, name), lambda x: x > 0, "above 0, or None for none")
     for name in ("amsgrad", "use_ema", "epsilon_hat", "skip_nonfinite", "nesterov"):
         options.flag(name, getattr(c, name))
+    options.mask("weight_decay_mask", c.weight_decay_mask)
     options.count("ema_overwrite_frequency", c.ema_overwrite_frequency, 1)
     options.count("gradient_accumulation_steps", c.gradient_accumulation_steps, 2)
     if not isinstance(c.name, str):

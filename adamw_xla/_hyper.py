@@ -8,7 +8,6 @@ to trace than a hundred leaves.
 
 from collections.abc import Mapping, Sequence
 import itertools
-import math
 from typing import Any, TypeAlias
 
 import jax
@@ -17,8 +16,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
+from adamw_xla import _decay
 from adamw_xla._check import options
-from adamw_xla._config import AdamW, ScalarOrSchedule
+from adamw_xla._config import AdamW, ScalarOrSchedule, known_decay
+from adamw_xla._decay import Decay
 from adamw_xla_lowering import NUM_SLOTS, Slot
 
 Scalar: TypeAlias = float | jax.Array
@@ -29,6 +30,14 @@ def as_scalar(value: Any, dtype: DTypeLike) -> Scalar:
     if isinstance(value, bool | int | float | np.generic | np.ndarray):
         return float(value)
     return jnp.asarray(value, dtype).reshape(())
+
+
+def decay_of(config: AdamW, name: str, dtype: DTypeLike) -> Decay:
+    """The config's decay of this name: of Python floats where it is known, else of ``dtype``."""
+    value = as_scalar(getattr(config, name), dtype)
+    if isinstance(value, float):
+        return _decay.of(value)
+    return _decay.rounded(getattr(config, name), known_decay(config, name), dtype)
 
 
 def evaluate(name: str, value: ScalarOrSchedule, step: jax.Array, dtype: DTypeLike) -> Scalar:
@@ -75,13 +84,13 @@ def hyper_rows(
     # cost a copy of it where it is donated.
     update = increment(count)
     t = lax.convert_element_type(update, dtype)
-    beta_1, beta_2 = as_scalar(config.beta_1, dtype), as_scalar(config.beta_2, dtype)
+    beta_1, beta_2 = decay_of(config, "beta_1", dtype), decay_of(config, "beta_2", dtype)
     slots: dict[Slot, Scalar] = {
         Slot.GRAD_SCALE: grad_scale,
-        Slot.BETA_1: beta_1,
-        Slot.ONE_MINUS_BETA_1: 1 - beta_1,
-        Slot.BETA_2: beta_2,
-        Slot.ONE_MINUS_BETA_2: 1 - beta_2,
+        Slot.BETA_1: beta_1.value,
+        Slot.ONE_MINUS_BETA_1: beta_1.complement,
+        Slot.BETA_2: beta_2.value,
+        Slot.ONE_MINUS_BETA_2: beta_2.complement,
         Slot.EPSILON: _at_least_tiny(as_scalar(config.epsilon, dtype), dtype),
         Slot.APPLY: apply,
         **_step_slots(config, _array(learning_rate, dtype), t, beta_1, beta_2),
@@ -100,17 +109,13 @@ def _at_least_tiny(epsilon: Scalar, dtype: DTypeLike) -> Scalar:
     return lax.max(epsilon, np.asarray(tiny, dtype))
 
 
-def _power_minus_one(beta: Scalar, t: jax.Array) -> jax.Array:
+def _power_minus_one(beta: Decay, t: jax.Array) -> jax.Array:
     """``beta**t - 1`` without cancellation."""
-    if isinstance(beta, float):
-        log_beta = _array(math.log(beta) if beta > 0 else -math.inf, t.dtype)
-    else:
-        log_beta = lax.log(beta)
-    return lax.expm1(lax.mul(t, log_beta))
+    return lax.expm1(lax.mul(t, _array(beta.log, t.dtype)))
 
 
 def _step_slots(
-    config: AdamW, learning_rate: Any, t: jax.Array, beta_1: Scalar, beta_2: Scalar
+    config: AdamW, learning_rate: Any, t: jax.Array, beta_1: Decay, beta_2: Decay
 ) -> dict[Slot, Scalar]:
     """How far to go along ``m`` (and the gradient), and what to divide by."""
     dtype = t.dtype
@@ -121,9 +126,11 @@ def _step_slots(
     minus_rate = np.negative(learning_rate) if is_known else lax.neg(learning_rate)
     slots: dict[Slot, Any] = {Slot.STEP_SIZE: lax.div(minus_rate, _power_minus_one(beta_1, t))}
     if config.nesterov:
-        slots[Slot.GRAD_STEP_SIZE] = lax.mul(slots[Slot.STEP_SIZE], _array(1 - beta_1, dtype))
+        slots[Slot.GRAD_STEP_SIZE] = lax.mul(
+            slots[Slot.STEP_SIZE], _array(beta_1.complement, dtype)
+        )
         following = _power_minus_one(beta_1, lax.add(t, np.ones((), dtype)))
-        slots[Slot.STEP_SIZE] = lax.mul(lax.div(minus_rate, following), _array(beta_1, dtype))
+        slots[Slot.STEP_SIZE] = lax.mul(lax.div(minus_rate, following), _array(beta_1.value, dtype))
     if config.epsilon_hat:
         slots = {slot: lax.mul(size, root_2) for slot, size in slots.items()}
     slots[Slot.V_CORRECTION] = 1.0 if config.epsilon_hat else lax.div(np.ones((), dtype), root_2)
@@ -144,11 +151,11 @@ def ema_slots(config: AdamW, update: jax.Array, dtype: DTypeLike) -> dict[Slot, 
     """What update number ``update``, counted from 1, does to the average."""
     if not config.use_ema:
         return {}
-    momentum = as_scalar(config.ema_momentum, dtype)
+    momentum = decay_of(config, "ema_momentum", dtype)
     first = update == 1  # the first update sets the average to the params
     slots: dict[Slot, Scalar] = {
-        Slot.EMA_MOMENTUM: jnp.where(first, 0, momentum),
-        Slot.ONE_MINUS_EMA_MOMENTUM: jnp.where(first, 1, 1 - momentum),
+        Slot.EMA_MOMENTUM: jnp.where(first, 0, momentum.value),
+        Slot.ONE_MINUS_EMA_MOMENTUM: jnp.where(first, 1, momentum.complement),
     }
     if (frequency := config.ema_overwrite_frequency) is not None:
         slots[Slot.EMA_OVERWRITE] = update % frequency == 0

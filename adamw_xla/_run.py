@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adamw_xla import _clipping
 from adamw_xla._check import options, trees
 from adamw_xla._check.words import NATIVE, Words, misplaced
 from adamw_xla._config import AdamW, ScalarOrSchedule, check_config
 from adamw_xla._hyper import Scalar, as_scalar, evaluate, increment
-from adamw_xla._state import AdamWState, check_state
+from adamw_xla._state import COUNTERS, AdamWState, check_kind, check_state
 from adamw_xla._update import Backend, Rates, groups_of, hyper_dtype, scaled_like, update_leaves
 from adamw_xla_lowering import compute_dtype
 
@@ -27,15 +28,24 @@ class _Leaves:
     live: tuple[int, ...]
     groups: tuple[int, ...]
 
-    def take(self, tree: Any) -> list[Any]:
-        flat = self.treedef.flatten_up_to(tree)
-        return [flat[i] for i in self.live]
+    def take(self, flat: Sequence[Any]) -> list[jax.Array]:
+        """Those of a flat list, as JAX's arrays: it has no float64 unless it is told to."""
+        found = [flat[i] for i in self.live]
+        return [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in found]
 
-    def put(self, tree: Any, new: Sequence[Any]) -> Any:
-        flat = self.treedef.flatten_up_to(tree)
+    def put(self, flat: Sequence[Any], new: Sequence[Any]) -> Any:
+        """The tree of a flat list with the new leaves in it."""
+        whole = list(flat)
         for i, x in zip(self.live, new, strict=True):
-            flat[i] = x
-        return self.treedef.unflatten(flat)
+            whole[i] = x
+        return self.treedef.unflatten(whole)
+
+
+class _Moving(NamedTuple):
+    """What a call changes: leaves by kind, ``params`` and the state's, and counters."""
+
+    columns: dict[str, list[jax.Array]]
+    counters: dict[str, jax.Array]
 
 
 def run_step(
@@ -48,151 +58,165 @@ def run_step(
     weight_decay: ScalarOrSchedule | None,
     backend: Backend,
     delta: bool = False,
+    any_dtype_of_m: bool = False,
     words: Words = NATIVE,
 ) -> tuple[Any, AdamWState]:
     """``adamw_step`` on any backend; ``reference`` brings its own.
 
     With ``delta``, the first result is what to add to the params, in the dtype of the
-    arithmetic, and None where the gradient is. Errors are in the ``words`` of the caller's API.
+    arithmetic, and None where the gradient is. Where ``m`` may have any dtype, it keeps its own.
+    Errors are in the ``words`` of the caller's API.
     """
     misplaced(words, params=params, grads=grads, state=state, config=config)
     check_config(config, words.call)
+    check_kind(state, words)
     leaves, treedef = jax.tree.flatten(params)
-    trees.params(params, leaves)
-    check_state(params, treedef, leaves, state, config, words)
-    flat = trees.grads(params, treedef, leaves, grads)
-    decays = trees.mask(params, treedef, config.weight_decay_mask, words.mask)
+    flat = trees.like_params("grads", params, treedef, grads)
+    # What jax.grad(..., allow_int=True) has for integers and keys is no gradient either.
+    flat = [None if getattr(g, "dtype", None) == jax.dtypes.float0 else g for g in flat]
+    live = tuple(i for i, g in enumerate(flat) if g is not None)
+    columns = check_state(
+        params, treedef, leaves, state, config, {*live}, any_dtype_of_m=any_dtype_of_m, words=words
+    )
+    trees.grads(params, leaves, flat)
+    decays = _decays(params, treedef, leaves, columns["m"], config, words.mask)
     for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
         if value is not None:
             options.scalar_or_schedule(name, value)
     if not leaves:
         return params, state
 
-    live = tuple(i for i, g in enumerate(flat) if g is not None)
     groups, kinds = groups_of([decays[i] for i in live])
     chosen = _Leaves(treedef, live, groups)
-    dtype = hyper_dtype([leaves[i].dtype for i in live])
+    old = _Moving(
+        {kind: chosen.take(column) for kind, column in {"params": leaves, **columns}.items()},
+        {
+            name: jnp.asarray(value, np.int32)
+            for name in COUNTERS
+            if (value := getattr(state, name)) is not None
+        },
+    )
+    dtype = hyper_dtype([p.dtype for p in old.columns["params"]])
 
-    calls = _calls(state, config)
+    calls = _calls(old.counters, config)
     rate = config.learning_rate if learning_rate is None else learning_rate
     decay = config.weight_decay if weight_decay is None else weight_decay
     lr = evaluate("learning_rate", rate, calls, dtype)
     wd = evaluate("weight_decay", decay, calls, dtype)
     rates = Rates(lr, tuple(wd if k else 0.0 for k in kinds))
-    step = _Step(config, chosen, backend, dtype, rates, delta)
-    live_grads = [flat[i] for i in live]
-    if config.gradient_accumulation_steps is None:
-        return step.update_with(params, state, live_grads, step.unscale)
-    return step.accumulate(params, state, live_grads)
+    step = _Step(config, old, groups, backend, dtype, rates, delta)
+    new = step.made(chosen.take(flat))
+
+    put = chosen.put
+    return put([None] * len(leaves) if delta else leaves, new.columns["params"]), AdamWState(
+        **new.counters,
+        **{kind: put(column, new.columns[kind]) for kind, column in columns.items()},
+    )
 
 
-def _calls(state: AdamWState, config: AdamW) -> jax.Array:
+def _decays(
+    params: Any,
+    treedef: Any,
+    leaves: Sequence[Any],
+    m: Sequence[Any],
+    config: AdamW,
+    argument: str,
+) -> dict[int, bool]:
+    """For each leaf with state whether it decays; the mask sees params of these leaves alone."""
+    held = [i for i, x in enumerate(m) if x is not None]
+    if len(held) < len(leaves):
+        params = treedef.unflatten(None if x is None else p for p, x in zip(leaves, m, strict=True))
+    found = trees.mask(params, len(held), config.weight_decay_mask, argument)
+    return dict(zip(held, found, strict=True))
+
+
+def _calls(counters: Mapping[str, jax.Array], config: AdamW) -> jax.Array:
     """How many calls came before this one, but for skipped ones: what schedules see."""
-    if config.gradient_accumulation_steps is None or state.micro_step is None:
-        return state.count
-    return state.count * config.gradient_accumulation_steps + state.micro_step
+    if config.gradient_accumulation_steps is None:
+        return counters["count"]
+    return counters["count"] * config.gradient_accumulation_steps + counters["micro_step"]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
     config: AdamW
-    leaves: _Leaves
+    old: _Moving
+    groups: tuple[int, ...]
     backend: Backend
     dtype: Any
     rates: Rates
     delta: bool
 
-    @property
-    def unscale(self) -> Scalar:
-        """The factor that takes the loss scale out of a gradient."""
+    def made(self, grads: list[jax.Array]) -> _Moving:
+        """The call; with ``delta``, ``params`` holds their changes."""
         factor = self.config.loss_scale_factor
-        return 1.0 if factor is None else 1 / as_scalar(factor, self.dtype)
+        unscale = 1.0 if factor is None else 1 / as_scalar(factor, self.dtype)
+        if self.config.gradient_accumulation_steps is None:
+            return self._updated(self.old, grads, unscale)
+        return self._accumulated(grads, unscale)
 
-    def update_with(
-        self,
-        params: Any,
-        state: AdamWState,
-        grads: list[jax.Array],
-        scale: Scalar,
-        clear: bool = False,
-    ) -> tuple[Any, AdamWState]:
+    def _updated(
+        self, moving: _Moving, grads: list[jax.Array], scale: Scalar, clear: bool = False
+    ) -> _Moving:
         """A real update with ``scale`` times ``grads``; with ``clear`` they begin anew."""
-        c, take = self.config, self.leaves.take
-        trees = {"params": params, "m": state.m, "v": state.v, "v_max": state.v_max}
+        columns, counters = moving
         new, apply, zeros = update_leaves(
-            c,
-            {k: take(x) for k, x in {**trees, "ema": state.ema}.items() if x is not None},
+            self.config,
+            # With delta, what moves are the changes.
+            columns | {"params": self.old.columns["params"]} if self.delta else columns,
             grads,
             scale,
-            count=state.count,
+            count=counters["count"],
             rates=self.rates,
-            groups=self.leaves.groups,
+            groups=self.groups,
             dtype=self.dtype,
             backend=self.backend,
             delta=self.delta,
             clear=clear,
         )
+        made = {k: x for k, x in {**new._asdict(), "accumulated": zeros}.items() if x is not None}
+        counted = {"count": increment(counters["count"], apply)}
         if zeros is not None:
-            assert state.micro_step is not None
-            state = self._counted(state, zeros, jnp.zeros_like(state.micro_step))
-        put = self.leaves.put
-        return self._results(params, new.params), dataclasses.replace(
-            state,
-            count=increment(state.count, apply),
-            m=put(state.m, new.m),
-            v=put(state.v, new.v),
-            v_max=None if new.v_max is None else put(state.v_max, new.v_max),
-            ema=None if new.ema is None else put(state.ema, new.ema),
-            skipped=None if apply is None else increment(state.skipped, ~apply),
-        )
+            counted["micro_step"] = jnp.zeros_like(counters["micro_step"])
+        if apply is not None:
+            counted["skipped"] = increment(counters["skipped"], ~apply)
+        return _Moving(columns | made, counters | counted)
 
-    def accumulate(
-        self, params: Any, state: AdamWState, grads: list[jax.Array]
-    ) -> tuple[Any, AdamWState]:
-        """Adds to the mean gradient; every so many calls, updates with it.
+    def _accumulated(self, grads: list[jax.Array], unscale: Scalar) -> _Moving:
+        """Adds to the sum of gradients; every so many calls, updates with their mean.
 
         The calls between do no more than the addition: the update stands in a body of its own.
         """
-        steps, micro_step = self.config.gradient_accumulation_steps, state.micro_step
+        steps = self.config.gradient_accumulation_steps
         assert steps is not None
-        assert micro_step is not None
-        old = self.leaves.take(state.accumulated)
-        scaled = scaled_like(old, grads, self.unscale, self.dtype)
+        columns, counters = self.old
+        old = columns["accumulated"]
+        scaled = scaled_like(old, grads, unscale, self.dtype)
         good = jnp.asarray(True)
         if self.config.skip_nonfinite:
             total = [a + g for a, g in zip(old, scaled, strict=True)]
             squares = self.backend.sum_of_squares(jnp.ones((), self.dtype), total)
             good = _clipping.is_good(self.config, squares)
             scaled = [jnp.where(good, g, 0) for g in scaled]
-            state = dataclasses.replace(state, skipped=increment(state.skipped, ~good))
-        total = [a + g for a, g in zip(old, scaled, strict=True)]
-        done = micro_step + good.astype(micro_step.dtype)
+            counters = counters | {"skipped": increment(counters["skipped"], ~good)}
+        done = counters["micro_step"] + good.astype(np.int32)
+        # The mean is of what was summed: of more than ``steps`` where these have become fewer.
+        # Else the factor is 1, and no bit changes.
+        few = steps / jnp.maximum(done, steps).astype(self.dtype)
+        total = [(a + g) * few.astype(a.dtype) for a, g in zip(old, scaled, strict=True)]
+        between = _Moving(
+            columns | {"params": self._unmoved(), "accumulated": total},
+            counters | {"micro_step": done},
+        )
 
-        def update(results: tuple[Any, AdamWState]) -> tuple[Any, AdamWState]:
-            moved, state = results
-            mean = self.leaves.take(state.accumulated)
-            weights = params if self.delta else moved
-            return self.update_with(weights, state, mean, 1 / steps, clear=True)
+        def update(moving: _Moving) -> _Moving:
+            return self._updated(moving, moving.columns["accumulated"], 1 / steps, clear=True)
 
-        between = self._unmoved(params), self._counted(state, total, done)
         return self.backend.do_if(done >= steps, update, between)
 
-    def _results(self, params: Any, new: Sequence[jax.Array]) -> Any:
-        """The new params; or their changes, where there are any, in the params' tree."""
-        if not self.delta:
-            return self.leaves.put(params, new)
-        nothing = self.leaves.treedef.unflatten([None] * self.leaves.treedef.num_leaves)
-        return self.leaves.put(nothing, new)
-
-    def _unmoved(self, params: Any) -> Any:
+    def _unmoved(self) -> list[jax.Array]:
         """What a call without an update returns in place of new params."""
+        params = self.old.columns["params"]
         if not self.delta:
             return params
-        live = self.leaves.take(params)
-        return self._results(params, [jnp.zeros_like(p, compute_dtype(p.dtype)) for p in live])
-
-    def _counted(
-        self, state: AdamWState, accumulated: list[jax.Array], micro_step: jax.Array
-    ) -> AdamWState:
-        tree = self.leaves.put(state.accumulated, accumulated)
-        return dataclasses.replace(state, accumulated=tree, micro_step=micro_step)
+        return [jnp.zeros_like(p, compute_dtype(p.dtype)) for p in params]

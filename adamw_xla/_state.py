@@ -1,7 +1,8 @@
 """``AdamWState`` and how it begins."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 import dataclasses
+import functools
 import sys
 from typing import Any, TypeVar
 
@@ -11,11 +12,17 @@ import jax.numpy as jnp
 
 from adamw_xla import _flax
 from adamw_xla._check import calls, trees
-from adamw_xla._check.leaves import float_leaf, same_shape, structure
+from adamw_xla._check.leaves import float_leaf, same_dtype
 from adamw_xla._check.words import NATIVE, Words, misplaced, not_a_state, of_other_options
 from adamw_xla._config import AdamW, check_config
 
 Tree = TypeVar("Tree")
+
+COLUMNS = ("m", "v", "v_max", "ema", "accumulated")
+"""Fields that mirror the params."""
+
+COUNTERS = ("count", "micro_step", "skipped")
+"""Fields that are int32 scalars."""
 
 
 @jax.tree_util.register_dataclass
@@ -87,6 +94,7 @@ def adamw_init(params: Any, config: AdamW) -> AdamWState:
     Raises:
       TypeError: ``config`` is no ``AdamW``; or a leaf is no array, or not of a real floating
         dtype: names its path.
+      ValueError: ``config.state_dtype`` is float64, and JAX has none now.
     """
     misplaced(_INIT, params=params, config=config)
     check_config(config, _INIT.call)
@@ -118,17 +126,41 @@ def adamw_init(params: Any, config: AdamW) -> AdamWState:
     )
 
 
+def check_kind(value: Any, words: Words = NATIVE) -> None:
+    """Refuses what is no state at all."""
+    if not isinstance(value, AdamWState):
+        raise not_a_state(words, value)
+
+
 def check_state(
     params_tree: Any,
     treedef: Any,
     leaves: Sequence[Any],
-    value: Any,
+    value: AdamWState,
     c: AdamW,
+    live: Collection[int] = (),
+    *,
+    any_dtype_of_m: bool = False,
     words: Words = NATIVE,
-) -> None:
-    """Checks that a state fits the params and was built for a config like ``c``."""
-    if not isinstance(value, AdamWState):
-        raise not_a_state(words, value)
+) -> dict[str, list[Any]]:
+    """Checks that a state fits the params and was built for a config like ``c``.
+
+    A leaf without state is not looked at, unless it is live.
+
+    Args:
+      params_tree: the params.
+      treedef: its structure.
+      leaves: its leaves.
+      value: the state.
+      c: the config.
+      live: the leaves that have a gradient.
+      any_dtype_of_m: the caller answers for the dtype of ``m``.
+      words: of the caller's API.
+
+    Returns:
+      For each field that mirrors the params its value for each of their leaves, None where a
+      leaf has no state.
+    """
     accumulates = "gradient_accumulation_steps"
     needs = {
         "v_max": ("amsgrad", c.amsgrad),
@@ -140,17 +172,27 @@ def check_state(
     for field, (option, needed) in needs.items():
         if (getattr(value, field) is not None) != needed and leaves:
             raise of_other_options(words, field, option, needed)
-    for field in ("count", "micro_step", "skipped"):
+    for field in COUNTERS:
         counter = getattr(value, field)
-        is_number = type(counter) is int and field != "micro_step"  # that one is added to arrays
+        is_number = type(counter) is int and field != "micro_step"  # an old state has none
         if not is_number and (counter is not None or field == "count"):
             trees.counter(words.of_state(field), counter)
-    for field in ("m", "v", "v_max", "ema", "accumulated"):
-        tree = getattr(value, field)
-        if tree is None and field not in ("m", "v"):
+    trees_of = {field: getattr(value, field) for field in COLUMNS}
+    columns = {
+        field: trees.like_params(words.of_state(field), params_tree, treedef, tree)
+        for field, tree in trees_of.items()
+        if tree is not None or field in ("m", "v")
+    }
+    dtype_of_m, dtype_of_state = functools.cache(c.dtype_of_m), functools.cache(c.dtype_of_state)
+    for i, (p, *row) in enumerate(zip(leaves, *columns.values(), strict=True)):
+        if i not in live and all(x is None for x in row):
             continue
-        if jax.tree.structure(tree) != treedef:
-            structure(words.of_state(field), params_tree, tree)
-        for i, (x, p) in enumerate(zip(jax.tree.leaves(tree), leaves, strict=True)):
-            float_leaf(words.of_state(field), params_tree, i, x)
-            same_shape(words.of_state(field), params_tree, i, x, p)
+        float_leaf("params", params_tree, i, p)
+        for field, x in zip(columns, row, strict=True):
+            if x is None and i not in live:
+                continue
+            trees.state_leaf(words.of_state(field), params_tree, i, x, p)
+            if not (any_dtype_of_m and field == "m"):
+                dtype_of = dtype_of_m if field == "m" else dtype_of_state
+                same_dtype(words.of_state(field), params_tree, i, x, dtype_of(p.dtype))
+    return columns

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamw_xla._check import calls, trees
+from adamw_xla._check import calls
 from adamw_xla._check.words import NATIVE, misplaced
 from adamw_xla._config import AdamW, ScalarOrSchedule, check_config
 from adamw_xla._run import run_step
-from adamw_xla._state import AdamWState, check_state
+from adamw_xla._state import AdamWState, check_kind, check_state
 from adamw_xla._update import Backend
 from adamw_xla_lowering import Implementation, adamw_sum_of_squares, adamw_update
 
@@ -57,10 +57,13 @@ def adamw_step(
     in place. ``AdamW`` has the equations.
 
     Args:
-      params: a pytree of arrays, bfloat16, float16, float32 or float64.
+      params: a pytree of arrays, bfloat16, float16, float32 or float64. Where grads and state
+        are None it may hold anything: a function, a key, integers.
       grads: the gradients, built and shaped like params, of any of those dtypes. A leaf
-        that is None is frozen: its param and state stay as they are.
-      state: from ``adamw_init(params, config)`` or the last step.
+        that is None is frozen: its param and state stay as they are. So is one that is
+        ``float0``, as ``jax.grad(..., allow_int=True)`` makes them.
+      state: from ``adamw_init(params, config)`` or the last step. Of a model that holds other
+        things than arrays, init takes the part that is trained, with None for the rest.
       config: the hyperparameters.
       learning_rate: takes the place of the config's for this step: a number or scalar array,
         traced or not, or a schedule.
@@ -124,7 +127,8 @@ def adamw_finalize(params: Any, state: AdamWState, config: AdamW) -> Any:
       config: the hyperparameters.
 
     Returns:
-      ``state.ema`` in the dtypes of ``params``.
+      ``state.ema`` in the dtypes of ``params``. A leaf that has no average, since the state has
+      None there, is that of ``params``.
 
     Raises:
       TypeError: ``config``, ``state`` or a leaf of ``params`` is of the wrong kind or dtype.
@@ -133,15 +137,21 @@ def adamw_finalize(params: Any, state: AdamWState, config: AdamW) -> Any:
     """
     misplaced(_FINALIZE, params=params, state=state, config=config)
     check_config(config, _FINALIZE.call)
+    check_kind(state, _FINALIZE)
+    treedef: Any
     leaves, treedef = jax.tree.flatten(params)
-    trees.params(params, leaves)
-    check_state(params, treedef, leaves, state, config, _FINALIZE)
+    columns = check_state(params, treedef, leaves, state, config, words=_FINALIZE)
     if not config.use_ema:
         raise ValueError(
             "adamw_finalize: the config does not set use_ema, so there is no average of the "
             "params; they are what the training made, or train with AdamW(use_ema=True)."
         )
-    return jax.tree.map(lambda p, e: e.astype(p.dtype), params, state.ema)
+    pairs = zip(leaves, columns["ema"], strict=True)
+    return treedef.unflatten(p if e is None else _as_param(e, p) for p, e in pairs)
+
+
+def _as_param(average: Any, param: Any) -> jax.Array:
+    return jnp.asarray(average, jax.dtypes.canonicalize_dtype(param.dtype))
 
 
 @calls.explained("scale_loss", aliases={}, lacking=LACKING)
@@ -163,4 +173,7 @@ def scale_loss(loss: jax.Array, config: AdamW) -> jax.Array:
     """
     check_config(config, "scale_loss(loss, config)")
     factor = config.loss_scale_factor
-    return loss if factor is None else loss * jnp.asarray(factor, loss.dtype)
+    if factor is None:
+        return loss
+    loss = jnp.asarray(loss)
+    return loss * jnp.asarray(factor, loss.dtype)

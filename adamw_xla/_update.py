@@ -11,7 +11,13 @@ from adamw_xla import _clipping
 from adamw_xla._clipping import SumOfSquares
 from adamw_xla._config import AdamW
 from adamw_xla._hyper import Scalar, hyper_rows
-from adamw_xla_lowering import UpdateResult, adamw_sum_of_squares, adamw_update
+from adamw_xla_lowering import (
+    UpdateResult,
+    adamw_sum_of_squares,
+    adamw_update,
+    is_manual,
+    varying_axes,
+)
 
 
 def do_if(condition: jax.Array, body: Callable[[Any], Any], x: Any) -> Any:
@@ -26,9 +32,30 @@ def do_if(condition: jax.Array, body: Callable[[Any], Any], x: Any) -> Any:
         return body(x) if condition else x
 
     def once(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        return jnp.zeros_like(carry[0]), body(carry[1])
+        return jnp.logical_and(carry[0], False), body(carry[1])
 
-    return jax.lax.while_loop(lambda carry: carry[0], once, (condition, x))[1]
+    carry = condition, as_varying_as_after(condition, body, x)
+    return jax.lax.while_loop(lambda carry: carry[0], once, carry)[1]
+
+
+def as_varying_as_after(condition: jax.Array, body: Callable[[Any], Any], x: Any) -> Any:
+    """``x``, varying over the manual axes that ``body(x)`` and the condition vary over.
+
+    Where devices of ``jax.shard_map`` differ on whether to call it, its results differ too.
+    """
+    while is_manual():
+        after = jax.eval_shape(body, x)
+        found = [varying_axes(a) | varying_axes(condition) for a in jax.tree.leaves(after)]
+        treedef: Any
+        leaves, treedef = jax.tree.flatten(x)
+        missing = [axes - varying_axes(a) for axes, a in zip(found, leaves, strict=True)]
+        if not any(missing):
+            break
+        x = treedef.unflatten(
+            jax.lax.pcast(a, tuple(axes), to="varying") if axes else a
+            for axes, a in zip(missing, leaves, strict=True)
+        )
+    return x
 
 
 class Backend(NamedTuple):
@@ -92,8 +119,11 @@ def cleared(totals: Sequence[jax.Array], squares: jax.Array | None) -> list[jax.
     the sums, or XLA:GPU would clear in the kernels that make them, in copies, since the update
     is yet to read what they clear.
     """
-    below = np.array([-1, -np.inf], np.float32)  # no sum is, nor is NaN
-    flags = jnp.array([False, True]) if squares is None else jnp.ravel(squares)[0] < below
+    if squares is None:
+        flags = jnp.array([False, True])
+    else:
+        below = np.array([-1, -np.inf], squares.dtype)  # no sum is, nor is NaN
+        flags = jnp.ravel(squares)[0] < below
     keep = _read_by_all(flags)
     return [jax.lax.select(keep, a, jnp.zeros_like(a)) for a in totals]
 

@@ -16,7 +16,7 @@ from adamw_xla._config import AdamW, ScalarOrSchedule
 from adamw_xla._run import run_step
 from adamw_xla._state import AdamWState
 from adamw_xla._step import ALIASES, LACKING
-from adamw_xla._update import Backend
+from adamw_xla._update import Backend, as_varying_as_after
 from adamw_xla_lowering import Slot, Squares, UpdateResult, compute_dtype, small_unit
 
 Leaves = Sequence[jax.Array]
@@ -61,7 +61,7 @@ def adamw_step(
 
 def _do_if(condition: jax.Array, body: Callable[[Any], Any], x: Any) -> Any:
     """``body(x)`` where the condition holds, else ``x``; differentiable."""
-    return jax.lax.cond(condition, body, lambda x: x, x)
+    return jax.lax.cond(condition, body, lambda x: x, as_varying_as_after(condition, body, x))
 
 
 def sum_of_squares(scale: jax.Array, leaves: Leaves, *, per_leaf: bool = False) -> Squares:

@@ -13,6 +13,7 @@ NEEDS = {
     "flax_nnx": ["flax", "orbax.checkpoint"],
     "flax_linen": ["flax", "orbax.checkpoint"],
     "equinox_filtered": ["equinox", "orbax.checkpoint"],
+    "equinox_documented": ["equinox", "orbax.checkpoint"],
 }
 
 

@@ -56,6 +56,11 @@ def _how_to_have_a_float(argument: str, dtype: Any) -> str:
     return "Keep other leaves out of the tree that is trained (None stands for no leaf)."
 
 
+def is_float(leaf: Any) -> bool:
+    """Whether a leaf is an array of a dtype that can be trained."""
+    return hasattr(leaf, "shape") and getattr(leaf, "dtype", None) in PARAM_DTYPES
+
+
 def same_shape(
     argument: str, tree: Any, index: int, leaf: Any, param: Any, model: str = "params"
 ) -> None:
@@ -68,12 +73,26 @@ def same_shape(
         )
 
 
+def same_dtype(argument: str, tree: Any, index: int, leaf: Any, wanted: Any) -> None:
+    """Refuses state that is of another dtype than its config asks for."""
+    if leaf.dtype != wanted and jax.dtypes.canonicalize_dtype(leaf.dtype) != wanted:
+        raise TypeError(
+            f"{argument}{path(tree, index)}: has dtype {leaf.dtype}; must be {wanted}, which the "
+            f"config and its param ask for. To go on with this state, cast all of {argument} with "
+            f"jax.tree.map(lambda x: x.astype('{wanted}'), {argument})."
+        )
+
+
 def structure(argument: str, params_tree: Any, tree: Any, model: str = "params") -> NoReturn:
     """Raises for a tree that is not built like the model's, naming the first difference."""
     if argument == "grads" and (what := _no_gradients(params_tree, tree)):
         raise ValueError(f"{argument}: {what}")
     wanted, found = _paths(params_tree), _paths(tree)
     missing = [where for where in wanted if where not in set(found)]
+    arrays = [
+        x for x, leaf in zip(wanted, jax.tree.leaves(params_tree), strict=True) if is_float(leaf)
+    ]
+    missing = [where for where in missing if where in set(arrays)] or missing
     extra = [where for where in found if where not in set(wanted)]
     if missing:
         what = f"lacks {missing[0] or 'the leaf'}, which {model} has"

@@ -74,6 +74,17 @@ def state_dtype(dtype: Any, name: str = "state_dtype") -> np.dtype[Any]:
     return found
 
 
+def available(name: str, dtype: Any) -> np.dtype[Any]:
+    """The dtype, if arrays can have it now."""
+    found = np.dtype(dtype)
+    if jax.dtypes.canonicalize_dtype(found) != found:
+        raise ValueError(
+            f"AdamW: {name} is {found}, which JAX has with jax_enable_x64 alone; set "
+            f"jax.config.update('jax_enable_x64', True) first, or leave {name} out."
+        )
+    return found
+
+
 def scalar(name: str, value: Any, fits: Callable[[float], bool], expected: str) -> None:
     """Refuses what is not one real number that fits; of a traced one, the kind and shape."""
     _one_number(name, value, expected)
@@ -126,6 +137,17 @@ def _is_real(value: Any) -> bool:
     if isinstance(value, jax.Array | np.ndarray | np.generic):
         return jnp.issubdtype(value.dtype, np.floating) or jnp.issubdtype(value.dtype, np.integer)
     return isinstance(value, numbers.Real)
+
+
+def mask(name: str, value: Any) -> None:
+    """Refuses what has no bool for any leaf: names, say. Arrays and numbers wait for the params."""
+    for key, leaf in [] if callable(value) else jax.tree_util.tree_leaves_with_path(value):
+        if not (hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)):
+            raise TypeError(
+                f"AdamW: {name}{jax.tree_util.keystr(key)} must be True or False, got {leaf!r}; "
+                "give a tree of bools, a prefix of the params' tree, or a function from params "
+                "to one."
+            )
 
 
 def flag(name: str, value: Any) -> None:

@@ -18,26 +18,40 @@ def params(
         float_leaf(argument, tree, i, leaf, needs_values=needs_values)
 
 
-def grads(params_tree: Any, treedef: Any, leaves: Sequence[Any], tree: Any) -> list[Any]:
-    """Checks gradients against params; returns one per param, None where frozen."""
+def like_params(argument: str, params_tree: Any, treedef: Any, tree: Any) -> list[Any]:
+    """The leaves of a tree that is built like the params; None where it has none."""
     try:
-        flat = treedef.flatten_up_to(tree)
+        flat: list[Any] = treedef.flatten_up_to(tree)
     except ValueError:
-        structure("grads", params_tree, tree)
-    for g in flat:
-        if g is not None and not hasattr(g, "dtype") and not jax.tree_util.all_leaves([g]):
-            structure("grads", params_tree, tree)
-    for i, (g, p) in enumerate(zip(flat, leaves, strict=True)):
-        if g is None:
-            continue
-        float_leaf("grads", params_tree, i, g)
-        same_shape("grads", params_tree, i, g, p)
+        structure(argument, params_tree, tree)
+    for x in flat:
+        if x is not None and not hasattr(x, "dtype") and not jax.tree_util.all_leaves([x]):
+            structure(argument, params_tree, tree)
+    return flat
+
+
+def grads(params_tree: Any, leaves: Sequence[Any], flat: Sequence[Any]) -> None:
+    """Checks gradients against their params; None where there is none."""
     if leaves and all(g is None for g in flat):
         raise ValueError(
             "grads: every leaf is None, so there is nothing to update; pass the gradients of "
             "at least one param."
         )
-    return flat
+    for i, (g, p) in enumerate(zip(flat, leaves, strict=True)):
+        if g is not None:
+            float_leaf("grads", params_tree, i, g)
+            same_shape("grads", params_tree, i, g, p)
+
+
+def state_leaf(argument: str, params_tree: Any, index: int, leaf: Any, param: Any) -> None:
+    """Checks what a param's state is."""
+    if leaf is None:
+        raise ValueError(
+            f"{argument}{path(params_tree, index)}: lacks a leaf that grads has; give it state "
+            "there, as adamw_init makes it, or give grads None there to leave the param as it is."
+        )
+    float_leaf(argument, params_tree, index, leaf)
+    same_shape(argument, params_tree, index, leaf, param)
 
 
 _INT32 = "put the count in its place as jax.numpy.int32(...)."
@@ -48,7 +62,7 @@ def counter(name: str, value: Any) -> None:
     dtype = getattr(value, "dtype", None)
     if dtype is None or not hasattr(value, "shape"):
         raise TypeError(f"{name}: must be an int32 scalar, got {value!r}; {_INT32}")
-    if dtype != np.int32:
+    if jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True) != np.int32:
         raise TypeError(f"{name}: must be an int32 scalar, got one of dtype {dtype}; {_INT32}")
     if value.shape != ():
         raise ValueError(
@@ -74,17 +88,21 @@ def is_known_bool(value: Any) -> bool:
     )
 
 
-def mask(params_tree: Any, treedef: Any, value: Any, argument: str = NATIVE.mask) -> list[bool]:
-    """For each leaf whether it decays; ``argument`` is what the caller's API calls the mask."""
+def mask(params_tree: Any, count: int, value: Any, argument: str = NATIVE.mask) -> list[bool]:
+    """For each of ``count`` leaves whether it decays.
+
+    ``argument`` is what the caller's API calls the mask.
+    """
     if value is None:
-        return [True] * treedef.num_leaves
+        return [True] * count
     tree = value(params_tree) if is_mask_function(value) else value
+    mask_treedef: Any
+    keeps, mask_treedef = jax.tree.flatten(tree)
     try:
-        full = jax.tree.leaves(
-            jax.tree.map(lambda keep, part: jax.tree.map(lambda _: keep, part), tree, params_tree)
-        )
+        parts = mask_treedef.flatten_up_to(params_tree)
     except (ValueError, TypeError):
         structure(argument, params_tree, tree)
+    full = [keep for keep, part in zip(keeps, parts, strict=True) for _ in jax.tree.leaves(part)]
     for i, keep in enumerate(full):
         if not is_known_bool(keep):
             raise TypeError(

@@ -9,6 +9,7 @@ import numpy as np
 
 from adamw_xla._check import calls, options
 from adamw_xla._check.leaves import path, structure
+from adamw_xla._check.trees import is_known_bool
 from adamw_xla._check.words import Words, is_state, misplaced, not_a_state, stars_of
 from adamw_xla_lowering import check_implementation
 
@@ -55,10 +56,13 @@ def arguments(
     eps: Any,
     eps_root: Any,
     weight_decay: Any,
+    mask: Any,
     updates_like_grads: Any,
     implementation: Any,
 ) -> None:
     """Checks what ``adamw_xla.optax`` has names of its own for."""
+    numbers = (learning_rate, b1, b2, eps, eps_root, weight_decay)
+    _mask(mask, is_injected=any(isinstance(x, jax.Array) for x in numbers))
     options.coefficients(
         rates={"learning_rate": learning_rate, "weight_decay": weight_decay},
         betas={"b1": b1, "b2": b2},
@@ -66,6 +70,17 @@ def arguments(
     )
     options.flag("updates_like_grads", updates_like_grads)
     check_implementation(implementation)
+
+
+def _mask(mask: Any, is_injected: bool) -> None:
+    """Refuses what ``optax.inject_hyperparams`` makes of a mask function: it passes a count."""
+    is_whole = isinstance(mask, jax.Array) or (is_injected and is_known_bool(mask))
+    if is_whole or any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(mask)):
+        raise TypeError(
+            f"mask: must be a tree of bools that are known, or a function of params, got {mask!r}. "
+            "(optax.inject_hyperparams calls a function with its count, as a schedule: name it in "
+            "its static_args=('mask',). For one bool for all there is weight_decay=0.0.)"
+        )
 
 
 def max_norm(value: Any) -> None:

@@ -16,7 +16,7 @@ from adamw_xla._check import calls, options, trees
 from adamw_xla._check.words import misplaced
 from adamw_xla._config import AdamW
 from adamw_xla._run import run_step
-from adamw_xla._state import adamw_init
+from adamw_xla._state import AdamWState, adamw_init
 from adamw_xla._update import Backend
 from adamw_xla.optax import _check
 from adamw_xla.optax._state import AdamWOptState
@@ -58,14 +58,16 @@ def adamw(
     - The updates are not rounded: float32, or float64 for float64 params. Then
       ``optax.apply_updates`` rounds a 16-bit param once, as ``adamw_step`` does.
     - ``amsgrad`` compares the raw second moments; ``optax.amsgrad`` the corrected ones.
-    - Params must be given to ``update``, and be of a real floating dtype.
+    - Params must be given to ``update``, and be of a real floating dtype where they have
+      gradients. The whole of an Equinox model will do, of which ``init`` took the arrays.
 
     Under ``optax.inject_hyperparams`` with bfloat16 params pass it
-    ``hyperparam_dtype=jax.numpy.float32``: b2 = 0.999 is 1 in bfloat16, an error here and NaN
-    in optax. ``use_ema`` averages what the params become if the updates are added as they
-    are, so nothing that changes updates may follow in the chain. With
-    ``gradient_accumulation_steps`` the calls between make a tree of zeros, which natively they
-    do not; ``optax.MultiSteps`` makes none, and does the work of an update at each call.
+    ``hyperparam_dtype=jax.numpy.float32``: b2 = 0.999 is 1 in bfloat16, an error here and NaN in
+    optax. A ``mask`` that is a function must be one of its ``static_args``: it would be called as a
+    schedule. ``use_ema`` averages what the params become if the updates are added as they are, so
+    nothing that changes updates may follow in the chain. With ``gradient_accumulation_steps`` the
+    calls between make a tree of zeros, which natively they do not; ``optax.MultiSteps`` makes none,
+    and does the work of an update at each call.
 
     Args:
       learning_rate: a number, a scalar array, or a schedule of the count of calls.
@@ -73,7 +75,8 @@ def adamw(
       b2: decay of the second moment, in [0, 1).
       eps: the constant in the denominator, outside of the root.
       eps_root: the constant under the root.
-      mu_dtype: dtype of the first moments; None: float32, or float64 for float64 params.
+      mu_dtype: dtype of the first moments, also of a state that has another; None: float32,
+        or float64 for float64 params, and that of the state in ``update``.
       weight_decay: strength of the decoupled decay, times the learning rate; the kinds of
         ``learning_rate``.
       mask: a pytree of bools, a prefix of the params' tree, or a callable from params to
@@ -127,6 +130,7 @@ def adamw(
         eps=eps,
         eps_root=eps_root,
         weight_decay=weight_decay,
+        mask=mask,
         updates_like_grads=updates_like_grads,
         implementation=implementation,
     )
@@ -175,11 +179,14 @@ class _Transform:
     def init(self, params: Any) -> AdamWOptState:
         """The state before the first update."""
         misplaced(_check.INIT, params=params)
-        state = adamw_init(params, self.config)
-        if self.mu_dtype is not None:
-            mu = optax.tree_utils.tree_zeros_like(params, dtype=self.mu_dtype)
-            state = dataclasses.replace(state, m=mu)
-        return AdamWOptState.of(state)
+        return AdamWOptState.of(self._with_mu(adamw_init(params, self.config)))
+
+    def _with_mu(self, state: AdamWState) -> AdamWState:
+        """The state with ``m`` in ``mu_dtype``, whatever it was in: as in optax."""
+        if self.mu_dtype is None:
+            return state
+        dtype = options.available("mu_dtype", self.mu_dtype)
+        return dataclasses.replace(state, m=jax.tree.map(lambda x: x.astype(dtype), state.m))
 
     @calls.explained(
         "update", aliases={}, lacking=_check.LACKING, form=_check.WORDS.call, is_method=True
@@ -194,17 +201,22 @@ class _Transform:
         changes, new = run_step(
             params,
             updates,
-            state.native(),
+            self._with_mu(state.native()),
             self.config,
             learning_rate=None,
             weight_decay=None,
             backend=Backend(update),
             delta=True,
+            any_dtype_of_m=True,
             words=_check.WORDS,
         )
         if self.updates_like_grads:
-            changes = jax.tree.map(lambda x, g: x.astype(g.dtype), changes, updates)
+            changes = jax.tree.map(_like_grad, changes, updates, is_leaf=lambda x: x is None)
         return changes, AdamWOptState.of(new)
+
+
+def _like_grad(change: Any, grad: Any) -> Any:
+    return None if change is None else change.astype(jax.dtypes.canonicalize_dtype(grad.dtype))
 
 
 # ------------------------------------------------------------------------------- clipping
@@ -239,8 +251,10 @@ def _stateless(params: Any) -> optax.EmptyState:
 
 def _clip(max_norm: ArrayLike, updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
     del params
-    leaves = jax.tree.leaves(updates)
+    treedef: Any
+    leaves, treedef = jax.tree.flatten(updates)
     trees.params(updates, leaves, "updates")
+    leaves = [jnp.asarray(x) for x in leaves]
     wide = any(x.dtype == np.float64 for x in leaves)
     one = jnp.ones((), np.float64 if wide else np.float32)
     unit, quotient = _clipping.global_factors(adamw_sum_of_squares(one, leaves), max_norm)
@@ -248,4 +262,4 @@ def _clip(max_norm: ArrayLike, updates: Any, state: Any, params: Any = None) -> 
     def clipped(x: jax.Array) -> jax.Array:
         return (x.astype(one.dtype) * unit * quotient).astype(x.dtype)
 
-    return jax.tree.map(clipped, updates), state
+    return treedef.unflatten(map(clipped, leaves)), state

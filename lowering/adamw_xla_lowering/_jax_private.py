@@ -44,6 +44,23 @@ def varying_like(aval: Any, others: Iterable[Any]) -> Any:
     return aval.update(manual_axis_type=type(aval.mat)(varying=varying))
 
 
+def varying_axes(x: Any) -> frozenset[Any]:
+    """The manual axes that a value, or the type that ``jax.eval_shape`` has for it, varies over.
+
+    Outside of ``shard_map(check_vma=True)`` there are none. Neither type has a public reader.
+    """
+    if isinstance(x, jax.ShapeDtypeStruct):
+        kind = x.manual_axis_type
+        return frozenset() if kind is None else kind.varying
+    return jax.typeof(x).mat.varying
+
+
+def is_manual() -> bool:
+    """Whether this is traced inside of ``shard_map``."""
+    axis_types = jax.sharding.get_abstract_mesh().axis_types
+    return jax.sharding.AxisType.Manual in axis_types
+
+
 def spec_of(aval: Any) -> tuple[Any, ...]:
     """The explicit-mode partition of ``aval``, one entry per dimension."""
     spec = tuple(aval.sharding.spec)

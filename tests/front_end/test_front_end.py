@@ -66,6 +66,93 @@ def test_config_round_trip(config: ax.AdamW) -> None:
         config.learning_rate = 1.0  # type: ignore[misc]
 
 
+PASSED = ax.AdamW(
+    learning_rate=0.01,
+    weight_decay=0.5,  # its product with the rate is exact in float32
+    beta_1=0.9,
+    beta_2=0.999,
+    use_ema=True,
+    amsgrad=True,
+    nesterov=True,
+)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"epsilon_hat": False}, {"beta_1": 0.0}, {"beta_1": 0.3, "beta_2": 1 - 1e-9}]
+)
+@pytest.mark.parametrize("x64", [False, True])
+def test_a_config_that_is_passed_makes_the_bits_of_one_closed_over(
+    changes: dict[str, float], x64: bool
+) -> None:
+    """The float32 nearest to 0.999 is 1.3e-8 off: one less that is 1.3e-5 off."""
+    with jax.enable_x64(x64):
+        config = dataclasses.replace(PASSED, **changes)
+        again = jax.tree.unflatten(jax.tree.structure(config), jax.tree.leaves(config))
+        closed, passed = (
+            jax.jit(functools.partial(ax.adamw_step, config=config)),
+            jax.jit(ax.adamw_step),
+        )
+        want = tree(), ax.adamw_init(tree(), config)
+        for k in range(3):
+            params, state = want
+            want = closed(params, tree(k), state)
+            for argument in (config, again, jax.tree.map(jnp.asarray, config)):
+                same(passed(params, tree(k), state, argument), want)
+
+
+def test_decays_that_were_changed_are_those_that_count() -> None:
+    """People map functions over a config; what else it knows of a decay follows the decay."""
+    state = ax.adamw_init(tree(), ax.AdamW())
+    betas = {"beta_1": 0.5, "beta_2": 0.75}
+
+    def change(path: Any, x: Any) -> Any:
+        return betas.get(path[0].name, x)
+
+    changed = jax.tree_util.tree_map_with_path(change, ax.AdamW())
+    halved = jax.tree.map(lambda x: x / 2, ax.AdamW())
+    for config, numbers in (
+        (changed, betas),
+        (halved, {f.name: getattr(halved, f.name) for f in dataclasses.fields(halved)}),
+    ):
+        want = ax.adamw_step(tree(), tree(1), state, ax.AdamW(**numbers))
+        close(ax.adamw_step(tree(), tree(1), state, config), want)
+        close(jax.jit(ax.adamw_step)(tree(), tree(1), state, config), want)
+
+
+def test_the_derivative_by_a_decay_is_whole() -> None:
+    """What was known of a passed config's decays is a number, and no way around them."""
+    params, grads = tree(), tree(1)
+
+    def after(config: ax.AdamW) -> Any:
+        state = ax.adamw_init(params, config)
+        for _ in range(2):
+            new, state = ax.reference.adamw_step(params, grads, state, config)
+        return sum(jnp.sum(x) for x in jax.tree.leaves((new, state.v, state.ema)))
+
+    with jax.enable_x64(True):
+        params, grads = jax.tree.map(lambda x: jnp.asarray(x, float), (params, grads))
+        slope = jax.jit(jax.grad(after))(PASSED)
+        for name in ("beta_1", "beta_2", "ema_momentum"):
+            number, h = getattr(PASSED, name), 1e-6
+            ends = [after(dataclasses.replace(PASSED, **{name: number + x})) for x in (h, -h)]
+            got = getattr(slope, name)
+            np.testing.assert_allclose(got, (ends[0] - ends[1]) / (2 * h), rtol=1e-5)
+            assert got != 0
+
+
+def test_configs_may_be_stacked_and_mapped_over() -> None:
+    state = ax.adamw_init(tree(), ax.AdamW())
+    configs = [ax.AdamW(beta_2=beta, weight_decay=0.0) for beta in (0.999, 0.99)]
+    stacked = jax.tree.map(lambda *x: jnp.stack([jnp.float32(y) for y in x]), *configs)
+    mapped = jax.vmap(ax.adamw_step, in_axes=(None, None, None, jax.tree.map(lambda _: 0, stacked)))
+    population = mapped(tree(), tree(1), state, stacked)
+    for i, config in enumerate(configs):
+        close(
+            jax.tree.map(lambda x, i=i: x[i], population)[1].v,
+            ax.adamw_step(tree(), tree(1), state, config)[1].v,
+        )
+
+
 def test_state_round_trip_and_shape() -> None:
     params = tree()
     state = ax.adamw_init(params, FULL)
@@ -151,6 +238,24 @@ def test_none_in_params_is_no_leaf() -> None:
     assert new["activation"] is None
     assert state.m["activation"] is None
     assert float(new["w"][0]) < 1
+
+
+@pytest.mark.parametrize("make", [ax.adamw_step, ax.reference.adamw_step])
+def test_leaves_without_gradient_and_state_are_not_looked_at(make: Any) -> None:
+    """Neither JAX' nor Equinox' mark of a leaf without gradient; ``test_any_tree.py`` has more."""
+    model = {"w": jnp.ones(2), "n": jnp.arange(3), "key": jax.random.key(0)}
+    trained = dict.fromkeys(model) | {"w": model["w"]}
+    config = ax.AdamW(use_ema=True, gradient_accumulation_steps=2)
+    grads = jax.grad(lambda p: jnp.sum(p["w"] * p["n"][1]), allow_int=True)(model)
+    step = jax.jit(lambda *args: make(*args, config))
+    new, state = step(model, grads, ax.adamw_init(trained, config))
+    new, state = step(new, trained, state)
+    same(new["n"], model["n"])
+    assert new["key"] == model["key"]
+    assert state.v["n"] is state.ema["key"] is None
+    plain = ax.AdamW()
+    close(new["w"], make(model["w"], model["w"], ax.adamw_init(model["w"], plain), plain)[0])
+    assert ax.adamw_finalize(new, state, config)["n"] is new["n"]
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (2, 0, 3)])

@@ -183,6 +183,24 @@ def test_accumulation_is_one_step_with_the_mean() -> None:
     assert all(not np.any(x) for x in jax.tree.leaves(state.accumulated))
 
 
+@pytest.mark.parametrize(
+    ("before", "calls", "after"), [(4, 3, 2), (4, 2, 2), (3, 2, 2), (2, 1, 4), (4, 1, 2)]
+)
+def test_other_accumulation_steps_in_mid_accumulation(before: int, calls: int, after: int) -> None:
+    """The mean is of what was summed; fewer steps than that are done at the next call."""
+    params, state = run(ax.AdamW(gradient_accumulation_steps=before), calls)
+    config = ax.AdamW(gradient_accumulation_steps=after)
+    step = jax.jit(lambda p, g, s: ax.adamw_step(p, g, s, config))
+    total = max(after, calls + 1)
+    for k in range(calls, total):
+        same(params, tree())
+        params, state = step(params, tree(k + 1), state)
+    mean = jax.tree.map(lambda *g: sum(g) / total, *(tree(k + 1) for k in range(total)))
+    want, of_mean = ax.adamw_step(tree(), mean, ax.adamw_init(tree(), ax.AdamW()), ax.AdamW())
+    close((params, state.m, state.v), (want, of_mean.m, of_mean.v))
+    assert (int(state.count), int(state.micro_step)) == (1, 0)
+
+
 def test_finalize() -> None:
     config = ax.AdamW(use_ema=True, ema_momentum=0.5, learning_rate=0.1)
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), tree())

@@ -56,6 +56,9 @@ CONSTRUCTOR: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"name": 3}, TypeError, ["name", "3"]),
     ({"state_dtype": "int32"}, ValueError, ["state_dtype", "int32"]),
     ({"state_dtype": "wide"}, TypeError, ["state_dtype", "wide"]),
+    ({"weight_decay_mask": "bias"}, TypeError, ["weight_decay_mask", "'bias'", "bools"]),
+    ({"weight_decay_mask": ["bias", "norm"]}, TypeError, ["weight_decay_mask[0]", "'bias'"]),
+    ({"weight_decay_mask": {"bias"}}, TypeError, ["weight_decay_mask", "{'bias'}"]),
     ({"learning_rte": 0.1}, TypeError, ["learning_rte"]),
 ]
 
@@ -143,6 +146,26 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
         {"state": dataclasses.replace(STATE, v=layer(b=jnp.ones(3, int)))},
         TypeError,
         ["state.v" + B, "int32"],
+    ),
+    "bfloat16 v": (
+        {"state": dataclasses.replace(STATE, v=jax.tree.map(jnp.bfloat16, STATE.v))},
+        TypeError,
+        ["state.v" + B, "bfloat16", "must be float32", "astype('float32')"],
+    ),
+    "float32 m": (
+        {"config": ax.AdamW(state_dtype="bfloat16")},
+        TypeError,
+        ["state.m" + B, "float32", "must be bfloat16", "astype('bfloat16')"],
+    ),
+    "bfloat16 m": (
+        {"state": other(state_dtype="bfloat16")},
+        TypeError,
+        ["state.m" + B, "bfloat16", "must be float32", "astype('float32')"],
+    ),
+    "state without a leaf": (
+        {"state": dataclasses.replace(STATE, v=layer(b=None))},
+        ValueError,
+        ["state.v" + B, "lacks", "grads", "adamw_init"],
     ),
     "mask of numbers": (
         {"config": ax.AdamW(weight_decay_mask=layer(w=True, b=1.0))},

@@ -230,6 +230,50 @@ def manual_options() -> None:
     close(jax.jit(mapped)(ones, ones), want)
 
 
+def manual_branches() -> None:
+    """Where devices differ on whether to update, all that an update changes differs too."""
+    step, reference = ax.adamw_step, ax.reference.adamw_step
+    auto, explicit = AxisType.Auto, AxisType.Explicit
+    for make, skip, varying, kind, check in (
+        (step, True, True, auto, True),
+        (reference, True, True, auto, True),
+        (step, True, False, auto, True),
+        (step, False, False, auto, True),
+        (reference, True, True, explicit, True),
+        (step, True, True, explicit, False),
+    ):
+        differing(make, skip, varying, kind, check)
+
+
+def differing(make: Any, skip: bool, varying: bool, kind: AxisType, check: bool) -> None:
+    """Three calls with accumulation; the second is given an infinity on one device of four."""
+    config = ax.AdamW(gradient_accumulation_steps=2, skip_nonfinite=skip, use_ema=True)
+
+    def run(p: Any, grads: Any) -> Any:
+        state = ax.adamw_init(p, config)
+        for k in range(3):
+            p, state = make(p, grads[k], state, config)
+        return p, state.m, jnp.broadcast_to(state.micro_step, p.shape)
+
+    params = np.linspace(-1, 1, 8 if varying else 2, dtype=np.float32)
+    grads = np.ones((3, 8), np.float32)
+    grads[1, 2] = np.inf if skip else 1.0
+    specs = (P("x") if varying else P(), P(None, "x"))
+    with jax.set_mesh(mesh(kind)) as _:
+        where = jax.sharding.get_mesh()
+        mapped = jax.shard_map(run, mesh=where, in_specs=specs, out_specs=P("x"), check_vma=check)
+        operands = zip((params, grads), specs, strict=True)
+        got = jax.jit(mapped)(*(jax.device_put(x, NamedSharding(where, s)) for x, s in operands))
+    pairs = zip(
+        np.split(params, 4) if varying else [params] * 4, np.split(grads, 4, 1), strict=True
+    )
+    want = [jax.jit(run)(*pair) for pair in pairs]
+    done = [int(micro_step[0]) for _, _, micro_step in want]
+    assert done == ([1, 0, 1, 1] if skip else [1] * 4)
+    for x, *y in zip(got, *want, strict=True):
+        close(x, np.concatenate(y))
+
+
 def gpu_leaves_keep_their_shapes() -> None:
     """Flattened, a sharded leaf would be moved; on one device, or inside shard_map, it is not."""
     where = mesh(AxisType.Auto)
@@ -265,6 +309,7 @@ CHECKS = {
         manual_replicated,
         manual_union,
         manual_options,
+        manual_branches,
         gpu_leaves_keep_their_shapes,
     )
 }

@@ -130,6 +130,11 @@ OPTIONS: dict[str, tuple[Call, type[Exception], str]] = {
         ValueError,
         "learning_rate | shape (3,) | inside of the function that is given to jax.vmap",
     ),
+    "a mask of names": (
+        lambda: ax.AdamW(weight_decay_mask={"layer": {"w": True, "b": "no"}}),
+        TypeError,
+        "got 'no' | weight_decay_mask['layer']['b'] | a tree of bools",
+    ),
     "by position": (
         lambda: ax.AdamW(*[0.1] * 17),
         TypeError,

@@ -219,11 +219,6 @@ STEPS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "got array | weight_decay_mask['layer']['b'] | one bool for a whole leaf",
     ),
-    "a mask of names": (
-        {"config": masked(b="no")},
-        TypeError,
-        "got 'no' | weight_decay_mask['layer']['b'] | True or False",
-    ),
     "a path for a mask": (
         {"config": ax.AdamW(weight_decay_mask={"layer": {"w": True}})},
         ValueError,

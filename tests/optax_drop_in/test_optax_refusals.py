@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -15,6 +16,7 @@ import adamw_xla.optax as axo
 PARAMS = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
 SOLVER = axo.adamw(0.1)
 STATE = SOLVER.init(PARAMS)
+ZEROS = jax.tree.map(jnp.zeros_like, PARAMS)
 
 ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"learning_rate": -0.1}, ValueError, "learning_rate must be .*at least 0, got -0.1"),
@@ -65,6 +67,34 @@ def test_an_injected_flag_points_to_static_args() -> None:
     injected = optax.inject_hyperparams(axo.adamw)(0.1, nesterov=jnp.array(True))
     with pytest.raises(TypeError, match=r"nesterov must be .*static_args=\('nesterov',\)"):
         injected.init(PARAMS)
+
+
+MASKS: dict[str, Any] = {
+    "by rank": lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+    "by name": lambda params: jax.tree_util.tree_map_with_path(lambda k, p: "w" in str(k), params),
+    "by value": lambda params: jax.tree.map(lambda p: jnp.any(p != 0), params),
+    "a tree of arrays": lambda params: {"w": jnp.array(True), "b": jnp.array(False)},
+}
+
+
+@pytest.mark.parametrize("static", [(), ("b1", "b2", "eps", "eps_root", "weight_decay")], ids=len)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_an_injected_mask_function_points_to_static_args(mask: Any, static: Any) -> None:
+    """The wrapper calls it with its count, and passes on the one bool that comes back."""
+    hint = r"mask: must be a tree of bools.*static_args=\('mask',\)"
+    injected = optax.inject_hyperparams(axo.adamw, static_args=static)(0.1, mask=mask)
+    with pytest.raises(TypeError, match=hint):
+        jax.jit(injected.init)(PARAMS)
+    named = optax.inject_hyperparams(axo.adamw, static_args=("mask", *static))(0.1, mask=mask)
+    updates, _ = named.update(ZEROS, named.init(PARAMS), PARAMS)
+    assert {k: np.any(x) for k, x in updates.items()} == mask(PARAMS)
+
+
+def test_one_bool_for_all_that_was_not_injected_is_a_mask() -> None:
+    for mask in (True, False, np.True_):
+        solver = axo.adamw(0.1, mask=mask)
+        updates, _ = solver.update(ZEROS, solver.init(PARAMS), PARAMS)
+        assert np.any(updates["w"]) == mask
 
 
 @pytest.mark.parametrize("norm", [0.0, -1.0, "x", None])

@@ -145,6 +145,7 @@ def test_any_train_step(tmp_path, monkeypatch):
             wrong = lambda: 3
             no_tuple = lambda: (jax.jit(jnp.sin), 3)
             no_array = lambda: (jax.jit(jnp.sin), (jnp.ones(3), {"x": "text"}))
+            no_jit = lambda: (jnp.sin.__wrapped__, (jnp.ones(3),))
             wants_one = lambda model: 3
             number = 3
         """)
@@ -168,6 +169,7 @@ USERS_MISTAKES = {
     "my_train_step:wrong": "must return (function, args): what jax.jit returned",
     "my_train_step:no_tuple": "must return (function, args): what jax.jit returned",
     "my_train_step:no_array": "args[1]['x'] is of type str; must be an array",
+    "my_train_step:no_jit": "returned a function that jax.jit did not make",
     "my_train_step:wants_one": "is called without arguments: missing a required argument",
     "my_train_step:number": "number is of type int; must be module:callable.",
     "my_train_step:nothing": "nothing is not there; must be module:callable.",

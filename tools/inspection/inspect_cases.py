@@ -153,6 +153,11 @@ def users_step(path: str) -> Case:
             f"--function {path}: must return (function, args): what jax.jit returned, and a "
             f"tuple of arrays or jax.ShapeDtypeStructs to call it with; got {_kinds(built)}."
         )
+    if not hasattr(built[0], "trace"):
+        raise CaseError(
+            f"--function {path}: returned a {type(built[0]).__name__} that jax.jit did not make, "
+            "and nothing says what it donates; return jax.jit(function, donate_argnums=...)."
+        )
     for key, leaf in jax.tree_util.tree_leaves_with_path(tuple(built[1])):
         if not _has_type(leaf):
             name = f"args{jax.tree_util.keystr(key)}"

@@ -1,0 +1,61 @@
+"""What follows from a decay (a beta, a momentum): ``1 - decay`` and ``log(decay)``.
+
+The float32 nearest to 0.999 is 1.3e-8 off, and one less it is 1.3e-5 off, relative. So what
+follows is computed in float64 where the decay is known, and goes beside it where it is traced.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+import numpy as np
+
+_LEAST_LOG = math.log(np.finfo(np.float32).tiny)
+"""Stands for log(0), which is no number: to any power it is 0 beside 1."""
+
+
+class Decay(NamedTuple):
+    """A decay with what follows from it; each a Python float where it is known now."""
+
+    value: Any
+    complement: Any
+    log: Any = None
+
+
+def of(value: Any) -> Decay:
+    """A decay that is a scalar; known, in float64, and traced in its own dtype."""
+    if not isinstance(value, jax.core.Tracer):
+        number = float(value)
+        return Decay(number, 1 - number, math.log(number) if number > 0 else _LEAST_LOG)
+    wide = value.astype(jnp.promote_types(value.dtype, np.float32))
+    return Decay(wide, 1 - wide, jnp.log(wide))
+
+
+def rounded(value: Any, beside: Decay, dtype: DTypeLike) -> Decay:
+    """A traced decay in ``dtype``, corrected by what was known of it before it was traced.
+
+    What is beside it may be of another decay: people map functions over the leaves of a config.
+    It counts where it is what follows from ``value``, but for rounding. Derivatives are those of
+    ``value`` alone.
+    """
+    given = jnp.asarray(value)
+    decay = lax.convert_element_type(given, dtype).reshape(())
+    kinds = [x for x in (given.dtype, np.dtype(dtype)) if jnp.issubdtype(x, np.floating)]
+    unit = max(2.0 ** -jnp.finfo(kind).nmant for kind in kinds)  # type: ignore[no-untyped-call]
+    one = np.ones((), dtype)
+    complement = jnp.asarray(beside.complement, dtype).reshape(())
+    complement = _corrected(lax.sub(one, decay), complement, unit)
+    if beside.log is None:
+        return Decay(decay, complement)
+    log = jnp.asarray(beside.log, dtype).reshape(())
+    slack = lax.mul(lax.add(one, lax.abs(log)), one * (2 * unit))
+    return Decay(decay, complement, _corrected(lax.log(decay), log, slack))
+
+
+def _corrected(rough: jax.Array, fine: jax.Array, slack: Any) -> jax.Array:
+    """``fine`` where ``rough`` is it but for ``slack``, with the derivatives of ``rough``."""
+    off = lax.stop_gradient(lax.sub(fine, rough))
+    return lax.add(rough, lax.select(lax.abs(off) <= slack, off, jnp.zeros_like(off)))
