@@ -40,9 +40,9 @@ def float_leaf(
 def _how_to_have_an_array(argument: str, leaf: Any) -> str:
     if argument == "grads" and callable(leaf):
         return "call jax.grad's result with the params, and pass what that returns"
-    if isinstance(leaf, numbers.Number):
-        return "wrap it in jax.numpy.asarray"
-    return "make it one, or keep it out of the tree that is trained (None stands for no leaf)"
+    is_number = isinstance(leaf, numbers.Number) and not isinstance(leaf, bool)
+    first = "wrap it in jax.numpy.asarray" if is_number else "make it one"
+    return f"{first}, or keep it out of the tree that is trained (None stands for no leaf)"
 
 
 def _how_to_have_a_float(argument: str, dtype: Any) -> str:
@@ -51,8 +51,6 @@ def _how_to_have_a_float(argument: str, dtype: Any) -> str:
             "Train the real and the imaginary part as two leaves, as "
             "optax.contrib.split_real_and_imaginary(adamw_xla.optax.adamw(...)) does."
         )
-    if dtype == jax.dtypes.float0:
-        return "float0 is the gradient of an integer leaf: put None in its place."
     return "Keep other leaves out of the tree that is trained (None stands for no leaf)."
 
 

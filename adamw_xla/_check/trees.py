@@ -48,7 +48,7 @@ def state_leaf(argument: str, params_tree: Any, index: int, leaf: Any, param: An
     if leaf is None:
         raise ValueError(
             f"{argument}{path(params_tree, index)}: lacks a leaf that grads has; give it state "
-            "there, as adamw_init makes it, or give grads None there to leave the param as it is."
+            "there, or give grads None there to leave the param as it is."
         )
     float_leaf(argument, params_tree, index, leaf)
     same_shape(argument, params_tree, index, leaf, param)

@@ -105,11 +105,6 @@ STEPS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "int32 | ['layer']['b'] | Keep other leaves",
     ),
-    "float0": (
-        {"grads": layer(b=np.zeros(3, jax.dtypes.float0))},
-        TypeError,
-        "float0 | grads['layer']['b'] | put None in its place",
-    ),
     "a number": (
         {"params": layer(b=1.0)},
         TypeError,
