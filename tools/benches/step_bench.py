@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+import contextlib
 import dataclasses
 import gc
 from importlib.util import find_spec
@@ -13,9 +14,10 @@ import statistics
 import time
 from typing import Any, Literal, TypeAlias
 
-from benches import gpu_peers, step_peers
-from benches.step_peers import Build
+from benches import gpu_peers, step_peers, turns
+from benches.step_peers import Build, Call
 from benches.timing import no_gc, processor
+from benches.turns import Contestant
 import jax
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -36,6 +38,7 @@ class Case:
     shapes: list[tuple[int, ...]]
     dtype: str = "float32"
     clip: bool = False
+    call: Call = "donated"
 
     @property
     def least_bytes(self) -> int:
@@ -44,7 +47,8 @@ class Case:
 
     @property
     def label(self) -> str:
-        return f"{self.name} {self.dtype}{' clip' if self.clip else ''}"
+        call = "" if self.call == "donated" else f" {self.call}"
+        return f"{self.name} {self.dtype}{' clip' if self.clip else ''}{call}"
 
 
 CASES = {
@@ -53,8 +57,14 @@ CASES = {
 }
 """By device, what is measured if nothing is asked for."""
 
-STEPS = {"cpu": 1, "gpu": 20}
-"""Steps for each reading of the clock."""
+STEPS = 20
+"""Steps for each reading of the clock on GPUs; on CPUs see ``turns.TURN``."""
+
+HOW = {
+    "cpu": "each peer in a process of its own, at its defaults and with all cores",
+    "gpu": "all in one process, in turn",
+}
+"""Said below the table: how everybody runs."""
 
 
 def trees() -> dict[str, list[tuple[int, ...]]]:
@@ -97,7 +107,7 @@ class Result:
 def measure(
     case: Case, peers: Mapping[str, Build], rounds: int, steps: int, progress: Progress
 ) -> Result:
-    """Times ``steps`` steps of every peer once per round, in an order that rotates."""
+    """Times ``steps`` steps of every peer once per round, all in this process, in turn."""
     grads = step_peers.make_grads(case.shapes, case.dtype)
     names = list(peers)
     built = {
@@ -109,12 +119,33 @@ def measure(
     task = progress.add_task(case.label, total=rounds)
     with no_gc():
         for i in range(rounds):
-            for name in names[i % len(names) :] + names[: i % len(names)]:
+            for name in _rotated(names, i):
                 start = time.perf_counter()
                 built[name].run(steps)
                 seconds[name].append((time.perf_counter() - start) / steps)
             progress.advance(task)
     return Result(case, seconds)
+
+
+def measure_apart(
+    case: Case, peers: Mapping[str, Contestant], rounds: int, progress: Progress
+) -> Result:
+    """The same on CPUs, where each peer has a process of its own."""
+    seconds: dict[str, list[float]] = {name: [] for name in peers}
+    task = progress.add_task(case.label, total=rounds + 1)
+    for peer in peers.values():
+        peer.build(case.shapes, case.dtype, case.clip, case.call)
+    for i in range(rounds):
+        progress.advance(task)
+        for name in _rotated(list(peers), i):
+            seconds[name].append(peers[name].turn())
+    progress.advance(task)
+    return Result(case, seconds)
+
+
+def _rotated(names: list[str], i: int) -> list[str]:
+    """Another one begins each round."""
+    return names[i % len(names) :] + names[: i % len(names)]
 
 
 def machine() -> str:
@@ -124,9 +155,10 @@ def machine() -> str:
     return f"{where}, jax {jax.__version__}"
 
 
-def table(results: list[Result], ours: str) -> Table:
+def table(results: list[Result], ours: str, how: str = "") -> Table:
     """A row per case and peer: its time, in units of ours, its rate and share of the bandwidth."""
-    out = Table(title=f"One step: medians, and ratios to {ours} ({machine()})", box=SIMPLE_HEAD)
+    title = f"One step: medians, and ratios to {ours} ({machine()})"
+    out = Table(title=title, caption=how, box=SIMPLE_HEAD)
     for heading in ("case", "peer", "ms", f"× {ours}", "× less identity", "GB/s", "of bandwidth"):
         out.add_column(heading, justify="left" if heading in ("case", "peer") else "right")
     for result in results:
@@ -162,7 +194,7 @@ def _share(result: Result, peer: str) -> str:
     return f"{result.median('bandwidth') / result.median(peer):.0%}"
 
 
-def as_json(results: list[Result], ours: str) -> dict[str, Any]:
+def as_json(results: list[Result], ours: str, how: str = "") -> dict[str, Any]:
     """Every round's seconds, for who wants to look closer."""
     rows = []
     for result in results:
@@ -177,7 +209,7 @@ def as_json(results: list[Result], ours: str) -> dict[str, Any]:
                 "ratios": {peer: result.ratio(peer, ours) for peer in result.seconds},
             }
         )
-    return {"machine": machine(), "ours": ours, "cases": rows}
+    return {"machine": machine(), "how": how, "ours": ours, "cases": rows}
 
 
 def run(
@@ -186,6 +218,7 @@ def run(
     cases: list[str] | None,
     dtypes: list[str],
     clip: bool,
+    call: Call,
     peers: list[str] | None,
     rounds: int,
     json_path: Path | None,
@@ -193,9 +226,9 @@ def run(
     console: Console,
 ) -> None:
     """The command: measures, prints, and writes what was asked for."""
-    known, everyone = trees(), _everyone(device, sweep)
+    known, everyone = trees(), _everyone(device, sweep, call)
     chosen = [
-        Case(name, _pick(known, name, "case"), dtype, with_clip)
+        Case(name, _pick(known, name, "case"), dtype, with_clip, call)
         for name in cases or CASES[device]
         for dtype in dtypes
         for with_clip in ([False, True] if clip else [False])
@@ -209,24 +242,32 @@ def run(
     ours = "native" if "native" in taking_part else "xla"
     taking_part = {ours: everyone[ours]} | taking_part
     results = []
-    with Progress(console=console, transient=True) as progress:
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress(console=console, transient=True))
+        if device == "cpu":
+            apart = stack.enter_context(turns.contestants(list(taking_part)))
         for case in chosen:
-            results.append(measure(case, taking_part, rounds, STEPS[device], progress))
+            if device == "cpu":
+                results.append(measure_apart(case, apart, rounds, progress))
+            else:
+                results.append(measure(case, taking_part, rounds, STEPS, progress))
             gc.collect()
-    console.print(table(results, ours))
+    console.print(table(results, ours, HOW[device]))
     if json_path is not None:
-        json_path.write_text(json.dumps(as_json(results, ours), indent=1))
+        json_path.write_text(json.dumps(as_json(results, ours, HOW[device]), indent=1))
     if plot_path is not None:
         plot(results, ours, plot_path)
 
 
-def _everyone(device: Device, sweep: bool) -> Mapping[str, Build]:
+def _everyone(device: Device, sweep: bool, call: Call) -> Mapping[str, Build]:
     """Who can be asked for there; makes it the device that JAX uses."""
     if sweep and device == "cpu":
         raise SystemExit("bench: --sweep is for GPUs; add --device gpu")
+    if call != "donated" and device == "gpu":
+        raise SystemExit("bench: --call is for CPUs; on GPUs every step is donated")
     jax.config.update("jax_platforms", "cpu" if device == "cpu" else "cuda,cpu")
     if device == "cpu":
-        return step_peers.PEERS
+        return step_peers.peers(call)
     try:
         jax.devices("cuda")
     except RuntimeError as error:
