@@ -1,4 +1,4 @@
-"""Benchmarks of adamw_xla beside its peers, interleaved in one process."""
+"""Benchmarks of adamw_xla beside its peers, interleaved."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ PEERS_HELP = (
     f"{', '.join(gpu_peers.PEERS)}. All that can, if none is named."
 )
 
+CALL_HELP = (
+    "How the step is called: with params and state donated or kept, or not jitted. CPUs only."
+)
 SWEEP_HELP = "Time our own choices instead: launch shapes of the kernel, what is merged. GPUs only."
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -26,7 +29,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_
 
 @app.callback()
 def main() -> None:
-    """Benchmarks of adamw_xla beside its peers, interleaved in one process."""
+    """Benchmarks of adamw_xla beside its peers, interleaved."""
 
 
 @app.command()
@@ -51,21 +54,23 @@ def step(
     cases: Annotated[list[str] | None, typer.Option("--case", help=CASES_HELP)] = None,
     dtypes: Annotated[list[str] | None, typer.Option("--dtype", help=DTYPES_HELP)] = None,
     clip: Annotated[bool, typer.Option(help="Clip by the global norm too.")] = False,
+    call: Annotated[step_peers.Call, typer.Option(help=CALL_HELP)] = "donated",
     peers: Annotated[list[str] | None, typer.Option("--peer", help=PEERS_HELP)] = None,
     rounds: Annotated[int, typer.Option(min=4, help="Timed rounds per case.")] = 15,
     json: Annotated[Path | None, typer.Option(help="Also write all times here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw bars into this PNG.")] = None,
 ) -> None:
-    """Time of one donated optimizer step, ours beside the peers'.
+    """Time of one optimizer step, ours beside the peers'.
 
     Ratios are of medians, with the quartiles of the rounds' own ratios in brackets. The
     identity is what JAX takes to dispatch the same buffers; bandwidth is the ceiling: a plain
-    loop that reads and writes what AdamW does, on GPUs a copy of as many bytes. There, 20
-    steps are timed together.
+    loop that reads and writes what AdamW does, on GPUs a copy of as many bytes. On CPUs each
+    peer has a process of its own, with nothing set but what it sets itself; one has its turn
+    while the others sleep, of one untimed step and then some. On GPUs 20 steps are timed together.
     """
     _check_writable(json, plot)
     console, kinds = Console(), dtypes or ["float32"]
-    step_bench.run(device, sweep, cases, kinds, clip, peers, rounds, json, plot, console)
+    step_bench.run(device, sweep, cases, kinds, clip, call, peers, rounds, json, plot, console)
 
 
 @app.command()

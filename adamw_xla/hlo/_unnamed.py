@@ -7,7 +7,7 @@ are called, they can be told apart by that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import re
 
@@ -202,19 +202,18 @@ class _Walk:
 
 
 def _kernel_operands(call: Instruction, path: Path) -> Sequence[str]:
-    """What a result of the CPU kernel depends on; it lists its operands row by row."""
-    aliases = _operand_aliases(call)
-    state = [aliases[result] for result in sorted(aliases)]
-    if len(path) != 1 or path[0] not in aliases:
+    """What a result of the CPU kernel depends on.
+
+    Operands come row by row: numbers, params, gradients, and then state; results alike, but for
+    numbers and gradients.
+    """
+    options = re.split(r"[{,]\s*", call.attributes.get("backend_config", ""))
+    scalars = 1 + ("leaf_scale = true" in options)
+    rows = 3 + ("amsgrad = true" in options) + ("ema = true" in options)
+    leaves, rest = divmod(sum(1 for _ in arrays(call.shape)), rows)
+    if rest or len(path) != 1:
         return ()
-    # Between the params, which come first, and m there is a row of gradients.
-    leaves = next((i for i, x in enumerate(state) if x != state[0] + i), len(state))
-    if path[0] >= leaves:
-        return [call.operands[aliases[path[0]]]]
-    return [call.operands[x] for x in state[path[0] :: leaves]]
-
-
-def _operand_aliases(call: Instruction) -> Mapping[int, int]:
-    """Result -> operand whose buffer it takes."""
-    text = call.attributes.get("output_to_operand_aliasing", "")
-    return {int(a): int(b) for a, b in re.findall(r"\{(\d+)\}: \((\d+),", text)}
+    row, leaf = divmod(path[0], leaves)
+    first = scalars + leaf
+    old = [first, *(first + leaves * k for k in range(2, rows + 1))]
+    return [call.operands[x] for x in ([old[row]] if row else old)]

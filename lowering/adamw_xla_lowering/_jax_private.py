@@ -118,6 +118,25 @@ def functions_of(ctx: Any) -> tuple[Any, Any]:
     return ctx.module_context.module, ctx.module_context.symbol_table
 
 
+def donated_arguments(ctx: Any) -> dict[Any, bool]:
+    """The arguments of the program's ``main``, and whether its caller gives each of them away.
+
+    ``lower_jaxpr_to_fun`` (``jax/_src/interpreters/mlir.py``; 0.10.2, 0.11.2 and 0.12.0) marks
+    them before it lowers the body: with the result that takes an argument's place where JAX
+    knows it, else for XLA to choose.
+    """
+    _, symbols = functions_of(ctx)
+    if "main" not in symbols:
+        return {}
+    main = symbols["main"]
+    arguments = main.regions[0].blocks[0].arguments
+    if "arg_attrs" not in main.attributes:
+        return dict.fromkeys(arguments, False)
+    marks = main.attributes["arg_attrs"]
+    donated = ["tf.aliasing_output" in x or "jax.buffer_donor" in x for x in marks]
+    return dict(zip(arguments, donated, strict=True))
+
+
 def is_exporting(ctx: Any) -> bool:
     """Whether ``ctx`` lowers for ``jax.export``, whose artifact outlives this process."""
     return ctx.module_context.lowering_parameters.for_export

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+import contextlib
 import gc
 from importlib.util import find_spec
 import json
@@ -10,10 +11,11 @@ from pathlib import Path
 import shutil
 from typing import Any, Literal, TypeAlias
 
-from benches import gpu_peers, step_cases, step_peers
+from benches import gpu_peers, step_cases, step_peers, turns
 from benches.step_cases import CASES, STEPS, Case, Result, trees
-from benches.step_peers import Build
+from benches.step_peers import Build, Call
 from benches.timing import processor
+from benches.turns import Contestant
 import jax
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -23,6 +25,12 @@ from rich.table import Table
 import adamw_xla as ax
 
 Device: TypeAlias = Literal["cpu", "gpu"]
+
+HOW = {
+    "cpu": "each peer in a process of its own, at its defaults and with all cores",
+    "gpu": "all in one process, in turn",
+}
+"""Said below the table: how everybody runs."""
 
 
 def measure(
@@ -34,6 +42,27 @@ def measure(
     return step_cases.time_rounds(case, built, rounds, steps, lambda: progress.advance(task))
 
 
+def measure_apart(
+    case: Case, peers: Mapping[str, Contestant], rounds: int, progress: Progress
+) -> Result:
+    """The same on CPUs, where each peer has a process of its own."""
+    seconds: dict[str, list[float]] = {name: [] for name in peers}
+    task = progress.add_task(case.label, total=rounds + 1)
+    for peer in peers.values():
+        peer.build(case.shapes, case.dtype, case.clip, case.call)
+    for i in range(rounds):
+        progress.advance(task)
+        for name in _rotated(list(peers), i):
+            seconds[name].append(peers[name].turn())
+    progress.advance(task)
+    return Result(case, seconds)
+
+
+def _rotated(names: list[str], i: int) -> list[str]:
+    """Another one begins each round."""
+    return names[i % len(names) :] + names[: i % len(names)]
+
+
 def machine() -> str:
     """What the figures were taken on."""
     device = jax.devices()[0]
@@ -41,9 +70,10 @@ def machine() -> str:
     return f"{where}, jax {jax.__version__}"
 
 
-def table(results: list[Result], ours: str) -> Table:
+def table(results: list[Result], ours: str, how: str = "") -> Table:
     """A row per case and peer: its time, in units of ours, its rate and share of the bandwidth."""
-    out = Table(title=f"One step: medians, and ratios to {ours} ({machine()})", box=SIMPLE_HEAD)
+    title = f"One step: medians, and ratios to {ours} ({machine()})"
+    out = Table(title=title, caption=how, box=SIMPLE_HEAD)
     for heading in ("case", "peer", "ms", f"× {ours}", "× less identity", "GB/s", "of bandwidth"):
         out.add_column(heading, justify="left" if heading in ("case", "peer") else "right")
     for result in results:
@@ -79,7 +109,7 @@ def _share(result: Result, peer: str) -> str:
     return f"{result.median('bandwidth') / result.median(peer):.0%}"
 
 
-def as_json(results: list[Result], ours: str) -> dict[str, Any]:
+def as_json(results: list[Result], ours: str, how: str = "") -> dict[str, Any]:
     """Every round's seconds, for who wants to look closer."""
     rows = []
     for result in results:
@@ -94,7 +124,7 @@ def as_json(results: list[Result], ours: str) -> dict[str, Any]:
                 "ratios": {peer: result.ratio(peer, ours) for peer in result.seconds},
             }
         )
-    return {"machine": machine(), "ours": ours, "cases": rows}
+    return {"machine": machine(), "how": how, "ours": ours, "cases": rows}
 
 
 def run(
@@ -103,6 +133,7 @@ def run(
     cases: list[str] | None,
     dtypes: list[str],
     clip: bool,
+    call: Call,
     peers: list[str] | None,
     rounds: int,
     json_path: Path | None,
@@ -110,9 +141,9 @@ def run(
     console: Console,
 ) -> None:
     """The command: measures, prints, and writes what was asked for."""
-    known, everyone = trees(), _everyone(device, sweep)
+    known, everyone = trees(), _everyone(device, sweep, call)
     chosen = [
-        Case(name, _pick(known, name, "case"), dtype, with_clip)
+        Case(name, _pick(known, name, "case"), dtype, with_clip, call)
         for name in cases or CASES[device]
         for dtype in dtypes
         for with_clip in ([False, True] if clip else [False])
@@ -126,24 +157,32 @@ def run(
     ours = "native" if "native" in taking_part else "xla"
     taking_part = {ours: everyone[ours]} | taking_part
     results = []
-    with Progress(console=console, transient=True) as progress:
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress(console=console, transient=True))
+        if device == "cpu":
+            apart = stack.enter_context(turns.contestants(list(taking_part)))
         for case in chosen:
-            results.append(measure(case, taking_part, rounds, STEPS[device], progress))
+            if device == "cpu":
+                results.append(measure_apart(case, apart, rounds, progress))
+            else:
+                results.append(measure(case, taking_part, rounds, STEPS, progress))
             gc.collect()
-    console.print(table(results, ours))
+    console.print(table(results, ours, HOW[device]))
     if json_path is not None:
-        json_path.write_text(json.dumps(as_json(results, ours), indent=1))
+        json_path.write_text(json.dumps(as_json(results, ours, HOW[device]), indent=1))
     if plot_path is not None:
         plot(results, ours, plot_path)
 
 
-def _everyone(device: Device, sweep: bool) -> Mapping[str, Build]:
+def _everyone(device: Device, sweep: bool, call: Call) -> Mapping[str, Build]:
     """Who can be asked for there; makes it the device that JAX uses."""
     if sweep and device == "cpu":
         raise SystemExit("bench: --sweep is for GPUs; add --device gpu")
+    if call != "donated" and device == "gpu":
+        raise SystemExit("bench: --call is for CPUs; on GPUs every step is donated")
     jax.config.update("jax_platforms", "cpu" if device == "cpu" else "cuda,cpu")
     if device == "cpu":
-        return step_peers.PEERS
+        return step_peers.peers(call)
     try:
         jax.devices("cuda")
     except RuntimeError as error:

@@ -10,7 +10,7 @@ import statistics
 import time
 
 from benches import step_peers
-from benches.step_peers import Build, Peer
+from benches.step_peers import Build, Call, Peer
 from benches.timing import no_gc
 import jax
 import shapes
@@ -18,12 +18,13 @@ import shapes
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One tree, dtype and clipping."""
+    """One tree, dtype, clipping, and way to call the step."""
 
     name: str
     shapes: list[tuple[int, ...]]
     dtype: str = "float32"
     clip: bool = False
+    call: Call = "donated"
 
     @property
     def least_bytes(self) -> int:
@@ -32,7 +33,8 @@ class Case:
 
     @property
     def label(self) -> str:
-        return f"{self.name} {self.dtype}{' clip' if self.clip else ''}"
+        call = "" if self.call == "donated" else f" {self.call}"
+        return f"{self.name} {self.dtype}{' clip' if self.clip else ''}{call}"
 
 
 CASES = {
@@ -41,8 +43,8 @@ CASES = {
 }
 """By device, what is measured if nothing is asked for."""
 
-STEPS = {"cpu": 1, "gpu": 20}
-"""Steps for each reading of the clock."""
+STEPS = 20
+"""Steps for each reading of the clock on GPUs; on CPUs see ``turns.TURN``."""
 
 
 def trees() -> dict[str, list[tuple[int, ...]]]:

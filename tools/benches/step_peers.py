@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 import subprocess
 import tempfile
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,12 @@ from peer_steps import BOUND, EPSILON, LEARNING_RATE, WEIGHT_DECAY
 
 import adamw_xla as ax
 
-# OpenMP's threads would spin on into the next peer's turn.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("KERAS_BACKEND", "jax")  # Keras reads it when it is imported
 
 BYTES_PER_STATE = 4
+
+Call: TypeAlias = Literal["donated", "undonated", "eager"]
+"""How a step is called: jitted, with params and state given away or kept; or not jitted at all."""
 
 
 class Peer(Protocol):
@@ -73,25 +74,33 @@ class Carry:
 
 
 class Jitted:
-    """A donated jitted step ``fn(params, grads, state) -> (params, state)``."""
+    """A step ``fn(params, grads, state) -> (params, state)``, jitted and donated by default."""
 
     def __init__(
-        self, fn: Callable[..., Any], params: Any, grads: list[jax.Array], state: Any
+        self,
+        fn: Callable[..., Any],
+        params: Any,
+        grads: list[jax.Array],
+        state: Any,
+        call: Call = "donated",
     ) -> None:
         self._grads = grads
         self.carry = Carry((params, state))
-        jitted = jax.jit(lambda carry, grads: fn(carry[0], grads, carry[1]), donate_argnums=0)
-        self._lowered = jitted.lower(self.carry.value, grads)
-        self._compiled: Any = None
+        self._step: Any = lambda carry, grads: fn(carry[0], grads, carry[1])
+        self._lowered: Any = None
+        if call != "eager":
+            jitted = jax.jit(self._step, donate_argnums=(0,) * (call == "donated"))
+            self._lowered = jitted.lower(self.carry.value, grads)
 
     def prepare(self) -> None:
-        self._compiled = self._compiled or self._lowered.compile()
+        if self._lowered is not None:
+            self._step, self._lowered = self._lowered.compile(), None
 
     def run(self, steps: int) -> None:
         self.prepare()
         carry = self.carry.value
         for _ in range(steps):
-            carry = self._compiled(carry, self._grads)
+            carry = self._step(carry, self._grads)
         self.carry.value = jax.block_until_ready(carry)
 
 
@@ -100,27 +109,37 @@ def _jitted(
     shapes: list[Any],
     dtype: str,
     grads: list[jax.Array],
+    call: Call,
 ) -> Peer:
     init, step = pair
     params = make_params(shapes, dtype)
-    return Jitted(step, params, grads, init(params))
+    return Jitted(step, params, grads, init(params), call)
 
 
 def ours(
-    implementation: Any, shapes: list[Any], dtype: str, grads: list[jax.Array], clip: bool
+    implementation: Any,
+    shapes: list[Any],
+    dtype: str,
+    grads: list[jax.Array],
+    clip: bool,
+    call: Call = "donated",
 ) -> Peer:
     """This package; ``implementation`` as ``adamw_step`` takes it."""
-    return _jitted(peer_steps.ours(_options(clip), implementation), shapes, dtype, grads)
+    return _jitted(peer_steps.ours(_options(clip), implementation), shapes, dtype, grads, call)
 
 
-def optax_adamw(shapes: list[Any], dtype: str, grads: list[jax.Array], clip: bool) -> Peer:
-    """``optax.adamw`` and ``apply_updates`` under one donated jit."""
-    return _jitted(peer_steps.optax_adamw(_options(clip)), shapes, dtype, grads)
+def optax_adamw(
+    shapes: list[Any], dtype: str, grads: list[jax.Array], clip: bool, call: Call = "donated"
+) -> Peer:
+    """``optax.adamw`` and ``apply_updates`` under one jit."""
+    return _jitted(peer_steps.optax_adamw(_options(clip)), shapes, dtype, grads, call)
 
 
-def keras_adamw(shapes: list[Any], dtype: str, grads: list[jax.Array], clip: bool) -> Peer:
-    """Keras' ``stateless_apply`` under a donated jit."""
-    return _jitted(peer_steps.keras_adamw(_options(clip)), shapes, dtype, grads)
+def keras_adamw(
+    shapes: list[Any], dtype: str, grads: list[jax.Array], clip: bool, call: Call = "donated"
+) -> Peer:
+    """Keras' ``stateless_apply`` under a jit."""
+    return _jitted(peer_steps.keras_adamw(_options(clip)), shapes, dtype, grads, call)
 
 
 def _options(clip: bool) -> peer_steps.Options:
@@ -224,3 +243,10 @@ PEERS: dict[str, Build] = {
     "bandwidth": Bandwidth,
 }
 """On CPUs: every peer, by the name that ``--peer`` takes; gpu_peers.py has those on GPUs."""
+
+
+def peers(call: Call) -> dict[str, Build]:
+    """Those on CPUs whose step can be called so: torch and the ceiling write in place."""
+    if call == "donated":
+        return PEERS
+    return {name: functools.partial(build, call=call) for name, build in JITTED.items()}

@@ -20,12 +20,12 @@ from ..contract import (
     CPU_TARGET_NAME,
     UPDATE_NAME,
     UpdateSpec,
-    aliases,
     is_one_leaf,
     join_leaves,
     split_leaves,
     split_operands,
 )
+from ..donation import Donation
 from ..errors import logger, unavailable, unfit, unfused
 from ..rules import partitioned
 from . import library
@@ -88,17 +88,17 @@ def _lower_native(
     short = [i for i in range(n) if _has_short_rows(ctx, spec, avals.leaves[i], outs[i])]
     lowered = stablehlo.lower_leaves(ctx, operands, spec, short) if short else []
     results: dict[int, Sequence[ir.Value]] = dict(zip(short, lowered, strict=True))
-    calls = 0
+    calls, donation = 0, Donation(ctx)
     for bucket in _buckets({i: row for i, row in enumerate(avals.leaves) if i not in results}):
         own = spec.of_leaves(bucket)
         args, avals_in = values.of_leaves(bucket), avals.of_leaves(bucket)
         avals_out = join_leaves([outs[i] for i in bucket])
-        in_place = aliases(own, avals_in, avals_out)
-        large = [args[i] for i in in_place if _bytes(avals_in[i]) >= MIN_WITNESSED_BYTES]
+        written = donation.in_place(own, args, avals_in, avals_out)
+        large = [args[i] for i in written if _bytes(avals_in[i]) >= MIN_WITNESSED_BYTES]
         earlier = _earlier_reads(large)
         call = jax.ffi.ffi_lowering(
             CPU_TARGET_NAME,
-            operand_output_aliases=in_place,
+            operand_output_aliases=written,
         )
         flat = call(
             ctx.replace(avals_in=[*avals_in, *map(_aval_like, earlier)], avals_out=avals_out),

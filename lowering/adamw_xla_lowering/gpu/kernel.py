@@ -16,13 +16,13 @@ from .._jax_private import devices_hold_whole_operands
 from ..contract import (
     UPDATE_NAME,
     UpdateSpec,
-    aliases,
     cut_evenly,
     is_one_leaf,
     join_leaves,
     split_leaves,
     split_operands,
 )
+from ..donation import Donation
 from ..errors import logger, unavailable, unfit, unfused
 from ..rules import partitioned
 from . import call, merge
@@ -84,9 +84,9 @@ def _lower_native(
     results: dict[int, Sequence[ir.Value]] = dict(zip(empty, lowered, strict=True))
     streams = len(spec.operand_kinds) + len(spec.result_kinds)
     most = (MAX_POINTERS - spec.num_scalars) // streams
-    calls = 0
+    calls, donation = 0, Donation(ctx)
     for part in cut_evenly(full, most) if full else ():
-        results.update(zip(part, _call(ctx, operands, spec, part), strict=True))
+        results.update(zip(part, _call(ctx, operands, spec, part, donation), strict=True))
         calls += 1
     logger.debug("%s: %d leaves in %d GPU kernels", UPDATE_NAME, len(full), calls)
     return join_leaves([results[i] for i in range(spec.num_leaves)])
@@ -97,6 +97,7 @@ def _call(
     operands: Sequence[ir.Value],
     spec: UpdateSpec,
     part: Sequence[int],
+    donation: Donation,
 ) -> list[tuple[ir.Value, ...]]:
     """One kernel for some of the leaves."""
     values, avals = split_operands(spec, operands), split_operands(spec, ctx.avals_in)
@@ -107,8 +108,8 @@ def _call(
     kernel = update_kernel(spec, leaves, shapes, launch_shape())
     args, avals_in = values.of_leaves(part), avals.of_leaves(part)
     avals_out = join_leaves([outs[i] for i in part])
-    in_place = aliases(spec.of_leaves(part), avals_in, avals_out)
-    flat = call.call(ctx, kernel, args, avals_in, avals_out, in_place)
+    written = donation.in_place(spec.of_leaves(part), args, avals_in, avals_out)
+    flat = call.call(ctx, kernel, args, avals_in, avals_out, written)
     return split_leaves(stablehlo.with_shardings(ctx, flat, avals_out), len(part))
 
 

@@ -34,7 +34,7 @@ from .._jax_private import (
     register_partitioner,
     uses_shardy,
 )
-from ..contract import UPDATE_NAME, UpdateSpec, split_leaves, split_operands
+from ..contract import UPDATE_NAME, UpdateSpec, aliases, split_leaves, split_operands
 from ..errors import logger
 
 TARGET_NAME = "adamw_xla_partitioned_update"
@@ -157,7 +157,10 @@ def _program(spec: UpdateSpec, platform: str, operands: Sequence[Any]) -> bytes:
 
 def _lowered(spec: UpdateSpec, platform: str, operands: Sequence[Any]) -> bytes:
     with jax.enable_x64(True):  # dtypes are as given
-        traced = jax.jit(functools.partial(_bind, spec=spec)).trace(*operands)
+        bind = functools.partial(_bind, spec=spec)
+        written = tuple(aliases(spec, operands, jax.eval_shape(bind, *operands)))
+        # It is put into the whole program, which knows whose arrays these are.
+        traced = jax.jit(bind, donate_argnums=written).trace(*operands)
         module = traced.lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")
     return mlir.module_to_bytecode(module)
 
