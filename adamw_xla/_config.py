@@ -12,10 +12,10 @@ from jax import export
 from jax.typing import ArrayLike, DTypeLike
 import numpy as np
 
-from adamw_xla import _decay
 from adamw_xla._check import calls, options
 from adamw_xla._check.trees import is_mask_function
 from adamw_xla._check.words import NATIVE, not_a_config
+from adamw_xla._inside import decay
 from adamw_xla._static import Static, from_bytes, hashable, to_bytes
 from adamw_xla_lowering import compute_dtype
 
@@ -230,7 +230,7 @@ class AdamW:
         for name, value in fields.items():
             object.__setattr__(config, name, value)
         decays = {
-            name: _decay.Decay(fields[name], **dict(zip(parts, following, strict=False)))
+            name: decay.Decay(fields[name], **dict(zip(parts, following, strict=False)))
             for name, parts in _following(fields["use_ema"]).items()
         }
         object.__setattr__(config, "_decays", decays)
@@ -267,12 +267,12 @@ def _following(use_ema: bool) -> dict[str, tuple[str, ...]]:
     return {"beta_1": parts, "beta_2": parts, **({"ema_momentum": parts[:1]} if use_ema else {})}
 
 
-def known_decay(config: AdamW, name: str) -> _decay.Decay:
+def known_decay(config: AdamW, name: str) -> decay.Decay:
     """The decay of this name, with what was known of it when its config was flattened."""
-    kept: dict[str, _decay.Decay] = config.__dict__.setdefault("_decays", {})
+    kept: dict[str, decay.Decay] = config.__dict__.setdefault("_decays", {})
     if name in kept:
         return kept[name]
-    found = _decay.of(getattr(config, name))
+    found = decay.of(getattr(config, name))
     if isinstance(found.log, float):  # a tracer made here may not outlive the trace
         kept[name] = found
     return found

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 
 from adamw_xla._check import calls
 from adamw_xla._config import AdamW, ScalarOrSchedule
-from adamw_xla._run import run_step
+from adamw_xla._inside.run import run_step
+from adamw_xla._inside.update import Backend, as_varying_as_after
 from adamw_xla._state import AdamWState
 from adamw_xla._step import ALIASES, LACKING
-from adamw_xla._update import Backend, as_varying_as_after
 from adamw_xla_lowering import Slot, Squares, UpdateResult, compute_dtype, small_unit
 
 Leaves = Sequence[jax.Array]

@@ -31,8 +31,8 @@ PLACES = {
     "lowering/csrc/adamw.h",
     "lowering/csrc/tree.cc",
     "adamw_xla/_config.py",
-    "adamw_xla/_hyper.py",
-    "adamw_xla/_update.py",
+    "adamw_xla/_inside/hyper.py",
+    "adamw_xla/_inside/update.py",
     "adamw_xla/reference.py",
     "adamw_xla/optax/_transformation.py",
 }
@@ -61,8 +61,7 @@ def test_an_option_is_named_where_readme_says_and_nowhere_else() -> None:
 
 def test_readme_names_each_place() -> None:
     _, found, rest = (ROOT / "README.md").read_text().partition("## Changing it\n")
-    if not found:
-        pytest.skip("README has no such section yet")
+    assert found
     section, _, _ = rest.partition("\n## ")
     names = {path.rpartition("/")[2] for path in PLACES | TABLES} | {"platforms.py"}
     assert not {name for name in names if f"{name}`" not in section}

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamw_xla._config import AdamW
-from adamw_xla._hyper import as_scalar, ema_slots
-from adamw_xla._update import (
+from adamw_xla._inside.hyper import as_scalar, ema_slots
+from adamw_xla._inside.update import (
     Backend,
     Rates,
     do_if,

@@ -11,13 +11,13 @@ from jax.typing import ArrayLike, DTypeLike
 import numpy as np
 import optax
 
-from adamw_xla import _clipping
 from adamw_xla._check import calls, options, trees
 from adamw_xla._check.words import misplaced
 from adamw_xla._config import AdamW
-from adamw_xla._run import run_step
+from adamw_xla._inside import clipping
+from adamw_xla._inside.run import run_step
+from adamw_xla._inside.update import Backend
 from adamw_xla._state import AdamWState, adamw_init
-from adamw_xla._update import Backend
 from adamw_xla.optax import _check
 from adamw_xla.optax._state import AdamWOptState
 from adamw_xla_lowering import Implementation, adamw_sum_of_squares, adamw_update
@@ -257,7 +257,7 @@ def _clip(max_norm: ArrayLike, updates: Any, state: Any, params: Any = None) -> 
     leaves = [jnp.asarray(x) for x in leaves]
     wide = any(x.dtype == np.float64 for x in leaves)
     one = jnp.ones((), np.float64 if wide else np.float32)
-    unit, quotient = _clipping.global_factors(adamw_sum_of_squares(one, leaves), max_norm)
+    unit, quotient = clipping.global_factors(adamw_sum_of_squares(one, leaves), max_norm)
 
     def clipped(x: jax.Array) -> jax.Array:
         return (x.astype(one.dtype) * unit * quotient).astype(x.dtype)

@@ -322,7 +322,7 @@ def test_one_bool_for_all(value: bool) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["_config", "_step", "_state", "_hyper", "_clipping", "_check.trees", "reference", "lowering"],
+    ["_config", "_step", "_state", "_inside.hyper", "_inside.clipping", "_check.trees", "reference", "lowering"],
 )
 def test_examples_in_docstrings(module: str) -> None:
     assert doctest.testmod(importlib.import_module(f"adamw_xla.{module}")).failed == 0

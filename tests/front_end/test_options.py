@@ -16,9 +16,9 @@ import pytest
 from runs import run, tree
 
 import adamw_xla as ax
-from adamw_xla import _clipping
-from adamw_xla._run import run_step
-from adamw_xla._update import Backend, do_if
+from adamw_xla._inside import clipping
+from adamw_xla._inside.run import run_step
+from adamw_xla._inside.update import Backend, do_if
 import adamw_xla.optax as axo
 from adamw_xla_lowering import Squares, adamw_sum_of_squares, adamw_update
 
@@ -113,7 +113,7 @@ def test_below_any_bound_the_factors_are_one() -> None:
         squares = Squares(jnp.square(fraction * bounds), jnp.ones_like(bounds))
         # The square is rounded, and its root with it: half a unit above is above.
         bounded = jnp.maximum(bounds, jnp.sqrt(squares.sum))
-        for factors in (_clipping.global_factors, _clipping.factors):
+        for factors in (clipping.global_factors, clipping.factors):
             np.testing.assert_array_equal(factors(squares, bounded), 1.0)
 
 

@@ -10,13 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamw_xla import _clipping
 from adamw_xla._check import options, trees
 from adamw_xla._check.words import NATIVE, Words, misplaced
 from adamw_xla._config import AdamW, ScalarOrSchedule, check_config
-from adamw_xla._hyper import Scalar, as_scalar, evaluate, increment
+from adamw_xla._inside import clipping
+from adamw_xla._inside.hyper import Scalar, as_scalar, evaluate, increment
+from adamw_xla._inside.update import (
+    Backend,
+    Rates,
+    groups_of,
+    hyper_dtype,
+    scaled_like,
+    update_leaves,
+)
 from adamw_xla._state import COUNTERS, AdamWState, check_kind, check_state
-from adamw_xla._update import Backend, Rates, groups_of, hyper_dtype, scaled_like, update_leaves
 from adamw_xla_lowering import compute_dtype
 
 
@@ -196,7 +203,7 @@ class _Step:
         if self.config.skip_nonfinite:
             total = [a + g for a, g in zip(old, scaled, strict=True)]
             squares = self.backend.sum_of_squares(jnp.ones((), self.dtype), total)
-            good = _clipping.is_good(self.config, squares)
+            good = clipping.is_good(self.config, squares)
             scaled = [jnp.where(good, g, 0) for g in scaled]
             counters = counters | {"skipped": increment(counters["skipped"], ~good)}
         done = counters["micro_step"] + good.astype(np.int32)

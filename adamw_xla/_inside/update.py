@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adamw_xla import _clipping
-from adamw_xla._clipping import SumOfSquares
 from adamw_xla._config import AdamW
-from adamw_xla._hyper import Scalar, hyper_rows
+from adamw_xla._inside import clipping
+from adamw_xla._inside.clipping import SumOfSquares
+from adamw_xla._inside.hyper import Scalar, hyper_rows
 from adamw_xla_lowering import (
     UpdateResult,
     adamw_sum_of_squares,
@@ -157,12 +157,12 @@ def update_leaves(
       delta: return the params' changes instead of new params.
       clear: return zeros in place of the gradients too.
     """
-    clip = _clipping.scales(config, grads, scale, dtype, backend.sum_of_squares)
+    clip = clipping.scales(config, grads, scale, dtype, backend.sum_of_squares)
     squares = clip.squares
     apply = None
     if config.skip_nonfinite:
         assert squares is not None
-        apply = _clipping.is_good(config, squares)
+        apply = clipping.is_good(config, squares)
     hyper = hyper_rows(
         config,
         count,

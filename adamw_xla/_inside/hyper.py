@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 import numpy as np
 
-from adamw_xla import _decay
 from adamw_xla._check import options
 from adamw_xla._config import AdamW, ScalarOrSchedule, known_decay
-from adamw_xla._decay import Decay
+from adamw_xla._inside import decay
+from adamw_xla._inside.decay import Decay
 from adamw_xla_lowering import NUM_SLOTS, Slot
 
 Scalar: TypeAlias = float | jax.Array
@@ -36,8 +36,8 @@ def decay_of(config: AdamW, name: str, dtype: DTypeLike) -> Decay:
     """The config's decay of this name: of Python floats where it is known, else of ``dtype``."""
     value = as_scalar(getattr(config, name), dtype)
     if isinstance(value, float):
-        return _decay.of(value)
-    return _decay.rounded(getattr(config, name), known_decay(config, name), dtype)
+        return decay.of(value)
+    return decay.rounded(getattr(config, name), known_decay(config, name), dtype)
 
 
 def evaluate(name: str, value: ScalarOrSchedule, step: jax.Array, dtype: DTypeLike) -> Scalar:
