@@ -35,6 +35,8 @@ PLACES = {
     "adamw_xla/_inside/update.py",
     "adamw_xla/reference.py",
     "adamw_xla/optax/_transformation.py",
+    "adamw_xla/_check/calls.py",
+    "adamw_xla/keras/_check.py",
 }
 """Where an option is written down: from the equations to what users call it."""
 
