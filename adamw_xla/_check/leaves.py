@@ -46,12 +46,14 @@ def _how_to_have_an_array(argument: str, leaf: Any) -> str:
 
 
 def _how_to_have_a_float(argument: str, dtype: Any) -> str:
+    kept_out = "out of the tree that is trained (None stands for no leaf)."
     if "complex" in str(dtype):
         return (
             "Train the real and the imaginary part as two leaves, as "
-            "optax.contrib.split_real_and_imaginary(adamw_xla.optax.adamw(...)) does."
+            "optax.contrib.split_real_and_imaginary(adamw_xla.optax.adamw(...)) does, or keep it "
+            + kept_out
         )
-    return "Keep other leaves out of the tree that is trained (None stands for no leaf)."
+    return "Keep other leaves " + kept_out
 
 
 def is_float(leaf: Any) -> bool:

@@ -68,7 +68,10 @@ def float32(leaves: list[Any]) -> list[jax.Array]:
     return [jnp.asarray(x, jnp.float32) for x in leaves]
 
 
-@pytest.mark.parametrize("count", [0, 7, LAST - 1, LAST])
+SLOW = [pytest.param(count, marks=pytest.mark.slow) for count in (7, LAST - 1, LAST)]
+
+
+@pytest.mark.parametrize("count", [0, *SLOW])
 @pytest.mark.parametrize("name", CORNERS)
 def test_a_corner(name: str, count: int) -> None:
     """Numbers are traced: what is known and out of range is refused before."""
@@ -181,6 +184,7 @@ def test_a_clip_brings_any_gradient_to_its_bound(how: str, clip: str) -> None:
     agree()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", ["clipnorm", "global_clipnorm"])
 @pytest.mark.parametrize("grads", [ZEROS, GRADS], ids=["zeros", ""])
 def test_derivatives_at_the_corners_are_numbers(clip: str, grads: list[Any]) -> None:

@@ -119,6 +119,7 @@ def test_decays_that_were_changed_are_those_that_count() -> None:
         close(jax.jit(ax.adamw_step)(tree(), tree(1), state, config), want)
 
 
+@pytest.mark.slow
 def test_the_derivative_by_a_decay_is_whole() -> None:
     """What was known of a passed config's decays is a number, and no way around them."""
     params, grads = tree(), tree(1)
@@ -322,7 +323,10 @@ def test_one_bool_for_all(value: bool) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["_config", "_step", "_state", "_inside.hyper", "_inside.clipping", "_check.trees", "reference", "lowering"],
+    [
+        *("_config", "_step", "_state", "_inside.hyper", "_inside.clipping", "_check.trees"),
+        *("reference", "lowering"),
+    ],
 )
 def test_examples_in_docstrings(module: str) -> None:
     assert doctest.testmod(importlib.import_module(f"adamw_xla.{module}")).failed == 0

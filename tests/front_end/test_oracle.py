@@ -74,7 +74,12 @@ numbers = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("names", CHOICES, ids="-".join)
+PAIRS_ARE_SLOW = [
+    pytest.param(names, marks=pytest.mark.slow) if len(names) > 1 else names for names in CHOICES
+]
+
+
+@pytest.mark.parametrize("names", PAIRS_ARE_SLOW, ids="-".join)
 def test_options_alone_and_in_pairs(names: tuple[str, ...]) -> None:
     step = jax.jit(ax.adamw_step)  # the config is traced: one compilation for all examples
 
@@ -96,6 +101,7 @@ def trees(draw: Any, dtypes: tuple[str, ...]) -> list[tuple[tuple[int, ...], str
 HALVES = ("bfloat16", "float16", "float32")
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(
     tree=trees(HALVES),
@@ -112,6 +118,7 @@ def test_any_shape_and_dtype(
     check_run(names, config, step, tree, steps, seed)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     tree=trees((*HALVES, "float64")),

@@ -165,7 +165,7 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "state without a leaf": (
         {"state": dataclasses.replace(STATE, v=layer(b=None))},
         ValueError,
-        ["state.v" + B, "lacks", "grads", "adamw_init"],
+        ["state.v" + B, "lacks", "grads", "None there"],
     ),
     "mask of numbers": (
         {"config": ax.AdamW(weight_decay_mask=layer(w=True, b=1.0))},

@@ -53,7 +53,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+QUICK = {"defaults", "accumulation", "ema", "amsgrad", "global_clipnorm", "schedule", "rates"}
+FITS = [
+    pytest.param(options, id=name, marks=() if name in QUICK else pytest.mark.slow)
+    for name, options in OPTIONS.items()
+]
+
+
+@pytest.mark.parametrize("options", FITS)
 def test_fit(options: dict[str, Any]) -> None:
     options = {**BETAS, **options}
     ours, theirs = fit(AdamW(**options)), fit(Stock(**options))
@@ -95,6 +102,7 @@ WRAPPED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("wrap", "make"), WRAPPED.values(), ids=WRAPPED)
 def test_fit_wrapped(wrap: Callable[[Any], Any], make: Callable[[], Any]) -> None:
     ours, theirs = fit(wrap(AdamW), make), fit(wrap(Stock), make)
@@ -144,6 +152,7 @@ def test_an_assigned_rate_counts_and_does_not_retrace(monkeypatch: pytest.Monkey
 # ----------------------------------------------------------------- by design otherwise
 
 
+@pytest.mark.slow
 def test_the_average_rests_between_updates_unless_asked() -> None:
     options = {"gradient_accumulation_steps": 4, **AVERAGE, "ema_overwrite_frequency": 3, **BETAS}
     theirs = fit(Stock(**options))
@@ -187,6 +196,7 @@ def test_state_of_16_bit_variables_is_float32_unless_asked() -> None:
         assert {v.dtype for v in state} == {expected}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16", "mixed_float16"])
 def test_16_bits_learn_the_digits(policy: str) -> None:
     model = fit(AdamW(3e-3), lambda: mlp(policy, width=64), epochs=20)
@@ -197,6 +207,7 @@ def test_16_bits_learn_the_digits(policy: str) -> None:
     assert model.evaluate(x, y, verbose=0)[1] >= 0.95
 
 
+@pytest.mark.slow
 def test_stock_bfloat16_does_not_learn() -> None:
     model = fit(Stock(3e-3, weight_decay=0.0), lambda: mlp("bfloat16"), epochs=1)
     for after, before in zip(model.get_weights(), mlp("bfloat16").get_weights(), strict=True):

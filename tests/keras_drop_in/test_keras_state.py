@@ -50,6 +50,7 @@ def same(model: keras.Model, other: keras.Model) -> None:
 # ------------------------------------------------------------------------------- files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.weights.h5", "model.keras"])
 @pytest.mark.parametrize("first", [AdamW, Stock], ids=["ours", "stock"])
 def test_the_other_class_resumes(tmp_path: Path, first: Any, name: str) -> None:
@@ -88,6 +89,7 @@ def test_load_model_brings_the_optimizer_back(tmp_path: Path) -> None:
     same(loaded, model)
 
 
+@pytest.mark.slow
 def test_a_file_of_ours_opens_without_this_package(tmp_path: Path) -> None:
     model = fit(AdamW(**OPTIONS), epochs=1)
     model.save(tmp_path / "model.keras")
@@ -126,6 +128,7 @@ def test_custom_objects_do_not_exchange_the_classes_once_both_are_known(
         assert type(loaded.optimizer) is cls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), [(AdamW, Stock), (Stock, AdamW)])
 def test_a_loaded_model_goes_on_with_the_other_class(
     tmp_path: Path, first: Any, second: Any
@@ -172,6 +175,7 @@ def test_variables_have_the_stock_names_and_order() -> None:
     assert named(AdamW) == named(Stock)
 
 
+@pytest.mark.slow
 def test_the_distribution_api() -> None:
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     script = Path(__file__).with_name("keras_sharded.py")

@@ -22,6 +22,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 from places import python_path
+import pytest
 
 HERE = Path(__file__).parent
 
@@ -99,6 +100,7 @@ def main() -> None:
     sys.exit(0 if ok else 1)
 
 
+@pytest.mark.slow
 def test_all_pass_but_those_that_lack_a_package() -> None:
     passed, failed = run(OPTIMIZERS, ours=True)
     assert sum(".AdamWTest." in name for name in passed) >= 5

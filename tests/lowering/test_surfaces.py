@@ -291,6 +291,62 @@ def test_name_dialect_module(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [name for name in searched if name.endswith(".tt")]
 
 
+@surface(
+    "ShapedArray.mat, and manual_axis_type of jax.ShapeDtypeStruct",
+    "the manual axes that a value, or what jax.eval_shape has of it, varies over",
+    "_inside/update.py",
+    "loops whose devices differ on whether to go round",
+)
+def test_varying_axes() -> None:
+    seen = []
+
+    def look(x: Any) -> Any:
+        seen.extend([jnp.ones(()), x, jax.eval_shape(jnp.sin, x)])
+        seen[:] = map(private.varying_axes, seen)
+        return x
+
+    manual = jax.shard_map(look, mesh=AUTO, in_specs=P("x"), out_specs=P("x"))
+    jax.jit(manual).trace(jax.ShapeDtypeStruct((8,), np.float32))
+    assert seen == [frozenset(), {"x"}, {"x"}]
+
+
+@surface(
+    "jax.sharding.get_abstract_mesh().axis_types",
+    "with Manual among them inside of shard_map",
+    "_inside/update.py",
+    "looking at varying axes there alone",
+)
+def test_is_manual() -> None:
+    seen = []
+
+    def look(x: Any) -> Any:
+        seen.append(private.is_manual())
+        return x
+
+    jax.jit(look).trace(jax.ShapeDtypeStruct((8,), np.float32))
+    manual = jax.shard_map(look, mesh=AUTO, in_specs=P("x"), out_specs=P("x"))
+    jax.jit(manual).trace(jax.ShapeDtypeStruct((8,), np.float32))
+    assert seen == [False, True]
+
+
+@surface(
+    "the attributes tf.aliasing_output and jax.buffer_donor of main's arguments",
+    "there when the body is lowered",
+    "donation.py",
+    "writing over what is given away alone",
+)
+def test_donated_arguments() -> None:
+    struct = jax.ShapeDtypeStruct((8,), np.float32)
+    for donated in ((), (0,), (1,), (0, 1)):
+
+        def lower(f: Any, donated: tuple[int, ...] = donated) -> Any:
+            jitted = jax.jit(lambda x, y: (f(x), y), donate_argnums=donated)
+            return jitted.trace(struct, struct).lower(lowering_platforms=("cpu",))
+
+        found = seen_by(lambda ctx: list(private.donated_arguments(ctx).values()), lower)
+        assert found == [i in donated for i in range(2)]
+
+
 def test_every_private_surface_has_its_test() -> None:
     """A function of ``_jax_private.py`` is tested here by its name."""
     tree = ast.parse((PACKAGE / "_jax_private.py").read_text())

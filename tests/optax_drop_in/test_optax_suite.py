@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import optax
 from places import python_path
+import pytest
 
 HERE = Path(__file__).parent
 MODULES = ("_src.alias_test", "_src.float64_test", "_src.sharding_test", "contrib._common_test")
@@ -61,6 +62,7 @@ def outcome(case: ElementTree.Element) -> str:
     return next((x.tag for x in case if x.tag != "properties"), "passed")
 
 
+@pytest.mark.slow
 def test_all_but_those_listed_pass(tmp_path: Path) -> None:
     results = run("ours", tmp_path)
     failures = [name for name, what in results.items() if what not in ("passed", "skipped")]
@@ -71,6 +73,7 @@ def test_all_but_those_listed_pass(tmp_path: Path) -> None:
         assert Counter(results.values())["passed"] == NUMBER - len(failures)
 
 
+@pytest.mark.slow
 def test_updates_like_gradients_pass_what_rounding_fails(tmp_path: Path) -> None:
     results = run("like_grads", tmp_path, "-k", "preserve_dtype or shard_stability")
     for pattern, (_, times) in ROUNDING.items():

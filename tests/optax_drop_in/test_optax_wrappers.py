@@ -88,6 +88,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "way", "at"), CASES)
 def test_going_on_equals_never_having_moved(name: str, way: str, at: int) -> None:
     first, second = WAYS[way]
@@ -203,6 +204,7 @@ def test_traced_states_move() -> None:
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["to_ours", "to_optax"])
 @pytest.mark.parametrize("name", ["trace_in_front", "injected", "multi_steps"])
 def test_the_state_of_an_optimizer_of_flax(name: str, way: str) -> None:

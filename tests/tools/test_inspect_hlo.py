@@ -239,6 +239,7 @@ def test_a_json_file_may_be_written_over(model, tmp_path):
     assert json.loads(out.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", ["inspect_hlo", "kernel_table", "bench", "demo"])
 @pytest.mark.parametrize("missing", ["rich", "typer"])
 def test_a_missing_library_is_named_with_its_command(tool, missing):

@@ -1,4 +1,4 @@
-"""All that is checked on a device, by name: ``tests/lowering/gpu/test_on_gpu.py`` and the GPU report.
+"""What is checked on a device, by name: for the tests (``test_on_gpu.py``) and the GPU report.
 
 XLA:GPU makes ``div.full.f32``, ``sqrt.approx.f32`` and contracted sums of StableHLO, so "xla"
 is judged there by what PTX promises of these; the kernel's operations are IEEE's.

@@ -196,6 +196,7 @@ def test_bits_do_not_depend_on_the_number_of_threads() -> None:
     assert len(digests) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("with_native")
 @pytest.mark.parametrize("threads", ["1", "2", "4"])
 def test_concurrent_steps_neither_deadlock_nor_mix(threads: str) -> None:

@@ -2,8 +2,9 @@
 
 // CHECK-LABEL: func.func public @main(
 // CHECK: stablehlo.sqrt
-// CHECK: stablehlo.maximum
+// CHECK: stablehlo.compare LE
 // CHECK: stablehlo.divide
+// CHECK: stablehlo.multiply
 // CHECK: [0:1] : (tensor<3xf32>) -> tensor<1xf32>
 // CHECK: %{{[0-9]+}}:3 = stablehlo.composite "adamw_xla.update" {{.*}} {composite_attributes = {amsgrad = false, clip_value = false, delta = false, ema = false, ema_overwrite = false, epsilon_root = false, group = 0 : i64, leaf = 0 : i64, leaf_scale = true, nesterov = false, skip = false}, decomposition = @[[F:[a-z0-9_]+]]} :
 // CHECK: %{{[0-9]+}}:3 = stablehlo.composite "adamw_xla.update" {{.*}} {composite_attributes = {amsgrad = false, clip_value = false, delta = false, ema = false, ema_overwrite = false, epsilon_root = false, group = 0 : i64, leaf = 1 : i64, leaf_scale = true, nesterov = false, skip = false}, decomposition = @[[F]]} :
