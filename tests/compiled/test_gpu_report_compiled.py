@@ -31,9 +31,9 @@ def _compiler() -> None:
         pytest.skip(str(error))
 
 
-def compiled(pair: Any, shapes: Any, dtype: str, grads: Any) -> aot.Program:
+def compiled(pair: Any, shapes: Any, dtype: str, grads: Any, call: str) -> aot.Program:
     """In the place of a peer: its program alone, and none of its memory."""
-    del grads
+    del grads, call
     init, step = pair
     params = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     args = ((params, jax.eval_shape(init, params)), params)

@@ -1,7 +1,9 @@
 """The squared norm on GPUs: StableHLO that XLA merges, or one kernel where that is asked for.
 
 The two sums are the parts of complex numbers: as two arrays XLA:GPU keeps one of them in
-memory between leaves and reduction (GPT-2 small: 9 MB), as one number neither.
+memory between leaves and reduction (GPT-2 small: 9 MB), as one number neither. Of a factor on
+each element it reckons that it is read anew for every one, and would do the same: so what is
+summed takes the scale afterwards.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -20,6 +22,7 @@ from ..norm_stablehlo import (
     finish,
     lower_by_leaf,
     reduce,
+    splat,
     square,
     sum_over,
     units,
@@ -39,11 +42,6 @@ MAX_ROW = 8192
 
 MIN_ROWS = 256
 """With fewer, XLA:GPU would not fuse what makes the rows: too few blocks for a device."""
-
-MIN_SCALED_ROWS = 768
-"""The same where the squares take a factor, which XLA:GPU reckons to be read anew for every
-element: with 256 rows it would write the sum of 24 large leaves' squares into a buffer first.
-512 are enough for 24 leaves of 2 M elements, not for 48 of 4 M; sizes of powers of 2 get 1024."""
 
 MIN_FOLDED_ROWS = 1024
 """Up to eight rows that are far apart are added by one kernel too, if so many sums are left."""
@@ -79,25 +77,27 @@ def lower_merged(
         return lower_by_leaf(ctx, scale, *leaves, spec=spec)
     aval_out, _ = ctx.avals_out
     r = spec.batch_rank
-    squares = functools.partial(_squares, scale=scale, batch_rank=r, units=units(scale))
+    unscaled = splat(scale.type, 1.0)
+    squares = functools.partial(_squares, scale=unscaled, batch_rank=r, units=units(scale))
     alike: dict[tuple[ir.Type, ...], list[int]] = {}
     flat = [reshape(x, flat_shape(x, r)) for x in leaves]
     for i, x in enumerate(flat):
         alike.setdefault((x.type,), []).append(i)
     if spec.per_leaf:
-        return _finish(ctx, _sums_by_leaf(squares, flat, alike.values(), spec, aval_out), spec)
+        sums = _sums_by_leaf(squares, flat, alike.values(), spec, aval_out)
+        return _finish(ctx, [_scaled(x, scale, r) for x in sums], spec)
     partial = []
-    min_rows = MIN_ROWS if _is_one(scale) else MIN_SCALED_ROWS
     for group in alike.values():
         for run in cut_evenly(group, MAX_MERGED_SUMMANDS):
             total = functools.reduce(hlo.add, [squares(flat[i]) for i in run])
-            partial.append(_partly_summed(total, r, min_rows))
+            partial.append(_partly_summed(total, r))
     if r == 0:
         # One reduction of all partial sums, in place of a second stage for each group; the
         # barrier keeps the compiler from merging the stages and splitting them its own way.
         whole = hlo.concatenate([squeezed(_thinned(x)) for x in partial], axis(0))
         partial = [split_parts(hlo.OptimizationBarrierOp([whole]).results[0])]
-    return _finish(ctx, [reduce(x, r, aval_out.shape) for x in partial], spec)
+    sums = [reduce(x, r, aval_out.shape) for x in partial]
+    return _finish(ctx, [_scaled(x, scale, r) for x in sums], spec)
 
 
 def _thinned(x: ir.Value) -> ir.Value:
@@ -116,6 +116,15 @@ def _squares(
 ) -> ir.Value:
     """The squares in both units, as the parts of complex numbers."""
     return hlo.complex(*(square(x, scale, batch_rank, unit) for unit in units))
+
+
+def _scaled(sums: ir.Value, scale: ir.Value, batch_rank: int) -> ir.Value:
+    """Sums in both units of squares, as if each element had been multiplied by ``scale``."""
+    parts = hlo.real(sums), hlo.imag(sums)
+    dims = mlir.dense_int_array(list(range(batch_rank)))
+    factor = hlo.broadcast_in_dim(parts[0].type, scale, dims)
+    # In two steps: the square of a small scale may be no number.
+    return hlo.complex(*(hlo.multiply(hlo.multiply(x, factor), factor) for x in parts))
 
 
 def _finish(
@@ -152,19 +161,11 @@ def _sums_by_leaf(
     return [sums[i] for i in range(len(flat))]
 
 
-def _is_one(x: ir.Value) -> bool:
-    """Whether the compiler knows ``x`` to be 1, and leaves a multiplication by it out."""
-    if isinstance(x.owner, ir.Block) or x.owner.operation.name != "stablehlo.constant":
-        return False
-    value = ir.DenseFPElementsAttr(x.owner.operation.attributes["value"])
-    return value.is_splat and value[0] == 1.0
-
-
-def _partly_summed(x: ir.Value, batch_rank: int, min_rows: int = MIN_ROWS) -> ir.Value:
+def _partly_summed(x: ir.Value, batch_rank: int) -> ir.Value:
     """[*batch, n] -> [*batch, k] with the same sum and a smaller k, by one kernel."""
     kind = ir.RankedTensorType(x.type)
     *batch, n = kind.shape
-    longest = min(max(n // min_rows, MIN_ROW), MAX_ROW)
+    longest = min(max(n // MIN_ROWS, MIN_ROW), MAX_ROW)
     columns = next((c for c in range(longest, 0, -1) if n % c == 0), 1)
     if n <= MAX_UNSUMMED or columns < MIN_ROW:
         return x
