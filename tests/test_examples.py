@@ -17,6 +17,7 @@ NEEDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NEEDS)
 def test_example(name: str) -> None:
     for module in NEEDS[name]:

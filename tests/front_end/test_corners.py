@@ -106,6 +106,7 @@ def _with(config: ax.AdamW, numbers: dict[str, Any]) -> ax.AdamW:
     return treedef.unflatten([numbers.get(path[0].name, leaf) for path, leaf in leaves])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", STEPS)
 @pytest.mark.parametrize(
     ("options", "grad", "is_skipped"),

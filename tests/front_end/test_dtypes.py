@@ -49,6 +49,7 @@ def dtypes(tree: Any) -> list[Any]:
     return [x.dtype for x in jax.tree.leaves(tree)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
 @pytest.mark.parametrize(
     ("mode", "name"), [*(("eager", name) for name in OPTIONS), *((m, "global") for m in MODES)]

@@ -132,6 +132,7 @@ def test_a_gradient_whose_squares_overflow_is_clipped(clip: str) -> None:
 # --------------------------------------------- skipping, accumulation, average, loss scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(
     "extra", [{}, {"global_clipnorm": 1.0}, {"clipnorm": 1.0}, {"clipvalue": 1.0}]

@@ -190,6 +190,7 @@ def test_the_rule_itself_passes_zeros() -> None:
         ad.primitive_jvps[adamw_update_p](primals, [*zeros[1:], primals[0]], **eqn.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argument", ["rate", "params", "grads"])
 def test_the_reference_is_differentiable(argument: str) -> None:
     params, grads, state = problem()

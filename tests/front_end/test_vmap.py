@@ -99,6 +99,7 @@ def test_nested_vmap() -> None:
     assert found["a"].shape == (2, 3, 4, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

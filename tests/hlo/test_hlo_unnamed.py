@@ -26,6 +26,7 @@ def twins(params: Any, x: jax.Array) -> jax.Array:
     return loss + jnp.sum(jnp.sin(params["scale"]) * params["twin"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("implementation", "donated"), [("xla", True), ("native", True), ("native", False)]
 )

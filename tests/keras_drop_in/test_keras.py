@@ -53,7 +53,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-QUICK = {"defaults", "accumulation", "ema", "amsgrad", "global_clipnorm", "schedule", "rates"}
+QUICK = {"defaults", "accumulation", "ema", "amsgrad", "global_clipnorm", "schedule"}
 FITS = [
     pytest.param(options, id=name, marks=() if name in QUICK else pytest.mark.slow)
     for name, options in OPTIONS.items()

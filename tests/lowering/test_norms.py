@@ -19,8 +19,10 @@ import adamw_xla as ax
 from adamw_xla_lowering import Squares, adamw_sum_of_squares, norm_stablehlo, small_unit
 from adamw_xla_lowering.gpu import norm as gpu_norm
 
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("other", "reference")]
 
-@pytest.fixture(scope="module", params=["cpu", "cuda", "tpu", "other", "reference"])
+
+@pytest.fixture(scope="module", params=["cpu", "cuda", "tpu", *SLOW])
 def sum_of_squares(request: pytest.FixtureRequest) -> Callable[..., Squares]:
     """The public function, with the StableHLO of each platform."""
 

@@ -1,5 +1,6 @@
 """Each implementation of the update keeps the contract that all of them share."""
 
+import pytest
 from update_contract.contract import (
     LowersAsAnother,
     MakesChanges,
@@ -10,6 +11,7 @@ from update_contract.contract import (
 from update_contract.implementations import IMPLEMENTATIONS
 
 
+@pytest.mark.slow
 class TestReference(UpdateContract, MakesChanges, UpdatesInPlace):
     implementation = IMPLEMENTATIONS["reference"]
 
@@ -23,6 +25,7 @@ class TestStableHLOForTPU(LowersAsAnother, MakesChanges):
     other = IMPLEMENTATIONS["stablehlo"]
 
 
+@pytest.mark.slow
 class TestStableHLOForCUDA(UpdateContract, MakesChanges):
     implementation = IMPLEMENTATIONS["cuda"]
 

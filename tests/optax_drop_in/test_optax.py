@@ -177,6 +177,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_under_wrappers_of_optax(wrap: Any) -> None:
     both(wrap)

@@ -68,8 +68,11 @@ SHARED: dict[str, dict[str, Any]] = {
 OPTIONS = {"learning_rate": LR, "weight_decay": WD, "b1": BETAS[0], "b2": BETAS[1]}
 
 
+BEHIND_A_CLIP = pytest.param(True, id="behind_a_clip", marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("options", SHARED.values(), ids=SHARED)
-@pytest.mark.parametrize("clip", [False, True], ids=["alone", "behind_a_clip"])
+@pytest.mark.parametrize("clip", [pytest.param(False, id="alone"), BEHIND_A_CLIP])
 def test_options_that_optax_has(options: dict[str, Any], clip: bool) -> None:
     params, grads = problem()
     transforms = [factory(**OPTIONS | options) for factory in (axo.adamw, optax.adamw)]

@@ -100,6 +100,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "first", "second"), CASES, ids=lambda x: x)
 def test_moved_half_way(kind: str, first: str, second: str) -> None:
     one, other = (solvers(*KINDS[kind])[name] for name in (first, second))

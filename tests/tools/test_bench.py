@@ -19,6 +19,7 @@ SHAPES = [(4, 8), (4,)]
 EVERYONE = {**gpu_peers.SWEEP, **gpu_peers.PEERS, **step_peers.PEERS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peer", EVERYONE)
 def test_every_peer_makes_its_steps(peer: str) -> None:
     if peer in ("keras", "torch"):

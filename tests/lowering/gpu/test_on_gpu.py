@@ -28,6 +28,7 @@ def test_on_gpu(implementation: str) -> None:
     assert problems(all_checks(implementation, "gpu")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["xla", "native"])
 def test_the_checks_hold_on_this_device(implementation: str) -> None:
     if implementation == "native" and jax.default_backend() == "cpu":
@@ -37,6 +38,7 @@ def test_the_checks_hold_on_this_device(implementation: str) -> None:
     assert problems(chosen) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operand", ["params", "grads", "m", "v"])
 def test_an_update_that_is_off_is_seen(operand: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By sixteen units in the last place of one operand, for which PTX' bounds have no room."""
