@@ -38,17 +38,26 @@ def lower_in_turn(
     if not devices_hold_whole_operands(ctx):
         return lower_by_leaf(ctx, scale, *leaves, spec=spec)
     plain, small = units(scale)
-    first = join(_by_leaf(ctx, scale, leaves, spec, plain), spec)
+    unscaled = splat(scale.type, 1.0)
+
+    def total(unit: ir.Value | None) -> ir.Value:
+        sums = join(_by_leaf(ctx, unscaled, leaves, spec, unit), spec)
+        return scaled(sums, scale, spec.batch_rank)
+
+    first = total(plain)
     _, number = numbers(scale)
     fits = hlo.is_finite(first)
     bad = hlo.not_(fits)
-    branch = hlo.IfOp([first.type] * 2, _any(bad))
-    for region, again in ((branch.true_branch, True), (branch.false_branch, False)):
+    # By a number: of a branch by a bool XLA would make both, reductions being cheap to it.
+    i32 = ir.IntegerType.get_signless(32)
+    index = hlo.convert(ir.RankedTensorType.get([], i32), _any(bad))
+    branch = hlo.CaseOp([first.type] * 2, index, 2)
+    for region, again in zip(branch.branches, (False, True), strict=True):
         with ir.InsertionPoint(region.blocks.append()):
             ones = splat(first.type, 1.0)
             found = [first, ones]
             if again:
-                second = join(_by_leaf(ctx, scale, leaves, spec, small), spec)
+                second = total(small)
                 smaller = splat(first.type, number)
                 found = [hlo.select(fits, first, second), hlo.select(fits, ones, smaller)]
             hlo.return_(found)
@@ -128,6 +137,14 @@ def square(x: ir.Value, scale: ir.Value, batch_rank: int, unit: ir.Value | None)
     if unit is not None:
         x = hlo.multiply(x, hlo.broadcast_in_dim(kind, unit, mlir.dense_int_array([])))
     return hlo.multiply(x, x)
+
+
+def scaled(sums: ir.Value, scale: ir.Value, batch_rank: int) -> ir.Value:
+    """Sums of squares as they were if each element had been multiplied by ``scale``."""
+    dims = mlir.dense_int_array(list(range(batch_rank)))
+    factor = hlo.broadcast_in_dim(sums.type, scale, dims)
+    # In two steps: the square of a small scale may be no number.
+    return hlo.multiply(hlo.multiply(sums, factor), factor)
 
 
 def reduce(x: ir.Value, batch_rank: int, shape_out: Sequence[int]) -> ir.Value:

@@ -70,8 +70,8 @@ def adamw_sum_of_squares(
         kernel makes the sum where it can, and otherwise StableHLO.
 
     Returns:
-      Scalars, or [leaves] with ``per_leaf``. Of up to 2^39 elements; what is below the root of
-      the smallest normal number of the dtype (float32: 1.1e-19) counts as 0.
+      Scalars, or [leaves] with ``per_leaf``. Of up to 2^39 elements; what is, scaled or not, below
+      the root of the smallest normal number of the dtype (float32: 1.1e-19) counts as 0.
 
     Raises:
       TypeError: a leaf's or the scale's dtype does not fit.

@@ -167,6 +167,16 @@ def test_float64() -> None:
         np.testing.assert_allclose(squared(found), oracle(0.5, leaves).sum(), rtol=RTOL_64)
 
 
+def test_cpus_read_the_leaves_again_in_a_branch_alone() -> None:
+    """XLA makes both sides of a branch by a bool, if they are only reductions."""
+    leaves = make_leaves()
+    text = jax.jit(adamw_sum_of_squares).lower(jnp.float32(1.0), leaves).compile().as_text()
+    entry = text[text.index("\nENTRY") :]
+    assert entry.count(" conditional(") == 1
+    readers = [line for line in entry.splitlines() if "f32[16389]" in line]
+    assert len(readers) <= 4, readers  # the argument, its sum, and its way into the branch
+
+
 def test_nothing_to_sum() -> None:
     assert adamw_sum_of_squares(jnp.float32(1.0), []) == (0, 1)
     assert adamw_sum_of_squares(jnp.float32(1.0), [], per_leaf=True).sum.shape == (0,)

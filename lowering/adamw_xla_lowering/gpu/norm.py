@@ -22,6 +22,7 @@ from ..norm_stablehlo import (
     finish,
     lower_by_leaf,
     reduce,
+    scaled,
     splat,
     square,
     sum_over,
@@ -119,12 +120,8 @@ def _squares(
 
 
 def _scaled(sums: ir.Value, scale: ir.Value, batch_rank: int) -> ir.Value:
-    """Sums in both units of squares, as if each element had been multiplied by ``scale``."""
-    parts = hlo.real(sums), hlo.imag(sums)
-    dims = mlir.dense_int_array(list(range(batch_rank)))
-    factor = hlo.broadcast_in_dim(parts[0].type, scale, dims)
-    # In two steps: the square of a small scale may be no number.
-    return hlo.complex(*(hlo.multiply(hlo.multiply(x, factor), factor) for x in parts))
+    """As ``norm_stablehlo.scaled``, of both sums."""
+    return hlo.complex(*(scaled(x, scale, batch_rank) for x in (hlo.real(sums), hlo.imag(sums))))
 
 
 def _finish(
