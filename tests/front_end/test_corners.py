@@ -149,6 +149,7 @@ def test_what_is_skipped(
         assert np.all(np.isfinite(leaf))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [*STEPS, "optax"])
 @pytest.mark.parametrize("clip", ["clipnorm", "global_clipnorm"])
 def test_a_clip_brings_any_gradient_to_its_bound(how: str, clip: str) -> None:

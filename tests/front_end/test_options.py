@@ -89,6 +89,7 @@ def test_a_rate_without_arguments_is_called_as_in_keras() -> None:
 # --------------------------------------------------------------------------------- clipping
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bound", [1.7, 0.3, 3.0, 1e-3, 1e4])
 @pytest.mark.parametrize("clip", ["clipnorm", "global_clipnorm"])
 @pytest.mark.parametrize("traced", [False, True], ids=["constant", "traced"])
@@ -225,6 +226,7 @@ def test_loss_scale() -> None:
     close(new, run(plain)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

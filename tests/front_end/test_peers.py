@@ -66,6 +66,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_keras(options: dict[str, Any]) -> None:
     options = {"learning_rate": LR, "weight_decay": WD, **KERAS_BETAS} | options

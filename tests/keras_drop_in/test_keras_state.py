@@ -77,6 +77,7 @@ def test_fit_may_be_called_again_after_averaging() -> None:
     go_on(model)
 
 
+@pytest.mark.slow
 def test_load_model_brings_the_optimizer_back(tmp_path: Path) -> None:
     model = fit(AdamW(**OPTIONS, **OURS_ONLY), epochs=1)
     model.save(tmp_path / "model.keras")
@@ -114,6 +115,7 @@ numpy.savez(sys.argv[2], *[v.numpy() for v in model.optimizer.variables])
             np.testing.assert_array_equal(variable.numpy(), found[key])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [AdamW, Stock], ids=["ours", "stock"])
 def test_custom_objects_do_not_exchange_the_classes_once_both_are_known(
     tmp_path: Path, cls: Any
@@ -149,6 +151,7 @@ def test_a_loaded_model_goes_on_with_the_other_class(
     close(go_on(model).trainable_variables, go_on(loaded).trainable_variables)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), [(AdamW, Stock), (Stock, AdamW)])
 def test_bfloat16_state_changes_its_dtype_on_loading(
     tmp_path: Path, first: Any, second: Any

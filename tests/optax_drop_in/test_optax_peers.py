@@ -167,6 +167,7 @@ OURS: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "theirs"), OURS.values(), ids=OURS)
 def test_options_that_optax_has_wrappers_for(
     options: dict[str, Any], theirs: Callable[[], Any]

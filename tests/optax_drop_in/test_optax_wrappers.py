@@ -115,6 +115,7 @@ def test_multi_steps_moves_in_mid_accumulation() -> None:
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), WAYS.values(), ids=WAYS)
 def test_hyperparameters_that_were_set_stay_set(first: Any, second: Any) -> None:
     one, other = (optax.inject_hyperparams(a)(0.01, **MOMENTS) for a in (first, second))
