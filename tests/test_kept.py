@@ -45,6 +45,7 @@ EXPORTED: dict[str, ax.AdamW] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", EXPORTED.values(), ids=EXPORTED)
 def test_a_function_of_the_config_is_exported(config: ax.AdamW) -> None:
     args = PARAMS, ax.adamw_init(PARAMS, config), config

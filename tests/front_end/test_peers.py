@@ -136,6 +136,7 @@ def run_torch(params: Arrays, grads: list[Arrays], **options: Any) -> Arrays:
     return [p.detach().numpy() for p in theirs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("foreach", [False, True])
 def test_torch(amsgrad: bool, foreach: bool) -> None:
@@ -175,6 +176,7 @@ def test_the_oracle_with_default_rates() -> None:
     close(ours_state.v, state.v, CLOSE + STEPS * too_large)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_here_and_not_in_stock_keras() -> None:
     params, _ = problem()
     start = [np.asarray(jnp.asarray(p, jnp.bfloat16)) for p in params]
@@ -189,6 +191,7 @@ def test_bfloat16_trains_here_and_not_in_stock_keras() -> None:
         assert np.all(moved > 0.25)
 
 
+@pytest.mark.slow
 def test_the_average_rests_between_updates_here_and_not_in_stock_keras() -> None:
     """With 4 micro-steps an update, stock Keras on JAX averages at each of them."""
     options = {"learning_rate": 0.1, "use_ema": True, "ema_momentum": 0.5, **KERAS_BETAS}

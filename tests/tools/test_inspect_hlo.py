@@ -55,6 +55,7 @@ def test_json_holds_the_reports(model, tmp_path):
         assert clipped["program"]["count"] > plain["program"]["count"]
 
 
+@pytest.mark.slow
 def test_keras_and_every_common_option(model):
     for options in (["--amsgrad", "--ema"], ["--accumulate", "2"], ["--dtype", "bfloat16"]):
         assert "keras" in run("--model", model, "--against", "keras", *options)
