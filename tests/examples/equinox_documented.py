@@ -35,7 +35,7 @@ def loss(model, x, y):
     return jnp.mean((jax.vmap(model)(x) - y) ** 2)
 
 
-optim = adamw(0.005)
+optim = adamw(0.002)
 
 
 def create():
@@ -61,7 +61,7 @@ def train(model, opt_state, x, y, steps):
 
 x = jax.random.normal(jax.random.key(0), (256, 1, 6))
 y = jnp.mean(x, axis=2)
-trained, losses = train(*create(), x, y, 800)
+trained, losses = train(*create(), x, y, 1400)
 
 with tempfile.TemporaryDirectory() as directory, ocp.StandardCheckpointer() as checkpointer:
     arrays, rest = eqx.partition(trained, eqx.is_array)
