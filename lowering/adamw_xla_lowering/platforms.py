@@ -74,5 +74,5 @@ def register(primitive: Primitive) -> None:
 
 def register_norm(primitive: Primitive) -> None:
     """Installs the norm's lowerings."""
-    # Likewise: in a function of its own the GPUs' could not see whether the scale is known.
+    # Likewise, though no lowering of it looks around: it stands in the program where it is bound.
     mlir.register_lowering(primitive, _lower_norm, cacheable=False)
