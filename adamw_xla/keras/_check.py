@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 import json
+import math
 import os
 from pathlib import Path
 import sys
@@ -48,6 +49,31 @@ ALIASES = calls.called_here(
         "skip_nonfinite": "keras.optimizers.LossScaleOptimizer skips such steps",
     }
 )
+
+
+def other_steps(old: int | None, new: int | None, calls: int) -> None:
+    """Refuses another number of accumulation steps where a mean would be of another number.
+
+    Keras makes an update when the count of calls is a multiple of the steps, and divides by the
+    steps whatever was summed.
+    """
+    if old == new:
+        return
+    what = f"AdamW: gradient_accumulation_steps cannot become {new}"
+    if old is None:
+        raise ValueError(
+            f"{what}: the optimizer was built with None, so that it has no sums. Build another "
+            "with it from get_config(), and give it this one's variables."
+        )
+    begun, apart = calls % old, calls % (new or 1)
+    if begun or apart:
+        summed = f"{begun} of {old} gradients are summed" if begun else "the next sum"
+        when = math.lcm(old, new or 1)
+        raise ValueError(
+            f"{what} after {calls} calls: {summed}"
+            f"{', and' if begun else ''} would be divided by another number. Change it when the "
+            f"calls are a multiple of {when}: after {-calls % when} more."
+        )
 
 
 def keywords(given: Iterable[str], known: Iterable[str]) -> None:

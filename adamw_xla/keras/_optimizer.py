@@ -104,6 +104,7 @@ class AdamW(keras.optimizers.AdamW):
     """
 
     __module__ = "adamw_xla.keras"  # what saved files name
+    _accumulation_steps: int | None = None
 
     def __init__(
         self,
@@ -194,6 +195,23 @@ class AdamW(keras.optimizers.AdamW):
             for average in self._model_variables_moving_average:
                 if average is not None:
                     self.assign(average, jnp.array(average.value, copy=True))
+
+    @property
+    def gradient_accumulation_steps(self) -> int | None:
+        """How many calls' mean gradient an update is made with; None: each call's own.
+
+        Raises:
+          ValueError: set to a number with which the sum that was begun, or the next one, would
+            be of fewer or more gradients than it is divided by.
+        """
+        return self._accumulation_steps
+
+    @gradient_accumulation_steps.setter
+    def gradient_accumulation_steps(self, steps: int | None) -> None:
+        if getattr(self, "built", False):
+            calls = int(self._iterations.value)
+            _check.other_steps(self._accumulation_steps or None, steps or None, calls)
+        self._accumulation_steps = steps
 
     # ------------------------------------------------------------------ one step, inside
 

@@ -86,6 +86,41 @@ def test_a_rate_that_is_called(rate: Any) -> None:
     np.testing.assert_allclose(weight.numpy(), 0.75, rtol=1e-6)
 
 
+STEPS: dict[str, tuple[int | None, int, int | None, str]] = {
+    "in a sum": (4, 3, 2, "become 2 | 3 of 4 gradients are summed | after 1 more"),
+    "the next sum": (4, 4, 3, "become 3 | after 4 calls: the next sum | after 8 more"),
+    "off in a sum": (4, 2, None, "become None | 2 of 4 gradients are summed | after 2 more"),
+    "no sums": (None, 0, 2, "become 2 | was built with None | from get_config()"),
+}
+
+
+@pytest.mark.parametrize("case", STEPS.values(), ids=STEPS)
+def test_other_accumulation_steps_where_a_mean_would_be_wrong(refused: Any, case: Any) -> None:
+    old, calls, new, parts = case
+    optimizer = AdamW(gradient_accumulation_steps=old)
+    weight = variable()
+    optimizer.build([weight])
+    for _ in range(calls):
+        optimizer.apply([np.ones(3, np.float32)], [weight])
+
+    def change() -> None:
+        optimizer.gradient_accumulation_steps = new
+
+    refused(change, ValueError, "AdamW: gradient_accumulation_steps", *parts.split(" | "))
+    assert optimizer.gradient_accumulation_steps == old
+
+
+def test_other_accumulation_steps_between_updates() -> None:
+    optimizer = AdamW(0.25, weight_decay=0.0, beta_1=0.0, gradient_accumulation_steps=4)
+    weight = variable()
+    for _ in range(4):
+        optimizer.apply([np.ones(3, np.float32)], [weight])
+    optimizer.gradient_accumulation_steps = 2
+    for _ in range(2):
+        optimizer.apply([np.full(3, 3.0, np.float32)], [weight])
+    np.testing.assert_allclose(optimizer._momentums[0].numpy(), 3.0, rtol=1e-6)
+
+
 BACKENDS: dict[str, tuple[dict[str, Any] | None, dict[str, str], str | None]] = {
     "nothing": (None, {}, "tensorflow"),
     "a file": ({"backend": "torch"}, {}, "torch"),
