@@ -12,6 +12,8 @@ It works on any program that XLA compiled for a CPU, a GPU or a TPU; where there
 from __future__ import annotations
 
 from collections.abc import Sequence
+import os
+from pathlib import Path
 from typing import Any, get_args
 
 from adamw_xla.hlo import _traffic
@@ -52,7 +54,7 @@ def report(
     """
     while not hasattr(compiled, "as_text") and hasattr(compiled, "compiled"):
         compiled = compiled.compiled  # Equinox' wrapper
-    text = compiled if isinstance(compiled, str) else _text(compiled)
+    text = _not_a_path(compiled) if isinstance(compiled, str) else _text(compiled)
     if platform is not None and platform not in get_args(Platform):
         raise ValueError(f"hlo: platform must be one of {get_args(Platform)}, got {platform!r}")
     module = parse(text)
@@ -82,7 +84,17 @@ def report(
     )
 
 
+def _not_a_path(text: str) -> str:
+    if "\n" not in text.strip() and Path(text).suffix in (".hlo", ".txt"):
+        raise ValueError(f"hlo: got the path {text!r}; pass what is in it: Path(path).read_text().")
+    return text
+
+
 def _text(compiled: Any) -> str:
+    if isinstance(compiled, os.PathLike):
+        raise TypeError(
+            f"hlo: got the path {os.fspath(compiled)!r}; pass what is in it: path.read_text()."
+        )
     as_text = getattr(compiled, "as_text", None)
     if hasattr(compiled, "compile"):
         raise TypeError("hlo: got a program that is lowered, and not compiled; add .compile().")

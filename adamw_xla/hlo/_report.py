@@ -190,13 +190,22 @@ def _parts(report: Report) -> dict[str, Part]:
 
 
 def _kernels(part: Part) -> str:
-    kinds = ", ".join(f"{n} {kind}" for kind, n in part.by_kind.items())
-    text = f"{part.count} kernel{'s' * (part.count != 1)} ({kinds})"
+    text = f"{part.count} kernel{'s' * (part.count != 1)}"
+    if part.count:
+        text += f" ({_kinds(part, counted=True)})"
+    if part.count < len(part.kernels):
+        text += f", not counted: {_kinds(part, counted=False)}"
     if part.launches is None:
         text += "; some in loops of unknown length"
     elif part.launches != part.count:
         text += f"; with loops {part.launches} launches"
     return text
+
+
+def _kinds(part: Part, *, counted: bool) -> str:
+    """How many of each kind, of those that are counted as launches or of the others."""
+    found = Counter(x.kind for x in part.kernels if x.counted == counted)
+    return ", ".join(f"{n} {kind}" for kind, n in found.most_common())
 
 
 def _traffic(report: Report, title: str, part: Part) -> str:

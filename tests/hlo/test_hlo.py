@@ -218,6 +218,26 @@ def test_json_and_words():
     assert "params['a'] f32[256,128] and 1 more" in words
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_the_kinds_of_a_line_add_up(name):
+    found = report(golden(name))
+    lines = [line for line in str(found).splitlines() if re.search(r" \d+ kernels?\b", line)]
+    parts = [x for x in (found.program, found.update, found.norm) if x.kernels]
+    for line, part in zip(lines, parts, strict=True):
+        total, counted, others = re.search(
+            r" (\d+) kernels?(?: \(([^)]*)\))?(?:, not counted: ([^;]*))?", line
+        ).groups()
+        sums = [sum(map(int, re.findall(r"\d+", kinds or ""))) for kinds in (counted, others)]
+        assert sums == [int(total), len(part.kernels) - part.count]
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+@pytest.mark.parametrize("path", ["out/h100.step.hlo", "module_0001.after_optimizations.txt"])
+def test_a_path_is_no_text(kind, path):
+    with pytest.raises((TypeError, ValueError), match=rf"got the path '{path}'; pass what is in"):
+        report(kind(path))
+
+
 def test_refuses_other_arguments():
     text = golden("cpu.step")
     with pytest.raises(TypeError, match=r"must be a compiled program or its text, got int"):

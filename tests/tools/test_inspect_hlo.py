@@ -143,6 +143,10 @@ def test_any_train_step(tmp_path, monkeypatch):
                 jitted = jax.jit(train_step, donate_argnames=("params", "state"))
                 return jitted, (params, state, jax.ShapeDtypeStruct((2, 8), "float32"))
 
+            def frozen():
+                step, args = inspected()
+                return jax.jit(lambda *args: step(*args)[1]), args
+
             wrong = lambda: 3
             no_tuple = lambda: (jax.jit(jnp.sin), 3)
             no_array = lambda: (jax.jit(jnp.sin), (jnp.ones(3), {"x": "text"}))
@@ -159,7 +163,15 @@ def test_any_train_step(tmp_path, monkeypatch):
     assert [leaf["name"] for leaf in found["leaves"]] == ["params['w']"]
     donated = {x["name"] for x in found["inputs"] if x["donated"]}
     assert donated == {"params['w']", "state.count", "state.m['w']", "state.v['w']"}
-    run("--function", "my_train_step:inspected", "--fail-above", "0", status=1)
+    both = ("--function", "my_train_step:inspected", "--function", "my_train_step:frozen")
+    printed = run(*both, "--fail-above", "0", "--json", str(out), status=1)
+    assert "my_train_step:inspected has" in printed
+    names, donors = zip(
+        *((x["name"], {y["donated"] for y in x["inputs"]}) for x in json.loads(out.read_text())),
+        strict=True,
+    )
+    assert names == both[1::2]
+    assert donors == ({True, False}, {False})
     for function, message in USERS_MISTAKES.items():
         assert f"inspect_hlo: --function {function}: {message}" in run(
             "--function", function, status=2
