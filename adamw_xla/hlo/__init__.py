@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from adamw_xla.hlo import _traffic
+from adamw_xla.hlo._collectives import Collective, collectives_of, devices_of
 from adamw_xla.hlo._kernels import NORM, UPDATE, Kernel, Platform, kernels_of, platform_of
 from adamw_xla.hlo._leaves import Input, Leaf, donated_inputs, inputs_of, leaves_of
 from adamw_xla.hlo._report import Part, Report, size
@@ -78,6 +79,8 @@ def report(
         update=Part(tuple(parts[UPDATE]), _traffic.least(module, parts[UPDATE])),
         norm=Part(tuple(parts[NORM]), _traffic.least(module, parts[NORM])),
         inputs=tuple(inputs),
+        devices=devices_of(module),
+        collectives=tuple(collectives_of(module, platform)),
         leaves=tuple(leaves_of(module, parts[UPDATE], kernels, inputs)),
         temporary_bytes=temporary,
         peak_bytes=peak,
@@ -118,6 +121,7 @@ def _memory(compiled: Any) -> tuple[int | None, int | None]:
 
 
 __all__ = [
+    "Collective",
     "HloSyntaxError",
     "Input",
     "Kernel",

@@ -8,6 +8,7 @@ a read where it is made, and what then uses it reads nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+import re
 
 from adamw_xla.hlo._opcodes import ASYNC_RESULT, IN_PLACE, SLICE_STARTS, SLICES
 from adamw_xla.hlo._shapes import Array, Shape, Tuple, arrays
@@ -16,23 +17,41 @@ from adamw_xla.hlo._text import Computation, Instruction, Module
 
 def reads(module: Module, computation: Computation, instruction: Instruction) -> dict[str, int]:
     """Bytes that one run of ``instruction`` reads of each operand."""
+    found = pieces(module, computation, instruction)
+    shapes = {name: computation.by_name[name].shape for name in found}
+    return {
+        name: min(sum(size for _, size in parts), main_bytes(shapes[name]))
+        for name, parts in found.items()
+    }
+
+
+def pieces(
+    module: Module, computation: Computation, instruction: Instruction
+) -> dict[str, list[tuple[str, int]]]:
+    """For each operand what one run reads of it: pieces, each with its place and its bytes.
+
+    The place says where a slice is from, in terms of the computation's values: those of equal
+    places are the same. Of what is read whole it is empty.
+    """
     shapes = {name: computation.by_name[name].shape for name in instruction.operands}
-    whole = {name: main_bytes(shape) for name, shape in shapes.items()}
+    whole = {name: [("", main_bytes(shape))] for name, shape in shapes.items()}
     if instruction.opcode == "fusion":
         fused = module.computations[instruction.called[0]]
-        # An operand that is given twice is read as far as any of its uses needs it.
-        needed = dict.fromkeys(whole, 0)
+        found: dict[str, list[tuple[str, int]]] = {name: [] for name in whole}
         for number, name in enumerate(instruction.operands):
-            needed[name] = max(needed[name], _fused_read(fused, number, whole[name]))
-        return {name: min(needed[name], whole[name]) for name in whole}
+            slices = _slices(fused, fused.parameters[number], instruction.operands)
+            in_main = main_bytes(shapes[name]) > 0
+            found[name] += whole[name] if slices is None or not in_main else slices
+        # An operand that is given twice is read as far as any of its uses needs it.
+        return {name: whole[name] if whole[name][0] in x else x for name, x in found.items()}
     first = next(iter(whole), None)
     if first is None:
         return {}
-    if instruction.opcode in SLICES | SLICE_STARTS:
+    if instruction.opcode in SLICES | SLICE_STARTS and main_bytes(shapes[first]):
         sliced = sum(x.bytes for x in arrays(result_shape(instruction)))
-        return {**whole, first: min(whole[first], sliced)}
+        return {**whole, first: [(_place(computation, instruction, None), sliced)]}
     if instruction.opcode in IN_PLACE:
-        return {**whole, first: 0}
+        return {**whole, first: []}
     return whole
 
 
@@ -57,16 +76,43 @@ def main_bytes(shape: Shape) -> int:
     return sum(x.bytes for x in arrays(shape) if x.space == 0)
 
 
-def _fused_read(fused: Computation, number: int, whole: int) -> int:
-    """How much of operand ``number`` a fusion reads: less where it only slices it."""
-    read = 0
-    for user, operand in _uses(fused, fused.parameters[number]):
+def _slices(
+    fused: Computation, parameter: Instruction, operands: Sequence[str]
+) -> list[tuple[str, int]] | None:
+    """What a fusion slices out of an operand; None if it reads all of it."""
+    found = []
+    for user, operand in _uses(fused, parameter):
         first = user.operands[0] == operand
         if user.opcode in SLICES and first:
-            read += sum(x.bytes for x in arrays(user.shape))
+            size = sum(x.bytes for x in arrays(user.shape))
+            found.append((_place(fused, user, operands), size))
         elif not (user.opcode in IN_PLACE and first and user.operands.count(operand) == 1):
-            return whole
-    return read
+            return None
+    return found
+
+
+def _place(computation: Computation, sliced: Instruction, operands: Sequence[str] | None) -> str:
+    """Where a slice is from, whatever else is computed beside it."""
+    where = (_value(computation, name, operands) for name in sliced.operands[1:])
+    sizes = ",".join(str(x) for x in arrays(result_shape(sliced)))
+    return f"{sizes} at {', '.join(where)} {_PLACES.findall(sliced.tail)}"
+
+
+def _value(computation: Computation, name: str, operands: Sequence[str] | None) -> str:
+    """A scalar as an expression of the values outside: ``operands`` of the fusion, if it is one."""
+    made = computation.by_name[name]
+    if operands is None:
+        return name
+    if made.opcode == "parameter":
+        return operands[made.index]
+    if made.opcode == "constant":
+        return made.operands[0]
+    inner = ", ".join(_value(computation, operand, operands) for operand in made.operands)
+    return f"{made.opcode}({inner}) {_PLACES.findall(made.tail)}"
+
+
+_PLACES = re.compile(r"\b(?:slice|dimensions|index)=(?:\{[^}]*\}|\d+)")
+"""Of the attributes those that say which elements are taken."""
 
 
 def _uses(fused: Computation, value: Instruction) -> Sequence[tuple[Instruction, str]]:

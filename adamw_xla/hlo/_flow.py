@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adamw_xla.hlo._opcodes import MOVES, VIEWS
+from adamw_xla.hlo._opcodes import MOVES, VIEWS, is_collective
 from adamw_xla.hlo._shapes import Tuple, arrays
 from adamw_xla.hlo._text import Computation, Instruction, Module
 
@@ -30,6 +30,49 @@ def entry_parameter(module: Module, computation: Computation, name: str) -> int 
             if caller is None:
                 return None
             computation, name = caller
+
+
+def origin(module: Module, computation: Computation, name: str) -> Instruction:
+    """What made a value, or an element of whose result it is."""
+    path: tuple[int, ...] = ()
+    while True:
+        instruction = computation.by_name[name]
+        if instruction.opcode == "get-tuple-element":
+            path, name = (instruction.index, *path), instruction.operands[0]
+        elif instruction.opcode == "tuple" and path:
+            name, path = instruction.operands[path[0]], path[1:]
+        elif hands_on(module, instruction, path):
+            name = instruction.operands[0]
+        else:
+            return instruction
+
+
+def results_of(module: Module, name: str) -> tuple[int, ...]:
+    """The results of the program that an instruction of its entry made."""
+    root = module.entry.root
+    results = root.operands if root.opcode == "tuple" else (root.name,)
+    made = (origin(module, module.entry, result).name for result in results)
+    return tuple(number for number, maker in enumerate(made) if maker == name)
+
+
+def makers_of(module: Module, number: int) -> tuple[str, ...]:
+    """Who made a result of the program: the collectives that brought it together, and before."""
+    root = module.entry.root
+    name = root.operands[number] if root.opcode == "tuple" else root.name
+    path: tuple[int, ...] = ()
+    makers: list[str] = []
+    while True:
+        instruction = module.entry.by_name[name]
+        opcode, operands = instruction.opcode, instruction.operands
+        if opcode == "get-tuple-element":
+            path, name = (instruction.index, *path), operands[0]
+        elif hands_on(module, instruction, path):
+            name = operands[0]
+        else:
+            makers.append(name)
+            if not is_collective(opcode):
+                return tuple(makers)
+            name, path = operands[path[0] if path and len(operands) > 1 else 0], ()
 
 
 def hands_on(module: Module, instruction: Instruction, path: tuple[int, ...]) -> bool:

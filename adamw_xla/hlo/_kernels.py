@@ -22,13 +22,14 @@ length of the loop is known, except on TPUs: XLA's runtimes for GPUs and CPUs th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
 import re
 from typing import Literal
 
 from adamw_xla.hlo._bytes import reads, writes
-from adamw_xla.hlo._opcodes import FREE, MOVE_STARTS, MOVES, VIEWS
+from adamw_xla.hlo._flow import entry_parameter, origin
+from adamw_xla.hlo._opcodes import CALLS_ONE, FREE, MOVE_STARTS, MOVES, VIEWS, is_collective
 from adamw_xla.hlo._shapes import arrays
 from adamw_xla.hlo._text import Computation, Instruction, Module
 from adamw_xla_lowering import NORM_NAME, UPDATE_NAME
@@ -83,8 +84,8 @@ def platform_of(module: Module, text: str) -> Platform:
 def kernels_of(module: Module, platform: Platform) -> list[Kernel]:
     """All launches, in the order of the schedule; what is called stands after its call."""
     found: list[Kernel] = []
-    for computation, times in _scheduled(module, module.entry, 1, platform):
-        parts = _parts(module, computation)
+    for computation, times in scheduled(module, module.entry, 1, platform):
+        parts = parts_of(module, computation)
         for instruction in computation.instructions:
             kind = kind_of(instruction, platform)
             if kind is None:
@@ -118,6 +119,8 @@ def kind_of(instruction: Instruction, platform: Platform) -> str | None:
         return None
     if opcode in MOVE_STARTS:
         return "async-copy"
+    if is_collective(opcode):
+        return opcode.removesuffix("-start")
     if all(not x.dims for x in arrays(instruction.shape)) and opcode != "fusion":
         return "scalar" if opcode not in ("reduce", "custom-call") else opcode
     return opcode.removesuffix("-start")
@@ -133,7 +136,7 @@ def _is_walked(instruction: Instruction) -> bool:
     return instruction.opcode in ("while", "conditional")
 
 
-def _scheduled(
+def scheduled(
     module: Module, computation: Computation, times: int | None, platform: Platform
 ) -> Iterator[tuple[Computation, int | None]]:
     """The computations that run as schedules of their own, and how often."""
@@ -148,7 +151,7 @@ def _scheduled(
             if trips is not None and platform != "tpu":
                 called = called[-1:]  # the body; its condition stands before it
         for name in called:
-            yield from _scheduled(module, module.computations[name], inner, platform)
+            yield from scheduled(module, module.computations[name], inner, platform)
 
 
 # ------------------------------------------------------------------------------ whose work
@@ -164,13 +167,18 @@ def calls_kernel(instruction: Instruction) -> bool:
     return f'custom_call_target="{CPU_TARGET_NAME}"' in instruction.tail
 
 
-def _parts(module: Module, computation: Computation) -> dict[str, str]:
+def parts_of(module: Module, computation: Computation) -> dict[str, str]:
     """For each instruction whose work it does: by its metadata, or by whom it serves.
 
     The compiler's own copies carry no metadata. One whose result only the update reads, or
     that moves a result of the update, is the update's; likewise the norm's.
     """
-    parts = {i.name: _named_part(module, i) for i in computation.instructions}
+    parts = {i.name: named_part(module, i) for i in computation.instructions}
+    for instruction in computation.instructions:
+        if is_collective(instruction.opcode):
+            shares = shares_of(module, computation, parts, instruction)
+            if shares:  # not of an argument
+                parts[instruction.name] = max(shares, key=lambda part: shares[part])
     for instruction in reversed(computation.instructions):
         if not parts[instruction.name] and _moves(instruction):
             served = {parts[user.name] for user in computation.users[instruction.name]}
@@ -183,20 +191,39 @@ def _parts(module: Module, computation: Computation) -> dict[str, str]:
     return parts
 
 
+def shares_of(
+    module: Module, computation: Computation, parts: Mapping[str, str], collective: Instruction
+) -> dict[str, int]:
+    """How many bytes of what is exchanged each part made; arguments of the program nobody did.
+
+    XLA joins exchanges: the gradients' with the norm's, for one.
+    """
+    shares: dict[str, int] = {}
+    for name in collective.operands:
+        if entry_parameter(module, computation, name) is None:
+            part = parts[origin(module, computation, name).name]
+            size = sum(x.bytes for x in arrays(computation.by_name[name].shape))
+            shares[part] = shares.get(part, 0) + size
+    return shares
+
+
 def _moves(instruction: Instruction) -> bool:
     if instruction.opcode == "custom-call":
         return _TPU_VIEW.search(instruction.tail) is not None
     return instruction.opcode in MOVES | VIEWS | {"get-tuple-element"}
 
 
-def _named_part(module: Module, instruction: Instruction) -> str:
+def named_part(module: Module, instruction: Instruction) -> str:
+    """Whose work an instruction is by its own metadata, or that of what it calls."""
     names = set(_components(instruction.op_name))
-    if instruction.opcode in ("fusion", "call", "async-start"):
+    if instruction.opcode in CALLS_ONE:
         for called in instruction.called:
-            for inner in module.computations[called].instructions:
-                # Of equal constants the compiler keeps one, whoever else uses it.
-                if inner.opcode not in FREE:
-                    names.update(_components(inner.op_name))
+            # Of equal constants the compiler keeps one, whoever else uses it; and of equal
+            # indices, such as which part of an array is this device's.
+            inner = [x for x in module.computations[called].instructions if x.opcode not in FREE]
+            large = [x for x in inner if any(array.dims for array in arrays(x.shape))]
+            for x in large or inner:
+                names.update(_components(x.op_name))
     if UPDATE_NAME in names or calls_kernel(instruction):
         return UPDATE
     return NORM if NORM_NAME in names else OTHER
@@ -205,6 +232,7 @@ def _named_part(module: Module, instruction: Instruction) -> str:
 def _components(op_name: str) -> Iterable[str]:
     """``jit(f)/vmap()/adamw_update`` -> its parts: a function of that name is another thing.
 
-    Where XLA has made one instruction of several, their names are joined by semicolons.
+    Where XLA has made one instruction of several, their names are joined by semicolons; or by
+    colons, in brackets behind what they share.
     """
-    return re.split("[/;]", op_name)
+    return [name.lstrip("(").rstrip(")") for name in re.split("[/;:]", op_name)]

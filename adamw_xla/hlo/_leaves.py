@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from adamw_xla.hlo._flow import entry_parameter, made
+from adamw_xla.hlo._flow import entry_parameter, made, makers_of
 from adamw_xla.hlo._kernels import Kernel
 from adamw_xla.hlo._opcodes import MOVES
 from adamw_xla.hlo._shapes import Array, arrays
@@ -57,7 +57,7 @@ class Leaf:
 
     Attributes:
       name: the path of the param; without one, the part that it shares with its moments.
-      shape: such as ``f32[768,2304]``.
+      shape: such as ``f32[768,2304]``: of its moments, which may be cut where the param is whole.
       elements: how many params that is.
       kernels: names of the kernels that update it.
       in_place: whether the buffers of its moments are reused.
@@ -158,7 +158,7 @@ def leaves_of(
     Without an update those whose moments any of ``kernels`` read. Of these, only kernels that
     make a result of a leaf's size update it: forward and backward passes read params too.
     """
-    readers = _readers(module, update or kernels)
+    readers, own = _readers(module, update or kernels), {kernel.name for kernel in update}
     if not update:
         results = [made(module.computations[name]) for name in {k.computation for k in kernels}]
         makers = {name: sizes for found in results for name, sizes in found.items()}
@@ -171,14 +171,16 @@ def leaves_of(
             if first is None:
                 continue
             moments = (first, second)
-            param = _param(prefix, suffix, second, read)
+            param = _param(prefix, suffix, second, read) or _whole(prefix, suffix, second, inputs)
             touched = [n for x in (param, *moments) if x for n in readers.get(x.number, ())]
+            if param is not None and param.output is not None and update:
+                touched += [n for n in makers_of(module, param.output) if n in own]
             if not update:
                 touched = [n for n in touched if second.elements in makers.get(n, ())]
             found.append(
                 Leaf(
                     name=param.name if param else suffix,
-                    shape=(param or second).shape,
+                    shape=second.shape,
                     elements=second.elements,
                     kernels=tuple(dict.fromkeys(touched)),
                     in_place=all(x.output is not None for x in moments),
@@ -227,6 +229,21 @@ def _splits(name: str) -> Iterator[tuple[str, tuple[str, str], str]]:
     for names in _MOMENTS:
         for found in re.finditer(rf"\.{names[1]}(?=$|[.\[])", name):
             yield name[: found.start()], names, name[found.end() :]
+
+
+def _whole(prefix: str, suffix: str, moment: Input, inputs: Sequence[Input]) -> Input | None:
+    """The param of a moment that is cut smaller than its param is, as ZeRO cuts it."""
+    state = {f"{prefix}.{field}{suffix}" for field in _STATE}
+    found = [
+        x
+        for x in inputs
+        if x.name.endswith(suffix)
+        and x.name not in state
+        and x.output is not None
+        and x.elements > moment.elements > 0
+        and x.elements % moment.elements == 0
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def _param(prefix: str, suffix: str, moment: Input, read: Sequence[Input]) -> Input | None:

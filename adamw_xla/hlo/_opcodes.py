@@ -37,6 +37,27 @@ SLICE_STARTS = frozenset({"dynamic-slice-start", "slice-start"})
 IN_PLACE = {"dynamic-update-slice": 1, "scatter": -1}
 """What writes into its first operand, and which operand holds what it writes."""
 
+CALLS_ONE = frozenset({"async-start", "call", "fusion"})
+"""What runs the computation that it calls, once."""
+
+_COLLECTIVES = frozenset(
+    {
+        "all-gather",
+        "all-reduce",
+        "all-to-all",
+        "collective-broadcast",
+        "collective-permute",
+        "ragged-all-to-all",
+        "reduce-scatter",
+    }
+)
+
+
+def is_collective(opcode: str) -> bool:
+    """Whether it exchanges data between devices, or begins to."""
+    return opcode.removesuffix("-start") in _COLLECTIVES
+
+
 ASYNC_RESULT = {
     "all-gather-start": 1,
     "async-start": 1,

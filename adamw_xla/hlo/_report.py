@@ -6,7 +6,8 @@ from collections import Counter
 import dataclasses
 from typing import Any, cast
 
-from adamw_xla.hlo._kernels import Kernel, Platform
+from adamw_xla.hlo._collectives import Collective
+from adamw_xla.hlo._kernels import NORM, UPDATE, Kernel, Platform
 from adamw_xla.hlo._leaves import Input, Leaf
 
 MAX_LINES = 24
@@ -88,6 +89,8 @@ class Report:
       update: the kernels of ``adamw_update``, and the copies and prefetches that serve
         nothing else.
       norm: likewise of ``adamw_sum_of_squares``: clipping by a norm, the finite check.
+      devices: how many run the program together. All other figures are of each of them.
+      collectives: what they exchange.
       inputs: the program's arguments.
       leaves: the params that the update updates, with the kernels each landed in; without
         an update of this package, the params of whatever has moments. They are known by the
@@ -105,6 +108,8 @@ class Report:
     program: Part
     update: Part
     norm: Part
+    devices: int
+    collectives: tuple[Collective, ...]
     inputs: tuple[Input, ...]
     leaves: tuple[Leaf, ...]
     temporary_bytes: int | None
@@ -141,6 +146,7 @@ class Report:
         return {
             "name": self.name,
             "platform": self.platform,
+            "devices": self.devices,
             "parameters": self.parameters,
             "temporary_bytes": self.temporary_bytes,
             "peak_bytes": self.peak_bytes,
@@ -150,6 +156,7 @@ class Report:
             "program": self.program.to_json(),
             "update": update.to_json(),
             "norm": self.norm.to_json(),
+            "collectives": [dataclasses.asdict(x) for x in self.collectives],
             "inputs": [dataclasses.asdict(x) for x in self.inputs],
             "leaves": [dataclasses.asdict(x) for x in self.leaves],
         }
@@ -164,9 +171,13 @@ class Report:
 def _summary(report: Report) -> str:
     """The report as some lines of plain text."""
     lines = [f"{report.name}, compiled for {report.platform}"]
-    for title, part in _parts(report).items():
+    if report.devices > 1:
+        lines[0] += f", {report.devices} devices; figures are of each of them"
+    for (title, part), whose in zip(_parts(report).items(), (None, UPDATE, NORM), strict=False):
         lines.append(f"  {title:<17}{_kernels(part)}")
         lines.append(f"  {'':<17}{_traffic(report, title, part)}")
+        if report.devices > 1:
+            lines.append(f"  {'':<17}{_exchanged(report, whose)}")
     lines += [f"  {'inputs':<17}{_inputs(report)}", *_names(report)]
     memory = "not in the text; pass the compiled program"
     if report.temporary_bytes is not None and report.peak_bytes is not None:
@@ -217,6 +228,18 @@ def _traffic(report: Report, title: str, part: Part) -> str:
     if part.estimated_cycles is not None:
         text += f"; {part.estimated_cycles} cycles by the compiler's estimate"
     return text
+
+
+def _exchanged(report: Report, whose: str | None) -> str:
+    """What is exchanged, of the update, of the norm or of all (None)."""
+    kinds: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for x in report.collectives:
+        if whose is None or whose in x.bytes_of:
+            kinds[x.kind] += 1
+            sizes[x.kind] += (x.bytes if whose is None else x.bytes_of[whose]) * (x.times or 1)
+    each = (f"{n} {kind} of {size(sizes[kind])}" for kind, n in kinds.most_common())
+    return f"exchanges {', '.join(each) or 'nothing'}"
 
 
 def _inputs(report: Report) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from adamw_xla.hlo._bytes import reads, writes
+from adamw_xla.hlo._bytes import pieces, writes
 from adamw_xla.hlo._kernels import Kernel
 from adamw_xla.hlo._opcodes import VIEWS
 from adamw_xla.hlo._shapes import arrays
@@ -32,12 +32,13 @@ def least(module: Module, kernels: Sequence[Kernel]) -> int:
 
 
 def _read(module: Module, computation: Computation, own: set[str]) -> int:
-    """Bytes that come from outside; an array that several kernels read counts once."""
-    pieces: defaultdict[Value, int] = defaultdict(int)
+    """Bytes that come from outside; what several kernels read, or slice alike, counts once."""
+    found: defaultdict[Value, dict[str, int]] = defaultdict(dict)
     for name in own:
-        for operand, size in reads(module, computation, computation.by_name[name]).items():
-            pieces[_source(computation, operand)] += size
-    outer = {value: size for value, size in pieces.items() if value[0] not in own}
+        read = pieces(module, computation, computation.by_name[name])
+        for operand, parts in read.items():
+            found[_source(computation, operand)].update(parts)
+    outer = {value: sum(x.values()) for value, x in found.items() if value[0] not in own}
     return sum(min(size, _whole(computation, value)) for value, size in outer.items())
 
 
