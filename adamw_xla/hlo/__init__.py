@@ -21,7 +21,7 @@ from adamw_xla.hlo._collectives import Collective, collectives_of, devices_of
 from adamw_xla.hlo._kernels import NORM, UPDATE, Kernel, Platform, kernels_of, platform_of
 from adamw_xla.hlo._leaves import Input, Leaf, donated_inputs, inputs_of, leaves_of
 from adamw_xla.hlo._report import Part, Report, size
-from adamw_xla.hlo._text import HloSyntaxError, parse
+from adamw_xla.hlo._syntax.text import HloSyntaxError, parse
 
 
 def report(

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 import re
 
-from adamw_xla.hlo._opcodes import ASYNC_RESULT, IN_PLACE, SLICE_STARTS, SLICES
-from adamw_xla.hlo._shapes import Array, Shape, Tuple, arrays
-from adamw_xla.hlo._text import Computation, Instruction, Module
+from adamw_xla.hlo._syntax.opcodes import ASYNC_RESULT, IN_PLACE, SLICE_STARTS, SLICES
+from adamw_xla.hlo._syntax.shapes import Array, Shape, Tuple, arrays
+from adamw_xla.hlo._syntax.text import Computation, Instruction, Module
 
 
 def reads(module: Module, computation: Computation, instruction: Instruction) -> dict[str, int]:

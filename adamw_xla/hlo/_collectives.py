@@ -8,11 +8,11 @@ import math
 import re
 
 from adamw_xla.hlo._bytes import result_shape
-from adamw_xla.hlo._flow import entry_parameter, origin, results_of
 from adamw_xla.hlo._kernels import NORM, OTHER, UPDATE, Platform, named_part, parts_of, scheduled
-from adamw_xla.hlo._opcodes import CALLS_ONE, MOVES, VIEWS, is_collective
-from adamw_xla.hlo._shapes import arrays
-from adamw_xla.hlo._text import Computation, Instruction, Module
+from adamw_xla.hlo._syntax.flow import entry_parameter, origin, results_of
+from adamw_xla.hlo._syntax.opcodes import CALLS_ONE, MOVES, VIEWS, is_collective
+from adamw_xla.hlo._syntax.shapes import arrays
+from adamw_xla.hlo._syntax.text import Computation, Instruction, Module
 
 
 @dataclasses.dataclass(frozen=True)

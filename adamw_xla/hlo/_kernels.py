@@ -28,10 +28,10 @@ import re
 from typing import Literal
 
 from adamw_xla.hlo._bytes import reads, writes
-from adamw_xla.hlo._flow import entry_parameter, origin
-from adamw_xla.hlo._opcodes import CALLS_ONE, FREE, MOVE_STARTS, MOVES, VIEWS, is_collective
-from adamw_xla.hlo._shapes import arrays
-from adamw_xla.hlo._text import Computation, Instruction, Module
+from adamw_xla.hlo._syntax.flow import entry_parameter, origin
+from adamw_xla.hlo._syntax.opcodes import CALLS_ONE, FREE, MOVE_STARTS, MOVES, VIEWS, is_collective
+from adamw_xla.hlo._syntax.shapes import arrays
+from adamw_xla.hlo._syntax.text import Computation, Instruction, Module
 from adamw_xla_lowering import NORM_NAME, UPDATE_NAME
 from adamw_xla_lowering.contract import CPU_TARGET_NAME
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import jax
 
-from adamw_xla.hlo._flow import entry_parameter, made, makers_of
 from adamw_xla.hlo._kernels import Kernel
-from adamw_xla.hlo._opcodes import MOVES
-from adamw_xla.hlo._shapes import Array, arrays
-from adamw_xla.hlo._text import Computation, Instruction, Module
+from adamw_xla.hlo._syntax.flow import entry_parameter, made, makers_of
+from adamw_xla.hlo._syntax.opcodes import MOVES
+from adamw_xla.hlo._syntax.shapes import Array, arrays
+from adamw_xla.hlo._syntax.text import Computation, Instruction, Module
 from adamw_xla.hlo._unnamed import Family, families
 
 _MOMENTS = (("m", "v"), ("mu", "nu"))

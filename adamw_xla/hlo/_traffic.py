@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from adamw_xla.hlo._bytes import pieces, writes
 from adamw_xla.hlo._kernels import Kernel
-from adamw_xla.hlo._opcodes import VIEWS
-from adamw_xla.hlo._shapes import arrays
-from adamw_xla.hlo._text import Computation, Module
+from adamw_xla.hlo._syntax.opcodes import VIEWS
+from adamw_xla.hlo._syntax.shapes import arrays
+from adamw_xla.hlo._syntax.text import Computation, Module
 
 Value = tuple[str, int | None]
 """The name of an instruction, and which element of its tuple; None: the whole result."""

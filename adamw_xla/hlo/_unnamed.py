@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 import dataclasses
 import re
 
-from adamw_xla.hlo._flow import hands_on
 from adamw_xla.hlo._kernels import calls_kernel, does_update
-from adamw_xla.hlo._shapes import arrays
-from adamw_xla.hlo._text import Computation, Instruction, Module
+from adamw_xla.hlo._syntax.flow import hands_on
+from adamw_xla.hlo._syntax.shapes import arrays
+from adamw_xla.hlo._syntax.text import Computation, Instruction, Module
 
 Path = tuple[int, ...]
 Sources = frozenset[int]

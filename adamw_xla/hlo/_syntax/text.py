@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import re
 
-from adamw_xla.hlo._shapes import Shape, ints, read_shape
+from adamw_xla.hlo._syntax.shapes import Shape, ints, read_shape
 
 
 class HloSyntaxError(ValueError):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from adamw_xla.hlo._opcodes import MOVES, VIEWS, is_collective
-from adamw_xla.hlo._shapes import Tuple, arrays
-from adamw_xla.hlo._text import Computation, Instruction, Module
+from adamw_xla.hlo._syntax.opcodes import MOVES, VIEWS, is_collective
+from adamw_xla.hlo._syntax.shapes import Tuple, arrays
+from adamw_xla.hlo._syntax.text import Computation, Instruction, Module
 
 
 def entry_parameter(module: Module, computation: Computation, name: str) -> int | None:

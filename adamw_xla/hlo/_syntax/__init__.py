@@ -1,0 +1,1 @@
+"""The text of an optimized HLO module, and what its words mean."""
