@@ -18,8 +18,9 @@ from typing import Any, get_args
 
 from adamw_xla.hlo import _traffic
 from adamw_xla.hlo._collectives import Collective, collectives_of, devices_of
+from adamw_xla.hlo._inputs import Input, arguments_of, inputs_of
 from adamw_xla.hlo._kernels import NORM, UPDATE, Kernel, Platform, kernels_of, platform_of
-from adamw_xla.hlo._leaves import Input, Leaf, donated_inputs, inputs_of, leaves_of
+from adamw_xla.hlo._leaves import Leaf, leaves_of
 from adamw_xla.hlo._report import Part, Report, size
 from adamw_xla.hlo._syntax.text import HloSyntaxError, parse
 
@@ -67,10 +68,7 @@ def report(
     platform = platform or platform_of(module, text)
     kernels = kernels_of(module, platform)
     parts = {part: [kernel for kernel in kernels if kernel.part == part] for part in (UPDATE, NORM)}
-    known: Sequence[bool | None] | None = (
-        donated if donated is not None else donated_inputs(compiled, module)
-    )
-    inputs = inputs_of(module, known)
+    inputs = inputs_of(module, arguments_of(compiled, module), donated)
     temporary, peak = _memory(compiled)
     return Report(
         name=module.name,

@@ -1,54 +1,23 @@
-"""What happens to a program's arguments: whose buffers are reused, which kernels update them.
-
-An entry parameter's metadata holds its Python path, such as ``state.m['dense']['kernel']``.
-"""
+"""The leaves of the params: which arguments are one's moments, and which kernels update it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import re
-from typing import Any
 
-import jax
-
+from adamw_xla.hlo._inputs import Input
 from adamw_xla.hlo._kernels import Kernel
 from adamw_xla.hlo._syntax.flow import entry_parameter, made, makers_of
 from adamw_xla.hlo._syntax.opcodes import MOVES
-from adamw_xla.hlo._syntax.shapes import Array, arrays
-from adamw_xla.hlo._syntax.text import Computation, Instruction, Module
+from adamw_xla.hlo._syntax.shapes import arrays
+from adamw_xla.hlo._syntax.text import Module
 from adamw_xla.hlo._unnamed import Family, families
 
 _MOMENTS = (("m", "v"), ("mu", "nu"))
 """How states call their two moments: here, and in optax."""
 
 _STATE = ("m", "v", "v_max", "ema", "accumulated", "mu", "nu")
-
-
-@dataclasses.dataclass(frozen=True)
-class Input:
-    """One argument of the compiled program.
-
-    Attributes:
-      number: among the program's parameters; arguments that it does not use are not there.
-      name: its Python path; empty where JAX gave none.
-      shape: such as ``f32[768,2304]``.
-      elements: how many elements that is.
-      bytes: its size.
-      donated: whether the caller gave it away; None where the text does not say.
-      output: number of the output that takes its buffer, which is then updated in place;
-        None if its buffer is not reused.
-      copied: whether the compiler copies it all the same, to have the old value for longer.
-    """
-
-    number: int
-    name: str
-    shape: str
-    elements: int
-    bytes: int
-    donated: bool | None
-    output: int | None
-    copied: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +30,8 @@ class Leaf:
       elements: how many params that is.
       kernels: names of the kernels that update it.
       in_place: whether the buffers of its moments are reused.
+      param: which of the program's arguments the param is; None where it is none.
+      moments: which ones its moments are.
     """
 
     name: str
@@ -68,86 +39,8 @@ class Leaf:
     elements: int
     kernels: tuple[str, ...]
     in_place: bool
-
-
-def inputs_of(module: Module, donated: Sequence[bool | None] | None) -> list[Input]:
-    """All arguments of the program; ``donated`` has one entry for each, or is None."""
-    found = []
-    for parameter in module.entry.parameters:
-        number = parameter.index
-        aliased = module.aliases.get(number)
-        given = donated[number] if donated is not None else None
-        if aliased is not None or number in module.donors:
-            given = True
-        found.append(
-            Input(
-                number=number,
-                name=parameter.op_name,
-                shape=str(parameter.shape),
-                elements=sum(x.elements for x in arrays(parameter.shape)),
-                bytes=sum(x.bytes for x in arrays(parameter.shape)),
-                donated=given,
-                output=None if aliased is None else (*aliased, 0)[0],
-                copied=aliased is not None and _is_copied(module.entry, parameter),
-            )
-        )
-    return found
-
-
-def _is_copied(entry: Computation, parameter: Instruction) -> bool:
-    users = entry.users[parameter.name]
-    spaces = (next(arrays(u.shape)).space for u in users if u.opcode in ("copy", "copy-start"))
-    # A scalar's copy is free, and one into vector memory is a prefetch.
-    return isinstance(parameter.shape, Array) and bool(parameter.shape.dims) and 0 in spaces
-
-
-def donated_inputs(compiled: Any, module: Module) -> list[bool | None] | None:
-    """Which of the program's parameters were donated, as the call's signature says.
-
-    JAX leaves unused arguments out of the program, so the two lists are matched in order, by
-    shape and by path: as early as can be, and as late. Where these disagree nothing is known
-    (None), and nothing at all where there is no such match.
-    """
-    try:
-        info = compiled.args_info
-    except (AttributeError, TypeError):  # a text; Flax 0.12's wrapper, which cannot say
-        return None
-    flat, _ = jax.tree_util.tree_flatten_with_path(info)
-    # Paths begin with (args, kwargs) and the argument's position or name.
-    arguments = [(jax.tree_util.keystr(path[2:]), argument) for path, argument in flat]
-    parameters = module.entry.parameters
-    early = _matched(parameters, arguments)
-    late = _matched(parameters[::-1], arguments[::-1])
-    if early is None or late is None:
-        return None
-    return [a if a == b else None for a, b in zip(early, late[::-1], strict=True)]
-
-
-def _matched(
-    parameters: Sequence[Instruction], arguments: Sequence[tuple[str, Any]]
-) -> list[bool] | None:
-    """For each parameter whether the first argument behind the last one's that fits is donated."""
-    rest = iter(arguments)
-    donated = []
-    for parameter in parameters:
-        found = next((x for path, x in rest if _is_same(parameter, path, x)), None)
-        if found is None:
-            return None
-        donated.append(bool(found.donated))
-    return donated
-
-
-def _is_same(parameter: Instruction, path: str, argument: Any) -> bool:
-    if not isinstance(parameter.shape, Array) or not parameter.op_name.endswith(path):
-        return False
-    # Sharded, the program's shapes are those of one device.
-    dims, whole = parameter.shape.dims, tuple(argument.shape)
-    return len(dims) == len(whole) and all(
-        d == n or (d and n % d == 0) for d, n in zip(dims, whole, strict=True)
-    )
-
-
-# ------------------------------------------------------------------------------------ leaves
+    param: int | None
+    moments: tuple[int, ...]
 
 
 def leaves_of(
@@ -184,6 +77,8 @@ def leaves_of(
                     elements=second.elements,
                     kernels=tuple(dict.fromkeys(touched)),
                     in_place=all(x.output is not None for x in moments),
+                    param=param.number if param else None,
+                    moments=tuple(x.number for x in moments),
                 )
             )
             break
@@ -201,6 +96,8 @@ def _unnamed(family: Family, inputs: Sequence[Input], readers: Mapping[int, list
         elements=param.elements,
         kernels=tuple(dict.fromkeys(touched)),
         in_place=all(x.output is not None for x in moments),
+        param=family.param,
+        moments=family.moments,
     )
 
 

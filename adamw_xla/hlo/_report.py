@@ -7,8 +7,9 @@ import dataclasses
 from typing import Any, cast
 
 from adamw_xla.hlo._collectives import Collective
+from adamw_xla.hlo._inputs import Input
 from adamw_xla.hlo._kernels import NORM, UPDATE, Kernel, Platform
-from adamw_xla.hlo._leaves import Input, Leaf
+from adamw_xla.hlo._leaves import Leaf
 
 MAX_LINES = 24
 """Longer lists are cut; the report's attributes have all of them."""

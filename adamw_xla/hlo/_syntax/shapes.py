@@ -7,6 +7,9 @@ import dataclasses
 import math
 import re
 
+HOST = 5
+"""The memory space that is the host's."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Array:
