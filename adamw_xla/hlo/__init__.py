@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from adamw_xla.hlo import _traffic
+from adamw_xla.hlo._check import CheckError
 from adamw_xla.hlo._collectives import Collective, collectives_of, devices_of
 from adamw_xla.hlo._inputs import Input, arguments_of, inputs_of
 from adamw_xla.hlo._kernels import NORM, UPDATE, Kernel, Platform, kernels_of, platform_of
@@ -119,6 +120,7 @@ def _memory(compiled: Any) -> tuple[int | None, int | None]:
 
 
 __all__ = [
+    "CheckError",
     "Collective",
     "HloSyntaxError",
     "Input",

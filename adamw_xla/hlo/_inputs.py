@@ -72,10 +72,11 @@ def arguments_of(compiled: Any, module: Module) -> list[Argument | None]:
         info = compiled.args_info
     except (AttributeError, TypeError):  # a text; Flax 0.12's wrapper, which cannot say
         return unknown
-    flat, _ = jax.tree_util.tree_flatten_with_path(info)
+    treedef: Any
+    flat, treedef = jax.tree_util.tree_flatten_with_path(info)
     # Paths begin with (args, kwargs) and the argument's position or name.
     paths = [jax.tree_util.keystr(path[2:]) for path, _ in flat]
-    shardings = _shardings(compiled, len(flat))
+    shardings = _shardings(compiled, treedef)
     arguments = [
         (path, x.shape, Argument(bool(x.donated), sharding))
         for path, (_, x), sharding in zip(paths, flat, shardings, strict=True)
@@ -88,13 +89,13 @@ def arguments_of(compiled: Any, module: Module) -> list[Argument | None]:
     return [a if a == b else None for a, b in zip(early, late[::-1], strict=True)]
 
 
-def _shardings(compiled: Any, count: int) -> list[Sharding | None]:
+def _shardings(compiled: Any, treedef: Any) -> list[Sharding | None]:
     """Of each argument, used or not; None where JAX does not say."""
     try:
-        flat = jax.tree.leaves(compiled.input_shardings, is_leaf=lambda x: x is None)
+        found = treedef.flatten_up_to(compiled.input_shardings)
     except (AttributeError, TypeError, ValueError):
-        flat = []
-    return flat if len(flat) == count else [None] * count
+        return [None] * treedef.num_leaves
+    return [x if isinstance(x, Sharding) else None for x in found]
 
 
 def _matched(

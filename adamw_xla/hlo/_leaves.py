@@ -136,10 +136,10 @@ def _whole(prefix: str, suffix: str, moment: Input, inputs: Sequence[Input]) -> 
         for x in inputs
         if x.name.endswith(suffix)
         and x.name not in state
-        and x.output is not None
         and x.elements > moment.elements > 0
         and x.elements % moment.elements == 0
     ]
+    found = [x for x in found if x.output is not None] or found
     return found[0] if len(found) == 1 else None
 
 

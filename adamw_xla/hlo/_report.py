@@ -6,6 +6,7 @@ from collections import Counter
 import dataclasses
 from typing import Any, cast
 
+from adamw_xla.hlo._check import CheckError, Wanted
 from adamw_xla.hlo._collectives import Collective
 from adamw_xla.hlo._inputs import Input
 from adamw_xla.hlo._kernels import NORM, UPDATE, Kernel, Platform
@@ -140,6 +141,50 @@ class Report:
         if number_of_bytes is None or not self.parameters:
             return None
         return number_of_bytes / self.parameters
+
+    def check(
+        self,
+        *,
+        donated: bool = False,
+        no_gather_of_state: bool = False,
+        state_sharded_over: str | None = None,
+        in_host_memory: bool = False,
+        kernels_at_most: int | None = None,
+    ) -> None:
+        """Raises one error with all that is not as it was meant: for tests of a train step.
+
+        The state is that of this package or of optax (``mu`` and ``nu``), in whatever optimizer;
+        what is asked of it is asked of the moments of each leaf.
+
+        Args:
+          donated: params and moments are updated in place, without a copy.
+          no_gather_of_state: devices exchange no moments, and of what the update makes only new
+            params.
+          state_sharded_over: an axis of the mesh that each moment is cut over, but for those
+            of fewer than 4,096 elements. Needs a ``Compiled``; a text does not say.
+          in_host_memory: the moments lie in the host's memory.
+          kernels_at_most: so many launches of the whole program are allowed.
+
+        Raises:
+          CheckError: it is not so; lists each violation with the argument's path. It is an
+            ``AssertionError``.
+
+        Example:
+          >>> import adamw_xla as ax, jax, jax.numpy as jnp
+          >>> params, config = {"w": jnp.ones((8, 4))}, ax.AdamW()
+          >>> state = ax.adamw_init(params, config)
+          >>> def step(params, state):
+          ...     return ax.adamw_step(params, params, state, config)
+          >>> compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state).compile()
+          >>> ax.hlo.report(compiled).check(donated=True, no_gather_of_state=True)
+        """
+        wanted = Wanted(
+            donated, no_gather_of_state, state_sharded_over, in_host_memory, kernels_at_most
+        )
+        parts = (self.program.count, self.inputs, self.leaves, self.collectives)
+        if found := list(wanted.violations(*parts)):
+            head = f"{self.name}, compiled for {self.platform}, is not what it was to be:"
+            raise CheckError("\n  ".join([head, *found]))
 
     def to_json(self) -> dict[str, Any]:
         """All of it, as what ``json.dump`` takes."""

@@ -252,8 +252,9 @@ def _pairs(tail: str) -> Iterator[tuple[str, str]]:
     at = 0
     while (found := _KEY.search(tail, at)) is not None:
         start = found.end()
-        if start < len(tail) and tail[start] in "([{":
-            end = _closing(tail, start) + 1
+        bracket = _WORD.match(tail, start).end()  # type: ignore[union-attr]
+        if bracket < len(tail) and tail[bracket] in "([{":
+            end = _closing(tail, bracket) + 1
         elif start < len(tail) and tail[start] == '"':
             end = _STRING.match(tail, start).end()  # type: ignore[union-attr]
         else:
@@ -268,6 +269,7 @@ _HEAD = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r" ([a-z][a-z0-9\-]*)\(")
 _COMMENT = re.compile(r"/\*[^*]*\*/")
 _TYPE = re.compile(r"\([^)]*\)|\[[^\]]*\]|\{[^}]*\}")
+_WORD = re.compile(r"[\w.]*")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
 _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[()\[\]{}]')
 _KEY = re.compile(r"([\w.]+)=")
