@@ -13,6 +13,9 @@ from adamw_xla.hlo._leaves import Leaf
 SMALL = 4096
 """Of leaves of fewer elements the state may be whole: ``adamw_xla.sharding.zero1`` keeps it so."""
 
+LARGE_COPY = 1 << 16
+"""Bytes; a copy of less costs about what knowing costs that it need not be."""
+
 _BRINGS_TOGETHER = ("all-gather", "all-reduce", "all-to-all", "collective-permute")
 
 
@@ -70,7 +73,7 @@ class Wanted:
 def _kept(inputs: Sequence[Input], leaves: Sequence[Leaf]) -> Iterator[str]:
     numbers = [n for leaf in leaves for n in (leaf.param, *leaf.moments) if n is not None]
     for x in (inputs[number] for number in dict.fromkeys(numbers)):
-        if x.output is not None and not x.copied:
+        if x.output is not None and not (x.copied and x.bytes >= LARGE_COPY):
             continue
         if x.output is not None:
             why = "is copied all the same, since its old value is read later"

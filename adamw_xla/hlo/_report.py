@@ -157,7 +157,7 @@ class Report:
         what is asked of it is asked of the moments of each leaf.
 
         Args:
-          donated: params and moments are updated in place, without a copy.
+          donated: params and moments are updated in place, without a copy (of 64 kB or more).
           no_gather_of_state: devices exchange no moments, and of what the update makes only new
             params.
           state_sharded_over: an axis of the mesh that each moment is cut over, but for those
