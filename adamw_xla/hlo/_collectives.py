@@ -8,7 +8,16 @@ import math
 import re
 
 from adamw_xla.hlo._bytes import result_shape
-from adamw_xla.hlo._kernels import NORM, OTHER, UPDATE, Platform, named_part, parts_of, scheduled
+from adamw_xla.hlo._kernels import (
+    NORM,
+    OTHER,
+    UPDATE,
+    Platform,
+    named_part,
+    part_of_maker,
+    parts_of,
+    scheduled,
+)
 from adamw_xla.hlo._syntax.flow import entry_parameter, origin, results_of
 from adamw_xla.hlo._syntax.opcodes import CALLS_ONE, MOVES, VIEWS, is_collective
 from adamw_xla.hlo._syntax.shapes import arrays
@@ -126,7 +135,8 @@ class _Found:
             name = holding.operands[made.index]
         number = entry_parameter(self.module, schedule, name)
         if number is None:
-            return None, self.parts[origin(self.module, schedule, name).name]
+            made_by = part_of_maker(self.module, schedule, self.parts, name, self.instruction)
+            return None, made_by
         readers = set(self._readers(caller.name))
         if not readers or OTHER in readers:
             return number, OTHER

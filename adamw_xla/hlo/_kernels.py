@@ -191,6 +191,19 @@ def parts_of(module: Module, computation: Computation) -> dict[str, str]:
     return parts
 
 
+def part_of_maker(
+    module: Module,
+    computation: Computation,
+    parts: Mapping[str, str],
+    name: str,
+    collective: Instruction,
+) -> str:
+    """Who made what is exchanged; of what the compiler put together, whose exchange it is."""
+    made = origin(module, computation, name)
+    nameless = not parts[made.name] and not made.op_name
+    return named_part(module, collective) if nameless else parts[made.name]
+
+
 def shares_of(
     module: Module, computation: Computation, parts: Mapping[str, str], collective: Instruction
 ) -> dict[str, int]:
@@ -201,7 +214,7 @@ def shares_of(
     shares: dict[str, int] = {}
     for name in collective.operands:
         if entry_parameter(module, computation, name) is None:
-            part = parts[origin(module, computation, name).name]
+            part = part_of_maker(module, computation, parts, name, collective)
             size = sum(x.bytes for x in arrays(computation.by_name[name].shape))
             shares[part] = shares.get(part, 0) + size
     return shares

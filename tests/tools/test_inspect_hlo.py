@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from html.parser import HTMLParser
+from importlib.util import find_spec
 import json
+import os
 from pathlib import Path
 import re
 import subprocess
@@ -13,6 +15,7 @@ import textwrap
 import inspect_hlo
 from inspection import aot
 import kernel_table
+from places import python_path
 import pytest
 from typer.testing import CliRunner
 
@@ -301,3 +304,59 @@ def test_markdown_table():
     assert "| 16 / 150 / 150 | 16 / 150 / – |" in row
     assert "| 0 / 2 / 1 |" in row
     assert "does not fit" in empty
+
+
+# ------------------------------------------------------------------------------ on a mesh
+
+
+def on_mesh(target: str, function: str, *more: str) -> subprocess.CompletedProcess[str]:
+    """The tool in a process that has eight simulated devices."""
+    flags = "--xla_force_host_platform_device_count=8"
+    command = [sys.executable, inspect_hlo.__file__, "--target", target, *more]
+    return subprocess.run(
+        [*command, "--function", f"meshed_steps:{function}"],
+        env=os.environ
+        | {"XLA_FLAGS": flags, "PYTHONPATH": python_path(Path(__file__).parent), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_shardings_of_arguments_are_kept(tmp_path):
+    out = tmp_path / "report.json"
+    run = on_mesh("cpu", "fsdp", "--json", str(out))
+    assert run.returncode == 0, run.stderr
+    (found,) = json.loads(out.read_text())
+    assert found["devices"] == 8
+    assert found["parameters"] == 2 * 512 * 256 // 8
+    moments = [x for x in found["inputs"] if x["name"].startswith(("state.m", "state.v"))]
+    assert [x["axes"] for x in moments] == [[["data"], []]] * 4
+    gathered = [x for x in found["collectives"] if x["kind"] == "all-gather"]
+    assert sum(x["bytes"] for x in gathered) >= 4 * 2 * 512 * 256
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("libtpu") is None, reason="needs the extra tpu-compile")
+def test_a_mesh_of_the_target(tmp_path):
+    out = tmp_path / "report.json"
+    run = on_mesh("v5e", "fsdp", "--json", str(out))
+    assert run.returncode == 0, run.stderr
+    (found,) = json.loads(out.read_text())
+    assert (found["platform"], found["devices"]) == ("tpu", 8)
+    (norm,) = [x for x in found["collectives"] if "norm" in x["bytes_of"]]
+    assert norm["bytes"] == 2 * 4
+
+
+MESH_MISTAKES = {
+    "elsewhere": "names shardings of this machine's devices where it is jitted or inside, and cpu",
+    "two_meshes": "the arguments lie on several meshes: {'",
+}
+
+
+@pytest.mark.parametrize("function", MESH_MISTAKES)
+def test_mistakes_with_meshes(function):
+    run = on_mesh("cpu", function)
+    assert run.returncode == 2, run.stderr
+    said = f"inspect_hlo: meshed_steps:{function}: {MESH_MISTAKES[function]}"
+    assert said in run.stderr, run.stderr
+    assert "Traceback" not in run.stderr

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import math
 import os
 from pathlib import Path
 import sys
@@ -41,7 +42,8 @@ def _native_stderr_to_nowhere() -> Iterator[None]:
 with _native_stderr_to_nowhere():
     import jax
     from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+    import numpy as np
 
 DESCRIPTIONS = Path(__file__).parent / "targets"
 
@@ -54,11 +56,22 @@ class Target:
       name: what users type.
       platform: as JAX's lowering calls it.
       topology: of the fewest chips that make one (TPU).
+      pods: larger ones, in order.
     """
 
     name: str
     platform: str
     topology: str = ""
+    pods: tuple[str, ...] = ()
+
+
+GPUS_OF_A_HOST = 8
+_FLAT = ("2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_DEEP = ("2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+
+
+def _pods(kind: str, sizes: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{kind}:{size}" for size in sizes)
 
 
 TARGETS = {
@@ -68,10 +81,10 @@ TARGETS = {
         Target("h100", "cuda"),
         Target("a100", "cuda"),
         Target("b200", "cuda"),
-        Target("v4", "tpu", "v4:2x2x1"),
-        Target("v5e", "tpu", "v5e:2x2"),
-        Target("v5p", "tpu", "v5p:2x2x1"),
-        Target("v6e", "tpu", "v6e:2x2"),
+        Target("v4", "tpu", "v4:2x2x1", _pods("v4", _DEEP)),
+        Target("v5e", "tpu", "v5e:2x2", _pods("v5e", _FLAT)),
+        Target("v5p", "tpu", "v5p:2x2x1", _pods("v5p", _DEEP)),
+        Target("v6e", "tpu", "v6e:2x2", _pods("v6e", _FLAT)),
     )
 }
 
@@ -115,26 +128,49 @@ def prepare() -> None:
         jax.devices()
 
 
-@functools.cache
 def device(target: Target) -> Any:
     """One device of the target: of this machine for ``cpu``, else only its description."""
+    return devices(target, 1)[0]
+
+
+@functools.cache
+def devices(target: Target, count: int) -> tuple[Any, ...]:
+    """So many devices of the target: of this machine for ``cpu``, else only descriptions.
+
+    Raises:
+      UnavailableError: this machine, or the target's topologies, have fewer.
+    """
     check(target)
     prepare()
     if target.platform == "cpu":
-        return jax.devices("cpu")[0]
-    with _native_stderr_to_nowhere():
-        return _topology(target).devices[0]
+        found = jax.devices("cpu")
+        advice = f"set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+    else:
+        with _native_stderr_to_nowhere():
+            found = _topology(target, count).devices
+        advice = "a mesh must fill a topology that exists"
+    if len(found) < count:
+        raise UnavailableError(f"{target.name}: {len(found)} devices, {count} needed; {advice}.")
+    return tuple(found[:count])
 
 
-def _topology(target: Target) -> Any:
+def _topology(target: Target, count: int) -> Any:
     if target.platform == "tpu":
-        return topologies.get_topology_desc(platform="tpu", topology_name=target.topology)
+        name = target.topology
+        if count > math.prod(_sides(name)):
+            name = next((x for x in target.pods if math.prod(_sides(x)) >= count), target.pods[-1])
+        return topologies.get_topology_desc(platform="tpu", topology_name=name)
+    hosts, each = (1, count) if count <= GPUS_OF_A_HOST else (-(-count // GPUS_OF_A_HOST), 8)
     return topologies.get_topology_desc(
         target.name.upper(),
         platform="cuda",
         target_config=(DESCRIPTIONS / f"{target.name}.txtpb").read_text(),
-        topology="1x1x1",
+        topology=f"1x{hosts}x{each}",
     )
+
+
+def _sides(topology: str) -> list[int]:
+    return [int(side) for side in topology.partition(":")[2].split("x")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,26 +196,66 @@ def compile_for(
     args: Sequence[Any],
     donate: Sequence[int] = (),
 ) -> Program:
-    """Compiles ``function`` for one device of ``target``.
+    """Compiles ``function`` for one device of ``target``, or for a mesh like that of the args.
 
     Args:
       target: what to compile for.
       function: any function of arrays; one that ``jax.jit`` returned keeps its own options.
-      args: arrays, or ``jax.ShapeDtypeStruct`` in their place; only shapes and dtypes matter.
+      args: arrays, or ``jax.ShapeDtypeStruct`` in their place; only shapes, dtypes and the
+        specs of ``NamedSharding`` matter. Where one lies on a mesh of several devices, the program
+        is for a mesh of as many of the target's; what has no spec is whole on each.
       donate: positions of the args to donate, where ``function`` is not jitted yet.
+
+    Raises:
+      UnavailableError: the target has no such mesh.
+      MeshError: the args lie on several meshes.
     """
-    sharding = SingleDeviceSharding(device(target))
+    mesh = _mesh(target, jax.tree.leaves(tuple(args)))
 
     def struct(x: Any) -> jax.ShapeDtypeStruct:
         kind = jax.typeof(x) if not isinstance(x, jax.ShapeDtypeStruct) else x
-        return jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=_place(target, mesh, x))
 
     if not hasattr(function, "trace"):
         function = jax.jit(function, donate_argnums=tuple(donate))
     structs = jax.tree.map(struct, tuple(args))
     start = time.perf_counter()
-    lowered = function.trace(*structs).lower(lowering_platforms=(target.platform,))
+    # PartitionSpecs alone, inside of the function, are of the args' mesh.
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        lowered = function.trace(*structs).lower(lowering_platforms=(target.platform,))
     lowered_at = time.perf_counter()
     compiled = lowered.compile()
     end = time.perf_counter()
     return Program(compiled, lowered.as_text(), lowered_at - start, end - lowered_at)
+
+
+class MeshError(ValueError):
+    """The arguments do not say for which mesh a program is."""
+
+
+def _mesh(target: Target, leaves: Sequence[Any]) -> Mesh | None:
+    """The mesh of the arguments, with the target's devices; None for a single device."""
+    meshes = {x.mesh for x in map(_named, leaves) if x is not None and x.mesh.size > 1}
+    if not meshes:
+        return None
+    if len(meshes) > 1:
+        kinds = " and ".join(str(dict(mesh.shape)) for mesh in meshes)
+        raise MeshError(f"the arguments lie on several meshes: {kinds}")
+    (mesh,) = meshes
+    found = np.array(devices(target, mesh.size)).reshape(tuple(mesh.shape.values()))
+    return Mesh(found, mesh.axis_names, axis_types=mesh.axis_types)
+
+
+def _place(target: Target, mesh: Mesh | None, x: Any) -> Sharding:
+    if mesh is None:
+        return SingleDeviceSharding(device(target))
+    named = _named(x)
+    if named is None or named.mesh.size == 1:
+        return NamedSharding(mesh, PartitionSpec())
+    kept = named.memory_kind if named.memory_kind == "pinned_host" else None
+    return NamedSharding(mesh, named.spec, memory_kind=kept)
+
+
+def _named(x: Any) -> NamedSharding | None:
+    sharding = getattr(x, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None

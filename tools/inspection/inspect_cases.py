@@ -191,6 +191,17 @@ def inspect(case: Case, target: aot.Target) -> Inspected:
         program = aot.compile_for(target, case.function, case.args, case.donate)
     except aot.UnavailableError as error:
         raise CaseError(str(error)) from None
+    except aot.MeshError as error:
+        raise CaseError(f"{case.name}: {error}; give all of them one mesh.") from None
+    except ValueError as error:
+        if not any(x in str(error) for x in _OF_OTHER_DEVICES):
+            raise
+        raise CaseError(
+            f"{case.name}: names shardings of this machine's devices where it is jitted or inside, "
+            f"and {target.name} has others. Give them to the args alone, as "
+            "jax.ShapeDtypeStruct(..., sharding=), and inside name PartitionSpecs of the mesh "
+            "that the args lie on."
+        ) from None
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -199,6 +210,10 @@ def inspect(case: Case, target: aot.Target) -> Inspected:
     report = ax.hlo.report(program.compiled)
     text, count = program.compiled.as_text(), case.parameters or report.parameters
     return Inspected(case.name, target.name, program, text, report, count)
+
+
+_OF_OTHER_DEVICES = ("incompatible devices", "does not match the sharding on the respective arg")
+"""What JAX says where a function names shardings that are not the arguments'."""
 
 
 class DoesNotFitError(CaseError):
