@@ -18,7 +18,7 @@ with cli.extra("inspect_hlo", "inspect"):
     import shapes
     import typer
 
-    from adamw_xla.hlo import size
+    from adamw_xla.hlo import Report, size
 
 TARGET_HELP = (
     f"What to compile for, of: {', '.join(aot.TARGETS)}; may be given several times. GPUs need "
@@ -145,7 +145,12 @@ def rows(found: list[Inspected]) -> dict[str, list[str]]:
             "of which the update": str(report.update.count or ""),
             "of which the norm": str(report.norm.count or ""),
             "by kind": kinds,
+            "devices": str(report.devices) if report.devices > 1 else "",
+            "exchanged": _exchanged(report, None),
+            "of it by the update": _exchanged(report, "update"),
+            "of it by the norm": _exchanged(report, "norm"),
             "bytes per param": _per_param(x),
+            "of which the update's": _of_update(report),
             "temporaries": "?" if memory is None else size(memory),
             "donated, not in place": str(len(report.undonated)),
             "trace and lower": f"{x.program.trace_seconds:.2f} s",
@@ -160,6 +165,21 @@ def rows(found: list[Inspected]) -> dict[str, list[str]]:
 def _per_param(x: Inspected) -> str:
     moved = x.report.program.read + x.report.program.written
     return f"{moved / x.parameters:.1f}" if x.parameters else ""
+
+
+def _of_update(report: Report) -> str:
+    moved = report.per_parameter(report.update.read + report.update.written)
+    return f"{moved:.1f}" if moved else ""
+
+
+def _exchanged(report: Report, part: str | None) -> str:
+    """Bytes that a device exchanges, of all or of a part of the program."""
+    sizes = (
+        (x.bytes if part is None else x.bytes_of.get(part, 0)) * (x.times or 1)
+        for x in report.collectives
+    )
+    total = sum(sizes)
+    return size(total) if total else ""
 
 
 def _inspect_all(cases: list[inspect_cases.Case], targets: list[aot.Target]) -> list[Inspected]:

@@ -326,6 +326,10 @@ def test_shardings_of_arguments_are_kept(tmp_path):
     out = tmp_path / "report.json"
     run = on_mesh("cpu", "fsdp", "--json", str(out))
     assert run.returncode == 0, run.stderr
+    printed = " ".join(run.stdout.split())
+    # Two sums, or two of each leaf.
+    assert re.search(r"of it by the norm │ (8|16) B", printed), printed
+    assert "of it by the update" not in printed
     (found,) = json.loads(out.read_text())
     assert found["devices"] == 8
     assert found["parameters"] == 2 * 512 * 256 // 8
