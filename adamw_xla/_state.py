@@ -1,6 +1,6 @@
 """``AdamWState`` and how it begins."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 import dataclasses
 import functools
 import sys
@@ -12,9 +12,10 @@ import jax.numpy as jnp
 
 from adamw_xla import _flax
 from adamw_xla._check import calls, trees
-from adamw_xla._check.leaves import float_leaf, same_dtype
+from adamw_xla._check.leaves import float_leaf, path, same_dtype
 from adamw_xla._check.words import NATIVE, Words, misplaced, not_a_state, of_other_options
 from adamw_xla._config import AdamW, check_config
+from adamw_xla._placement import fixed_places, of_scalars, scalar_zero, zeros_like
 
 Tree = TypeVar("Tree")
 
@@ -81,11 +82,12 @@ def adamw_init(params: Any, config: AdamW) -> AdamWState:
     """Builds the state for ``params``.
 
     Works eagerly, under ``jax.jit`` and under ``jax.eval_shape``. The new arrays take the
-    shapes and shardings of the params; under ``jit`` with automatic axes the compiler chooses
-    their shardings, unless ``out_shardings`` says.
+    shapes and shardings of the params, also under ``jit`` with automatic axes, unless its
+    ``out_shardings`` say otherwise; counters are replicated over the params' mesh.
 
     Args:
-      params: a pytree of arrays, bfloat16, float16, float32 or float64.
+      params: a pytree of arrays, bfloat16, float16, float32 or float64. Of shapes without
+        values ``adamw_xla.sharding.abstract_state`` makes the state's.
       config: the hyperparameters.
 
     Returns:
@@ -100,29 +102,51 @@ def adamw_init(params: Any, config: AdamW) -> AdamWState:
     check_config(config, _INIT.call)
     treedef: Any
     leaves, treedef = jax.tree.flatten(params)
-    trees.params(params, leaves, needs_values=config.use_ema)
+    _check_values(params, leaves)
+    trees.params(params, leaves)
+    place = of_scalars(fixed_places(leaves))
 
-    def zeros(dtype_of: Any) -> Any:
-        return treedef.unflatten([jnp.zeros_like(p, dtype_of(p.dtype)) for p in leaves])
-
-    def copies() -> Any:
+    def column(field: str) -> Any:
+        dtype_of = config.dtype_of_m if field == "m" else config.dtype_of_state
+        dtypes = [dtype_of(p.dtype) for p in leaves]
+        if field != "ema":
+            return treedef.unflatten(zeros_like(leaves, dtypes))
         # A copy, so that params and state can be donated side by side.
-        dtype_of = config.dtype_of_state
-        return treedef.unflatten([jnp.array(p, dtype_of(p.dtype), copy=True) for p in leaves])
+        pairs = zip(leaves, dtypes, strict=True)
+        return treedef.unflatten([jnp.array(p, dtype, copy=True) for p, dtype in pairs])
 
-    def zero() -> jax.Array:
-        return jnp.zeros((), jnp.int32)
+    return built(config, column, lambda: scalar_zero(place))
 
+
+def _check_values(params: Any, leaves: Sequence[Any]) -> None:
+    """Refuses shapes without values, of which real zeros would be made."""
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"params{path(params, i)}: is a jax.ShapeDtypeStruct, a shape without values; "
+                "adamw_xla.sharding.abstract_state(params, config) makes the state of shapes, and "
+                "allocates nothing. (Under jax.eval_shape or jax.jit(...).lower, init takes them.)"
+            )
+
+
+def built(config: AdamW, column: Callable[[str], Any], counter: Callable[[], Any]) -> AdamWState:
+    """A state with the fields that a config has.
+
+    Args:
+      config: the hyperparameters.
+      column: makes the tree of a field that mirrors the params.
+      counter: makes one of the others.
+    """
     accumulates = config.gradient_accumulation_steps is not None
     return AdamWState(
-        count=zero(),
-        m=zeros(config.dtype_of_m),
-        v=zeros(config.dtype_of_state),
-        v_max=zeros(config.dtype_of_state) if config.amsgrad else None,
-        ema=copies() if config.use_ema else None,
-        accumulated=zeros(config.dtype_of_state) if accumulates else None,
-        micro_step=zero() if accumulates else None,
-        skipped=zero() if config.skip_nonfinite else None,
+        count=counter(),
+        m=column("m"),
+        v=column("v"),
+        v_max=column("v_max") if config.amsgrad else None,
+        ema=column("ema") if config.use_ema else None,
+        accumulated=column("accumulated") if accumulates else None,
+        micro_step=counter() if accumulates else None,
+        skipped=counter() if config.skip_nonfinite else None,
     )
 
 

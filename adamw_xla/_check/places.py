@@ -1,0 +1,94 @@
+"""Checks of shardings, and of the meshes and axes that they name."""
+
+from collections.abc import Sequence
+import dataclasses
+import difflib
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec, Sharding
+
+from adamw_xla._check.leaves import kind, path
+from adamw_xla._check.words import NATIVE, Words
+
+_BUILD = "adamw_xla.sharding.state_shardings(params, config)"
+
+
+def words(call: str) -> Words:
+    """The package's own words, for another call."""
+    return dataclasses.replace(NATIVE, call=call)
+
+
+def of_tree(argument: str, tree: Any, leaves: Sequence[Any]) -> list[Sharding]:
+    """The shardings in a tree of them, or of a tree of arrays."""
+    if not leaves:
+        raise ValueError(f"{argument}: has no leaf, so nothing says on which devices it lies.")
+    return [of_leaf(argument, tree, i, x) for i, x in enumerate(leaves)]
+
+
+def of_leaf(argument: str, tree: Any, index: int, leaf: Any) -> Sharding:
+    """A sharding, or that of an array; ``tree`` has the leaf's path."""
+    if isinstance(leaf, Sharding):
+        return leaf
+    is_traced = isinstance(leaf, jax.core.Tracer)
+    found = None if is_traced else getattr(leaf, "sharding", None)
+    if isinstance(found, Sharding):
+        return found
+    if isinstance(leaf, PartitionSpec):
+        what = "is a PartitionSpec, which names no mesh"
+        advice = f"give jax.sharding.NamedSharding(mesh, {leaf})"
+    elif is_traced:
+        what = "is traced, and where it lies is known when the program is compiled"
+        advice = "build the shardings outside of the traced function"
+    else:
+        what = f"got {kind(leaf)}, which has no sharding"
+        advice = "give a jax.sharding.Sharding, or an array or jax.ShapeDtypeStruct that has one"
+    raise TypeError(f"{argument}{path(tree, index)}: {what}; {advice}.")
+
+
+def not_of_a_state(argument: str, value: Any) -> TypeError:
+    """The error for something else than the shardings of a state."""
+    return TypeError(
+        f"{argument}: must be an AdamWState of shardings, got {kind(value)}; {_BUILD} makes it, "
+        "also of a tree of shardings in place of params."
+    )
+
+
+def of_another_config(argument: str, field: str, needed: bool) -> ValueError:
+    """The error for shardings with, or without, a field that the config has not, or has."""
+    has, does = ("lack it", "has") if needed else ("have it", "does not have")
+    return ValueError(
+        f"{argument}.{field}: the shardings {has}, and a state of the config {does} it: they were "
+        f"built for another config; {_BUILD} builds them for this one."
+    )
+
+
+def axes_of(function: str, mesh: Any, axis: Any) -> tuple[str, ...]:
+    """The names of axes, if a mesh has them."""
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(f"{function}: mesh must be a jax.sharding.Mesh, got {kind(mesh)}.")
+    axes = (axis,) if isinstance(axis, str) else tuple(axis)
+    for name in axes:
+        if name not in mesh.axis_names:
+            near = difflib.get_close_matches(str(name), map(str, mesh.axis_names), 1)
+            advice = f"did you mean {near[0]!r}?" if near else f"it has {mesh.axis_names}."
+            raise ValueError(f"{function}: the mesh has no axis {name!r}; {advice}")
+    return axes
+
+
+def same_mesh(params: Any, index: int, mesh: Any, other: Any) -> None:
+    """Refuses a param that lies on another mesh than its state is to."""
+    if mesh.shape_tuple != other.shape_tuple:
+        raise ValueError(
+            f"params{path(params, index)}: lies on the mesh {dict(other.shape)}, and its state is "
+            f"to lie on {dict(mesh.shape)}; give zero1 the mesh of the params."
+        )
+
+
+def indivisible(params: Any, index: int, leaf: Any, axis: Any, ways: int) -> ValueError:
+    """The error for a leaf that cannot be cut into so many parts."""
+    return ValueError(
+        f"params{path(params, index)}: has shape {leaf.shape}, and the {ways} devices of {axis!r} "
+        "divide none of its dimensions, so its state cannot be cut; pad a dimension to a multiple "
+        f"of {ways}, or keep the state of such leaves whole with zero1(..., strict=False)."
+    )

@@ -1,0 +1,77 @@
+"""Where arrays lie, and how what belongs to them comes to lie there too."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+
+def placed_at(x: Any) -> Sharding | None:
+    """Where an array lies, or a ``jax.ShapeDtypeStruct`` is to; None where nothing says so.
+
+    Of what is traced with automatic axes only the compiler knows.
+    """
+    if isinstance(x, jax.core.Tracer):
+        return None
+    found = getattr(x, "sharding", None)
+    return found if isinstance(found, Sharding) else None
+
+
+def fixed_places(leaves: Sequence[Any]) -> list[Sharding | None]:
+    """For each leaf where it lies; None too for one that JAX is free to move to the others."""
+    found = [placed_at(x) for x in leaves]
+    fixed = [
+        None if isinstance(x, jax.Array) and s is not None and not x.committed else s
+        for x, s in zip(leaves, found, strict=True)
+    ]
+    return fixed if any(s is not None for s in fixed) else found
+
+
+def of_scalars(places: Iterable[Sharding | None]) -> Sharding | None:
+    """Where scalars lie that belong to arrays at all of these places; None if nothing says so.
+
+    Replicated over the (largest) mesh, or on the one device; in that device's own memory.
+    """
+    known = [s for s in places if s is not None]
+    meshes = [s.mesh for s in known if isinstance(s, NamedSharding)]
+    if meshes:
+        whole = PartitionSpec()  # type: ignore[no-untyped-call]
+        return NamedSharding(max(meshes, key=lambda mesh: mesh.size), whole)
+    for s in known:
+        if isinstance(s, SingleDeviceSharding):
+            return SingleDeviceSharding(*s.device_set)
+        if s.is_fully_replicated:
+            return s
+    return None
+
+
+def scalar_zero(place: Sharding | None) -> jax.Array:
+    """An int32 zero, at a place where there is one."""
+    zero = jnp.zeros((), jnp.int32)
+    if place is None or isinstance(zero, jax.core.Tracer):
+        return zero
+    return jnp.zeros((), jnp.int32, device=place)
+
+
+def zeros_like(xs: Sequence[Any], dtypes: Sequence[Any]) -> list[jax.Array]:
+    """Zeros that lie as ``xs`` do, traced or not.
+
+    Under ``jit`` with automatic axes XLA puts what depends on no argument on the first device, or
+    on all. So these depend on ``xs``, and on a flag of which XLA cannot know that it is false.
+    """
+    zeros = [jnp.zeros_like(x, dtype) for x, dtype in zip(xs, dtypes, strict=True)]
+    if not any(isinstance(x, jax.core.Tracer) for x in (*xs, *zeros)):
+        return zeros
+    never = jax.lax.optimization_barrier(jnp.array(False))  # type: ignore[no-untyped-call]
+    return [
+        jnp.where(never, jax.lax.stop_gradient(x).astype(zero.dtype), zero)
+        if _in_device_memory(x)
+        else zero
+        for x, zero in zip(xs, zeros, strict=True)
+    ]
+
+
+def _in_device_memory(x: Any) -> bool:
+    return jax.typeof(x).memory_space == jax.memory.Space.Device
