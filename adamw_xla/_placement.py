@@ -5,7 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from adamw_xla_lowering import shard_alike
 
 
 def placed_at(x: Any) -> Sharding | None:
@@ -75,3 +77,54 @@ def zeros_like(xs: Sequence[Any], dtypes: Sequence[Any]) -> list[jax.Array]:
 
 def _in_device_memory(x: Any) -> bool:
     return jax.typeof(x).memory_space == jax.memory.Space.Device
+
+
+def moved_to(x: Any, place: Sharding) -> jax.Array:
+    """``x`` at another place; where it is traced, the compiler is told so."""
+    if not isinstance(x, jax.core.Tracer):
+        return jax.device_put(x, place)
+    if not isinstance(place, NamedSharding):
+        return x  # one device
+    if not _in_device_memory(x) or _is_host(place):
+        return jax.device_put(x, place)
+    if AxisType.Explicit in place.mesh.axis_types:
+        return _resharded(x, place)
+    constrained: jax.Array = jax.lax.with_sharding_constraint(x, place)  # type: ignore[no-untyped-call]
+    return constrained
+
+
+def in_device_memory(place: Sharding) -> Sharding:
+    """The same place, but for what computes there: its devices' own memory."""
+    return place.with_memory_kind("device") if _is_host(place) else place
+
+
+def moved_beside(x: Any, other: Any) -> jax.Array:
+    """``x`` where another array of its shape lies, also where only the compiler knows that."""
+    if isinstance(x, jax.core.Tracer):
+        place = jax.typeof(other).sharding
+        if AxisType.Explicit in place.mesh.axis_types:
+            return _resharded(x, place)
+        # The barrier's result is another value than what was computed elsewhere.
+        return shard_alike(jax.lax.optimization_barrier(x), other)  # type: ignore[no-untyped-call]
+    place = placed_at(other)
+    return x if place is None else jax.device_put(x, place)
+
+
+def kept_beside(x: Any, other: Any) -> jax.Array:
+    """``x``, of which XLA is to know that it lies where ``other`` does."""
+    return shard_alike(x, other) if isinstance(x, jax.core.Tracer) else x
+
+
+def _resharded(x: Any, place: NamedSharding) -> jax.Array:
+    """For explicit axes, where shardings are types."""
+    spec = (*place.spec, *(None for _ in range(x.ndim - len(place.spec))))
+    if tuple(jax.typeof(x).sharding.spec) == spec:
+        return x
+    # What a loop carries would else be sharded as what is made of it.
+    apart = jax.lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
+    moved: jax.Array = jax.sharding.reshard(apart, place)  # type: ignore[no-untyped-call]
+    return moved
+
+
+def _is_host(place: Sharding) -> bool:
+    return "host" in (place.memory_kind or "")

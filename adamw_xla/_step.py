@@ -50,6 +50,7 @@ def adamw_step(
     learning_rate: ScalarOrSchedule | None = None,
     weight_decay: ScalarOrSchedule | None = None,
     implementation: Implementation | None = None,
+    state_shardings: AdamWState | None = None,
 ) -> tuple[Any, AdamWState]:
     """Makes one step of AdamW: the whole tree in one operation.
 
@@ -73,6 +74,10 @@ def adamw_step(
         ``ADAMW_XLA_IMPLEMENTATION`` says, else on CPUs the kernel where it was built and XLA
         does not partition the program, and StableHLO elsewhere. The kernel is the faster for
         large leaves; of a thousand leaves of a thousand elements each "xla" is.
+      state_shardings: where the state lies, if not beside its params: from
+        ``adamw_xla.sharding.state_shardings``, say of ``zero1(mesh, "data", params)``. Each
+        device then updates its part of the state; gradients are reduced to it, and new params are
+        gathered to where the params were. A state in the host's memory is fetched, and put back.
 
     Returns:
       New params and new state, of the structures, shapes and dtypes of the old.
@@ -114,6 +119,7 @@ def adamw_step(
             functools.partial(adamw_update, implementation=implementation),
             functools.partial(adamw_sum_of_squares, implementation=implementation),
         ),
+        state_shardings=state_shardings,
     )
 
 

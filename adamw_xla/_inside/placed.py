@@ -1,13 +1,18 @@
 """A state that lies elsewhere than its params: its shardings, leaf by leaf."""
 
+from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
 
+import jax
 from jax.sharding import Sharding
 
 from adamw_xla._check import places, trees
 from adamw_xla._config import AdamW
+from adamw_xla._inside.update import Backend
+from adamw_xla._placement import in_device_memory, kept_beside, moved_beside, moved_to
 from adamw_xla._state import COUNTERS, AdamWState, built
+from adamw_xla_lowering import UpdateResult
 
 NAME = "state_shardings"
 
@@ -44,3 +49,53 @@ def columns_of(
                 for i, x in enumerate(flat)
             ]
     return columns
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the state of some leaves lies, and their update is made.
+
+    Attributes:
+      columns: for each field that mirrors the params the places; None for one that may be anywhere.
+    """
+
+    columns: Mapping[str, Sequence[Sharding | None]]
+
+    def cut(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
+        """Params or gradients where the update is made: where ``m`` lies, on the device."""
+        return _moved(xs, [place and in_device_memory(place) for place in self.columns["m"]])
+
+    def kept(self, field: str, xs: Sequence[jax.Array]) -> list[jax.Array]:
+        """New state where its field lies."""
+        return _moved(xs, self.columns[field])
+
+    def around(self, inner: Backend) -> Backend:
+        """A backend that makes the update where the state lies, and gives params back where they
+        lay.
+
+        Gradients and params are cut before it, and new params gathered after it; m and v never
+        move.
+        """
+
+        def update(hyper: Any, *operands: Any, **flags: Any) -> UpdateResult:
+            *old, leaf_scale = operands
+            parts = [None if xs is None else self.cut(xs) for xs in old]
+            new = inner.update(hyper, *parts, leaf_scale, **flags)
+            whole = map(moved_beside, self.cut(new.params), old[0])
+            state = new._asdict() | {"params": list(whole)}
+            for field in self.columns:
+                if state.get(field) is not None:
+                    state[field] = self.kept(field, state[field])
+            return UpdateResult(**state)
+
+        return inner._replace(update=update)
+
+
+def beside(old: Sequence[jax.Array], new: Sequence[jax.Array]) -> list[jax.Array]:
+    """New params that lie where the old ones do, so that a loop may not choose anew."""
+    return [kept_beside(x, p) for x, p in zip(new, old, strict=True)]
+
+
+def _moved(xs: Sequence[Any], spots: Sequence[Sharding | None]) -> list[Any]:
+    pairs = zip(xs, spots, strict=True)
+    return [x if place is None else moved_to(x, place) for x, place in pairs]

@@ -15,6 +15,7 @@ from adamw_xla._check.words import NATIVE, Words, misplaced
 from adamw_xla._config import AdamW, ScalarOrSchedule, check_config
 from adamw_xla._inside import clipping
 from adamw_xla._inside.hyper import Scalar, as_scalar, evaluate, increment
+from adamw_xla._inside.placed import Placement, beside, columns_of
 from adamw_xla._inside.update import (
     Backend,
     Rates,
@@ -64,6 +65,7 @@ def run_step(
     learning_rate: ScalarOrSchedule | None,
     weight_decay: ScalarOrSchedule | None,
     backend: Backend,
+    state_shardings: AdamWState | None = None,
     delta: bool = False,
     any_dtype_of_m: bool = False,
     words: Words = NATIVE,
@@ -72,6 +74,7 @@ def run_step(
 
     With ``delta``, the first result is what to add to the params, in the dtype of the
     arithmetic, and None where the gradient is. Where ``m`` may have any dtype, it keeps its own.
+    With ``state_shardings`` the update is made where they say, and params stay where they are.
     Errors are in the ``words`` of the caller's API.
     """
     misplaced(words, params=params, grads=grads, state=state, config=config)
@@ -86,6 +89,9 @@ def run_step(
         params, treedef, leaves, state, config, {*live}, any_dtype_of_m=any_dtype_of_m, words=words
     )
     trees.grads(params, leaves, flat)
+    spots: dict[str, list[Any]] = {}
+    if state_shardings is not None:
+        spots = columns_of(state_shardings, params, treedef, config)
     decays = _decays(params, treedef, leaves, columns["m"], config, words.mask)
     for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
         if value is not None:
@@ -111,8 +117,14 @@ def run_step(
     lr = evaluate("learning_rate", rate, calls, dtype)
     wd = evaluate("weight_decay", decay, calls, dtype)
     rates = Rates(lr, tuple(wd if k else 0.0 for k in kinds))
-    step = _Step(config, old, groups, backend, dtype, rates, delta)
-    new = step.made(chosen.take(flat))
+    slopes = chosen.take(flat)
+    if spots:
+        placement = Placement({kind: [at[i] for i in live] for kind, at in spots.items()})
+        backend, slopes = placement.around(backend), placement.cut(slopes)
+    new = _Step(config, old, groups, backend, dtype, rates, delta).made(slopes)
+    if spots and config.gradient_accumulation_steps is not None:
+        # XLA chooses how what a loop carries is sharded.
+        new.columns["params"] = beside(old.columns["params"], new.columns["params"])
 
     put = chosen.put
     return put([None] * len(leaves) if delta else leaves, new.columns["params"]), AdamWState(
