@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from adamw_xla_lowering import shard_alike
+from adamw_xla_lowering import shard_alike, shard_apart
 
 
 def placed_at(x: Any) -> Sharding | None:
@@ -83,14 +83,9 @@ def moved_to(x: Any, place: Sharding) -> jax.Array:
     """``x`` at another place; where it is traced, the compiler is told so."""
     if not isinstance(x, jax.core.Tracer):
         return jax.device_put(x, place)
-    if not isinstance(place, NamedSharding):
-        return x  # one device
     if not _in_device_memory(x) or _is_host(place):
         return jax.device_put(x, place)
-    if AxisType.Explicit in place.mesh.axis_types:
-        return _resharded(x, place)
-    constrained: jax.Array = jax.lax.with_sharding_constraint(x, place)  # type: ignore[no-untyped-call]
-    return constrained
+    return _constrained(x, place) if isinstance(place, NamedSharding) else x
 
 
 def in_device_memory(place: Sharding) -> Sharding:
@@ -100,30 +95,38 @@ def in_device_memory(place: Sharding) -> Sharding:
 
 def moved_beside(x: Any, other: Any) -> jax.Array:
     """``x`` where another array of its shape lies, also where only the compiler knows that."""
-    if isinstance(x, jax.core.Tracer):
-        place = jax.typeof(other).sharding
-        if AxisType.Explicit in place.mesh.axis_types:
-            return _resharded(x, place)
-        # The barrier's result is another value than what was computed elsewhere.
-        return shard_alike(jax.lax.optimization_barrier(x), other)  # type: ignore[no-untyped-call]
-    place = placed_at(other)
-    return x if place is None else jax.device_put(x, place)
+    if not isinstance(x, jax.core.Tracer):
+        place = placed_at(other)
+        return x if place is None else jax.device_put(x, place)
+    x, place = apart(x), jax.typeof(other).sharding
+    if AxisType.Explicit in place.mesh.axis_types:
+        x = _constrained(x, place, AxisType.Explicit)
+    return shard_alike(x, other)
 
 
-def kept_beside(x: Any, other: Any) -> jax.Array:
-    """``x``, of which XLA is to know that it lies where ``other`` does."""
-    return shard_alike(x, other) if isinstance(x, jax.core.Tracer) else x
+def apart(x: Any) -> Any:
+    """``x``, as another value that may lie elsewhere: of each value XLA chooses once where."""
+    return shard_apart(x) if isinstance(x, jax.core.Tracer) else x
 
 
-def _resharded(x: Any, place: NamedSharding) -> jax.Array:
-    """For explicit axes, where shardings are types."""
-    spec = (*place.spec, *(None for _ in range(x.ndim - len(place.spec))))
-    if tuple(jax.typeof(x).sharding.spec) == spec:
-        return x
-    # What a loop carries would else be sharded as what is made of it.
-    apart = jax.lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
-    moved: jax.Array = jax.sharding.reshard(apart, place)  # type: ignore[no-untyped-call]
-    return moved
+def _constrained(x: Any, place: NamedSharding, *kinds: AxisType) -> Any:
+    """Where axes are explicit, shardings are types; of other axes the compiler is told."""
+    for kind in kinds or (AxisType.Explicit, AxisType.Auto):
+        if kind in place.mesh.axis_types:
+            spec = [_of_kind(kind, place.mesh, entry) for entry in place.spec]
+            part = NamedSharding(place.mesh, PartitionSpec(*spec))  # type: ignore[no-untyped-call]
+            explicit = kind == AxisType.Explicit
+            move: Any = jax.sharding.reshard if explicit else jax.lax.with_sharding_constraint
+            x = move(x, part)
+    return x
+
+
+def _of_kind(kind: AxisType, mesh: Any, entry: Any) -> Any:
+    """The axes of this kind in an entry of a spec."""
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    names = entry if isinstance(entry, tuple) else (entry,)
+    kept = tuple(name for name in names if kinds.get(name) == kind)
+    return kept[0] if len(kept) == 1 else kept or None
 
 
 def _is_host(place: Sharding) -> bool:

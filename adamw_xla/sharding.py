@@ -113,9 +113,14 @@ def state_shardings(
     call = "state_shardings(params_or_shardings, config)"
     misplaced(places.words(call), params=params_or_shardings, config=config)
     check_config(config, call)
+    return of_tree("params", params_or_shardings, config, memory_kind)
+
+
+def of_tree(argument: str, tree: Any, config: AdamW, memory_kind: str | None = None) -> AdamWState:
+    """``state_shardings`` of a tree that its caller calls ``argument``."""
     treedef: Any
-    leaves, treedef = jax.tree.flatten(params_or_shardings)
-    found = places.of_tree("params", params_or_shardings, leaves)
+    leaves, treedef = jax.tree.flatten(tree)
+    found = places.of_tree(argument, tree, leaves)
     scalars = of_scalars(found)
     if memory_kind is not None:
         found = [s.with_memory_kind(memory_kind) for s in found]

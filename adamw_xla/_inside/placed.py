@@ -10,7 +10,7 @@ from jax.sharding import Sharding
 from adamw_xla._check import places, trees
 from adamw_xla._config import AdamW
 from adamw_xla._inside.update import Backend
-from adamw_xla._placement import in_device_memory, kept_beside, moved_beside, moved_to
+from adamw_xla._placement import apart, in_device_memory, moved_beside, moved_to
 from adamw_xla._state import COUNTERS, AdamWState, built
 from adamw_xla_lowering import UpdateResult
 
@@ -44,10 +44,11 @@ def columns_of(
             places.of_leaf(argument, given, 0, given)
         elif is_needed:
             flat = trees.like_params(argument, params, treedef, given)
+            found = enumerate(flat)
             columns[field] = [
-                None if x is None else places.of_leaf(argument, params, i, x)
-                for i, x in enumerate(flat)
+                None if x is None else places.of_leaf(argument, params, i, x) for i, x in found
             ]
+            places.not_manual(argument, params, columns[field])
     return columns
 
 
@@ -61,39 +62,33 @@ class Placement:
 
     columns: Mapping[str, Sequence[Sharding | None]]
 
-    def cut(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
-        """Params or gradients where the update is made: where ``m`` lies, on the device."""
+    def fetched(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
+        """State where the update is made: where ``m`` lies, in the device's memory."""
         return _moved(xs, [place and in_device_memory(place) for place in self.columns["m"]])
+
+    def parts_of(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
+        """Params or gradients, which lie elsewhere, where the update is made."""
+        return self.fetched([apart(x) for x in xs])
 
     def kept(self, field: str, xs: Sequence[jax.Array]) -> list[jax.Array]:
         """New state where its field lies."""
         return _moved(xs, self.columns[field])
 
     def around(self, inner: Backend) -> Backend:
-        """A backend that makes the update where the state lies, and gives params back where they
-        lay.
+        """A backend that makes the update where the state lies, and gives params back as they lay.
 
-        Gradients and params are cut before it, and new params gathered after it; m and v never
-        move.
+        Only params and gradients are moved: m and v never are, but between memories.
         """
 
-        def update(hyper: Any, *operands: Any, **flags: Any) -> UpdateResult:
-            *old, leaf_scale = operands
-            parts = [None if xs is None else self.cut(xs) for xs in old]
-            new = inner.update(hyper, *parts, leaf_scale, **flags)
-            whole = map(moved_beside, self.cut(new.params), old[0])
-            state = new._asdict() | {"params": list(whole)}
-            for field in self.columns:
-                if state.get(field) is not None:
-                    state[field] = self.kept(field, state[field])
-            return UpdateResult(**state)
+        def update(hyper: Any, params: Any, grads: Any, *rest: Any, **flags: Any) -> UpdateResult:
+            *state, leaf_scale = rest
+            parts = [None if xs is None else self.fetched(xs) for xs in (grads, *state)]
+            new = inner.update(hyper, self.parts_of(params), *parts, leaf_scale, **flags)
+            kept = {k: self.kept(k, xs) for k, xs in new._asdict().items() if k in self.columns}
+            whole = map(moved_beside, self.fetched(new.params), params)
+            return new._replace(params=list(whole), **kept)
 
         return inner._replace(update=update)
-
-
-def beside(old: Sequence[jax.Array], new: Sequence[jax.Array]) -> list[jax.Array]:
-    """New params that lie where the old ones do, so that a loop may not choose anew."""
-    return [kept_beside(x, p) for x, p in zip(new, old, strict=True)]
 
 
 def _moved(xs: Sequence[Any], spots: Sequence[Sharding | None]) -> list[Any]:

@@ -15,7 +15,7 @@ from adamw_xla._check.words import NATIVE, Words, misplaced
 from adamw_xla._config import AdamW, ScalarOrSchedule, check_config
 from adamw_xla._inside import clipping
 from adamw_xla._inside.hyper import Scalar, as_scalar, evaluate, increment
-from adamw_xla._inside.placed import Placement, beside, columns_of
+from adamw_xla._inside.placed import Placement, columns_of
 from adamw_xla._inside.update import (
     Backend,
     Rates,
@@ -120,11 +120,13 @@ def run_step(
     slopes = chosen.take(flat)
     if spots:
         placement = Placement({kind: [at[i] for i in live] for kind, at in spots.items()})
-        backend, slopes = placement.around(backend), placement.cut(slopes)
+        backend, slopes = placement.around(backend), placement.parts_of(slopes)
+        if "accumulated" in spots:
+            old.columns["accumulated"] = placement.fetched(old.columns["accumulated"])
     new = _Step(config, old, groups, backend, dtype, rates, delta).made(slopes)
-    if spots and config.gradient_accumulation_steps is not None:
-        # XLA chooses how what a loop carries is sharded.
-        new.columns["params"] = beside(old.columns["params"], new.columns["params"])
+    if "accumulated" in spots:
+        sums = placement.kept("accumulated", new.columns["accumulated"])
+        new.columns["accumulated"] = sums
 
     put = chosen.put
     return put([None] * len(leaves) if delta else leaves, new.columns["params"]), AdamWState(

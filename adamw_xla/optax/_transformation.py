@@ -15,11 +15,14 @@ from adamw_xla._check import calls, options, trees
 from adamw_xla._check.words import misplaced
 from adamw_xla._config import AdamW
 from adamw_xla._inside import clipping
+from adamw_xla._inside.placed import columns_of
 from adamw_xla._inside.run import run_step
 from adamw_xla._inside.update import Backend
+from adamw_xla._placement import moved_to
 from adamw_xla._state import AdamWState, adamw_init
 from adamw_xla.optax import _check
 from adamw_xla.optax._state import AdamWOptState
+from adamw_xla.sharding import of_tree
 from adamw_xla_lowering import Implementation, adamw_sum_of_squares, adamw_update
 
 
@@ -47,6 +50,7 @@ def adamw(
     skip_nonfinite: bool = False,
     updates_like_grads: bool = False,
     implementation: Implementation | None = None,
+    state_shardings: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """``optax.adamw``, as one operation for the whole tree.
 
@@ -102,6 +106,9 @@ def adamw(
       implementation: "xla", "native" or None, as in ``adamw_xla.adamw_step``. There is no
         kernel that returns updates: XLA makes the update and the sum in one loop, and
         "native" is an error.
+      state_shardings: where the state lies, if not beside its params: a tree of
+        ``jax.sharding.Sharding`` like the params, as ``adamw_xla.sharding.zero1`` returns.
+        ``init`` puts it there, and the updates come back where the params lie.
 
     Returns:
       A transformation, whose state is an ``AdamWOptState``. Gradients that are None have
@@ -160,6 +167,7 @@ def adamw(
         None if mu_dtype is None else options.state_dtype(mu_dtype, "mu_dtype"),
         updates_like_grads,
         implementation,
+        None if state_shardings is None else of_tree("state_shardings", state_shardings, config),
     )
     return optax.GradientTransformationExtraArgs(transform.init, transform.update)
 
@@ -174,11 +182,21 @@ class _Transform:
     mu_dtype: DTypeLike | None
     updates_like_grads: bool
     implementation: Implementation | None
+    state_shardings: AdamWState | None
 
     @calls.explained("init", aliases={}, is_method=True)
     def init(self, params: Any) -> AdamWOptState:
         """The state before the first update."""
         misplaced(_check.INIT, params=params)
+        if self.state_shardings is None:
+            return self._made(params)
+        columns_of(self.state_shardings, params, jax.tree.structure(params), self.config)
+        there = AdamWOptState.of(self.state_shardings)
+        if any(isinstance(p, jax.core.Tracer) for p in jax.tree.leaves(params)):
+            return jax.tree.map(moved_to, self._made(params), there)
+        return jax.jit(self._made, out_shardings=there)(params)  # is whole nowhere
+
+    def _made(self, params: Any) -> AdamWOptState:
         return AdamWOptState.of(self._with_mu(adamw_init(params, self.config)))
 
     def _with_mu(self, state: AdamWState) -> AdamWState:
@@ -206,6 +224,7 @@ class _Transform:
             learning_rate=None,
             weight_decay=None,
             backend=Backend(update),
+            state_shardings=self.state_shardings,
             delta=True,
             any_dtype_of_m=True,
             words=_check.WORDS,

@@ -21,5 +21,6 @@ from .norms import adamw_sum_of_squares as adamw_sum_of_squares
 from .primitive import UpdateResult as UpdateResult
 from .primitive import adamw_update as adamw_update
 from .primitive import adamw_update_p as adamw_update_p
-from .rules.alike import shard_alike as shard_alike
 from .rules.autodiff import UpdateNotDifferentiableError as UpdateNotDifferentiableError
+from .rules.placing import shard_alike as shard_alike
+from .rules.placing import shard_apart as shard_apart
