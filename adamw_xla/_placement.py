@@ -23,12 +23,10 @@ def placed_at(x: Any) -> Sharding | None:
 
 def fixed_places(leaves: Sequence[Any]) -> list[Sharding | None]:
     """For each leaf where it lies; None too for one that JAX is free to move to the others."""
-    found = [placed_at(x) for x in leaves]
-    fixed = [
-        None if isinstance(x, jax.Array) and s is not None and not x.committed else s
-        for x, s in zip(leaves, found, strict=True)
+    return [
+        None if isinstance(x, jax.Array) and place is not None and not x.committed else place
+        for x, place in zip(leaves, map(placed_at, leaves), strict=True)
     ]
-    return fixed if any(s is not None for s in fixed) else found
 
 
 def of_scalars(places: Iterable[Sharding | None]) -> Sharding | None:

@@ -63,6 +63,8 @@ def abstract_state(
     shapes = treedef.unflatten([_struct(p, None) for p in leaves])
     state = jax.eval_shape(functools.partial(adamw_init, config=config), shapes)
     beside = fixed_places(leaves)
+    if not any(beside):
+        beside = list(map(placed_at, leaves))
     scalars: Any = of_scalars(beside)
     given: dict[str, list[Sharding | None]] = {}
     if state_shardings is not None:

@@ -14,11 +14,11 @@ from places import python_path
 
 
 @functools.cache
-def report(script: Path) -> str:
-    """What a file of checks prints, run on eight (virtual) CPU devices."""
+def report(script: Path, *checks: str) -> str:
+    """What a file of checks, or these of them, print on eight (virtual) CPU devices."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": python_path()}
-    command = [sys.executable, str(script)]
+    command = [sys.executable, str(script), *checks]
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     return run.stdout + run.stderr[-3000:]
 
