@@ -87,6 +87,10 @@ def axes_of(function: str, mesh: Any, axis: Any) -> tuple[str, ...]:
     """The names of axes, if a mesh has them."""
     if not isinstance(mesh, Mesh | AbstractMesh):
         raise TypeError(f"{function}: mesh must be a jax.sharding.Mesh, got {kind(mesh)}.")
+    if not isinstance(axis, str | tuple | list):
+        raise TypeError(
+            f"{function}: axis must be the name of one, or several in a tuple, got {kind(axis)}."
+        )
     axes = (axis,) if isinstance(axis, str) else tuple(axis)
     for name in axes:
         if name not in mesh.axis_names:

@@ -149,6 +149,34 @@ def a_frozen_leaf_stays() -> None:
         near((new["bias"], after.m["bias"]), (params["bias"], state.m["bias"]), 0.0)
 
 
+def leaves_of_one_shape() -> None:
+    """Each is sharded as its own param, whatever others of its shape are."""
+    config, specs = ax.AdamW(), {"a": P(), "b": P(None, "model"), "c": P("model"), "d": P()}
+    with mesh_of(AUTO, data=4, model=2) as mesh:
+        ones = np.ones((16, 16), np.float32)
+        params = {k: jax.device_put(ones, NamedSharding(mesh, s)) for k, s in specs.items()}
+        places = places_of(mesh, params, config)
+
+        def step(params: Any, state: Any) -> Any:
+            grads = jax.tree.map(jnp.cos, params)
+            return ax.adamw_step(params, grads, state, config, state_shardings=places)
+
+        got = jax.jit(step)(params, state_at(params, config, places))
+        lies_as(got, (jax.tree.map(lambda p: p.sharding, params), places))
+
+
+def a_state_in_host_memory() -> None:
+    with mesh_of(AUTO, data=8) as mesh:
+        params, x = on(mesh, "replicated"), batch_on(mesh)
+        for config in (ax.AdamW(global_clipnorm=0.1), ACCUMULATING):
+            places = places_of(mesh, params, config, memory_kind="pinned_host")
+            state = jax.device_put(ax.adamw_init(params, config), places)
+            got = trained(jax.jit(step_of(config, state_shardings=places)), params, state, x, 4)
+            lies_as(got[1], places)
+            assert got[1].m["in"].sharding.memory_kind == "pinned_host"
+            near(got[0], on_one_device(config, 4)[0])
+
+
 def a_population() -> None:
     rates = jnp.array([1e-3, 1e-2])
     with mesh_of(AUTO, data=8) as mesh:
@@ -235,6 +263,8 @@ SLOW: dict[str, Callable[[], None]] = {
     f.__name__: f
     for f in (
         in_loops_and_nested_functions,
+        leaves_of_one_shape,
+        a_state_in_host_memory,
         a_population,
         an_exported_step,
         outside_of_jit,
