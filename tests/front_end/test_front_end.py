@@ -325,7 +325,7 @@ def test_one_bool_for_all(value: bool) -> None:
     "module",
     [
         *("_config", "_step", "_state", "_inside.hyper", "_inside.clipping", "_check.trees"),
-        *("reference", "lowering"),
+        *("reference", "lowering", "sharding"),
     ],
 )
 def test_examples_in_docstrings(module: str) -> None:
@@ -333,5 +333,5 @@ def test_examples_in_docstrings(module: str) -> None:
 
 
 def test_some_docstrings_have_examples() -> None:
-    for module in ("_config", "_step", "reference"):
+    for module in ("_config", "_step", "reference", "sharding"):
         assert doctest.testmod(importlib.import_module(f"adamw_xla.{module}")).attempted > 0
