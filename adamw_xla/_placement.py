@@ -94,8 +94,10 @@ def in_device_memory(place: Sharding) -> Sharding:
 def moved_beside(x: Any, other: Any) -> jax.Array:
     """``x`` where another array of its shape lies, also where only the compiler knows that."""
     if not isinstance(x, jax.core.Tracer):
-        place = placed_at(other)
-        return x if place is None else jax.device_put(x, place)
+        (fixed,) = fixed_places([other])
+        if fixed is None and isinstance(x.sharding, NamedSharding):
+            fixed = of_scalars([x.sharding])  # as jit takes what it is free to move
+        return x if fixed is None else jax.device_put(x, fixed)
     x, place = apart(x), jax.typeof(other).sharding
     if AxisType.Explicit in place.mesh.axis_types:
         x = _constrained(x, place, AxisType.Explicit)

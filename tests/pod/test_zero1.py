@@ -36,6 +36,7 @@ from sharded.meshes import (
     loss,
     mesh_of,
     near,
+    numbers,
     on,
     on_one_device,
     step_of,
@@ -221,6 +222,9 @@ def outside_of_jit() -> None:
         got = trained(eager, params, ax.adamw_init(params, config), x, 2)
         lies_as(got, (jax.tree.map(lambda p: p.sharding, params), places))
         near(got, trained(jax.jit(step_of(config)), params, ax.adamw_init(params, config), x, 2))
+        free = jax.tree.map(jnp.asarray, numbers())  # JAX may move them: as under jit, to all
+        for step in (eager, jax.jit(eager)):
+            lies_as(trained(step, free, state_at(params, config, places), x, 2), got)
 
 
 def the_drop_in() -> None:
