@@ -12,7 +12,7 @@ from jax import export
 from jax.typing import ArrayLike, DTypeLike
 import numpy as np
 
-from adamw_xla._check import calls, options
+from adamw_xla._check import axes, calls, options
 from adamw_xla._check.trees import is_mask_function
 from adamw_xla._check.words import NATIVE, not_a_config
 from adamw_xla._inside import decay
@@ -77,8 +77,8 @@ class AdamW:
       clipnorm: clip each leaf's gradient to this L2 norm. A leaf that holds a stack of layers,
         as for ``jax.lax.scan``, is one leaf, with one norm.
       clipvalue: clip each gradient element to [-clipvalue, clipvalue].
-      global_clipnorm: clip the gradient of the whole tree to this L2 norm. Inside of
-        ``jax.shard_map`` each device sees, and clips by, the norm of what it holds.
+      global_clipnorm: clip the gradient of the whole tree to this L2 norm, summed over all
+        devices; inside of ``jax.shard_map`` ``axis_names`` says over which.
         The norm is right for every finite gradient, also where its squares overflow (float32:
         from 1.8e19 on; there stock Keras makes everything NaN). Elements below 1.1e-19 count as
         0 in it. A gradient whose norm is above 8.5e37 times the bound becomes 0. One that has a
@@ -111,6 +111,15 @@ class AdamW:
       state_dtype: dtype of the optimizer's state; None: float32, or float64 for float64
         params. A 16-bit dtype is for ``m`` alone: a 16-bit ``v`` would never decay, since
         beta_2 = 0.999 moves it by less than half a unit in its last place.
+      axis_names: inside of ``jax.shard_map`` (and only there; elsewhere XLA knows), over which
+        manual mesh axes the norms of ``clipnorm`` and ``global_clipnorm`` are summed, and the
+        search of ``skip_nonfinite`` goes, so that all devices clip and skip alike. A tuple of
+        names, as ``mesh.axis_names``: each leaf is summed over those of them that its param
+        varies over, by its type, in one all-reduce for all leaves of the same axes. With
+        ``check_vma=False`` types do not tell: give what ``in_specs`` has for the params, a tree
+        of ``PartitionSpec`` (or of tuples of names), of which a prefix will do. ``()``: each
+        device is for itself, as in a population, or holds all leaves whole. None: an error
+        where more than one device is to have a norm.
 
     Raises:
       TypeError: an argument is of the wrong kind.
@@ -160,6 +169,7 @@ class AdamW:
     epsilon_root: ArrayLike | None = None
     nesterov: bool = False
     state_dtype: DTypeLike | None = None
+    axis_names: Any = None
 
     _NUMBERS: ClassVar[tuple[str, ...]] = (
         "learning_rate",
@@ -190,12 +200,13 @@ class AdamW:
         """Checks every argument."""
         if self.state_dtype is not None:
             object.__setattr__(self, "state_dtype", options.state_dtype(self.state_dtype))
+        object.__setattr__(self, "axis_names", axes.canonical(self.axis_names))
         if self.name is None:  # Keras' own default
             object.__setattr__(self, "name", "adamw")
         _check_fields(self)
 
     def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], Hashable]:
-        """Numbers are children; schedules, choices and the mask are static.
+        """Numbers are children; schedules, choices, the mask and the axes are static.
 
         Behind them stands what follows from the decays, in float64: a traced decay is rounded.
         """
@@ -213,12 +224,12 @@ class AdamW:
         choices = tuple(getattr(self, name) for name in self._CHOICES)
         mask = self.weight_decay_mask
         kept = mask if is_mask_function(mask) else Static.of(mask)
-        return children, (schedules, choices, kept)
+        return children, (schedules, choices, kept, Static.of(self.axis_names))
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: Any) -> AdamW:
         """Rebuilds without checks: the leaves may be tracers, or no numbers at all."""
-        schedules, choices, mask = aux
+        schedules, choices, mask, axis_names = aux
         config = object.__new__(cls)
         numbers, following = children[: len(cls._NUMBERS)], iter(children[len(cls._NUMBERS) :])
         fields = {
@@ -226,6 +237,7 @@ class AdamW:
             **dict(schedules),
             **dict(zip(cls._CHOICES, choices, strict=True)),
             "weight_decay_mask": mask.tree() if isinstance(mask, Static) else mask,
+            "axis_names": axis_names.tree(),
         }
         for name, value in fields.items():
             object.__setattr__(config, name, value)
@@ -279,6 +291,13 @@ def known_decay(config: AdamW, name: str) -> decay.Decay:
 
 
 _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
+
+
+def needs_norm(config: AdamW) -> str | None:
+    """The option of the config that asks for a sum of squares; None: there is none."""
+    clips = ("clipnorm", "global_clipnorm")
+    clip = next((name for name in clips if getattr(config, name) is not None), None)
+    return "skip_nonfinite" if clip is None and config.skip_nonfinite else clip
 
 
 def _check_fields(c: AdamW) -> None:

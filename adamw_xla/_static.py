@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 import numpy as np
 
 from adamw_xla._check.trees import is_known_bool
@@ -54,7 +55,7 @@ def to_bytes(names: Sequence[str], static: Any) -> bytes:
     Raises:
       TypeError: it is nothing that a file can hold; names the option.
     """
-    schedules, choices, mask = static
+    schedules, choices, mask, axis_names = static
     advice = "close over the config in the function that is exported, in place of passing it."
     if schedules:
         raise TypeError(f"AdamW: {schedules[0][0]} is a callable, which no file holds; {advice}")
@@ -62,13 +63,15 @@ def to_bytes(names: Sequence[str], static: Any) -> bytes:
         raise TypeError(f"AdamW: weight_decay_mask is a callable, which no file holds; {advice}")
     values = (x.name if isinstance(x, np.dtype) else x for x in choices)
     fields = dict(zip(names, values, strict=True))
-    try:
-        fields["weight_decay_mask"] = _to_json(mask.tree())
-    except TypeError as error:
-        raise TypeError(
-            f"AdamW: weight_decay_mask has {error} in it, and a file holds bools in dicts, lists "
-            f"and tuples; {advice}"
-        ) from None
+    trees = {"weight_decay_mask": (mask, "bools"), "axis_names": (axis_names, "names and specs")}
+    for name, (kept, leaves) in trees.items():
+        try:
+            fields[name] = _to_json(kept.tree())
+        except TypeError as error:
+            raise TypeError(
+                f"AdamW: {name} has {error} in it, and a file holds {leaves} in dicts, lists "
+                f"and tuples; {advice}"
+            ) from None
     return json.dumps(fields).encode()
 
 
@@ -76,15 +79,18 @@ def from_bytes(names: Sequence[str], data: bytes) -> Any:
     """What ``to_bytes`` wrote."""
     fields = json.loads(data)
     mask = Static.of(_from_json(fields.pop("weight_decay_mask")))
+    axis_names = Static.of(_from_json(fields.pop("axis_names", None)))  # files of 0.1.0 have none
     if fields["state_dtype"] is not None:
         fields["state_dtype"] = jnp.dtype(fields["state_dtype"])
-    return (), tuple(fields[name] for name in names), mask
+    return (), tuple(fields[name] for name in names), mask, axis_names
 
 
 def _to_json(tree: Any) -> Any:
-    """A tree of None, bools, lists, tuples and dicts of strings, as what JSON can hold."""
-    if tree is None or isinstance(tree, bool):
+    """A tree of None, bools, names, specs, lists, tuples and dicts, as what JSON can hold."""
+    if tree is None or isinstance(tree, bool | str):
         return tree
+    if isinstance(tree, PartitionSpec):
+        return {"spec": [_to_json(x) for x in tree]}
     if type(tree) in (list, tuple):
         return {type(tree).__name__: [_to_json(x) for x in tree]}
     if type(tree) is dict and all(isinstance(key, str) for key in tree):
@@ -93,9 +99,13 @@ def _to_json(tree: Any) -> Any:
 
 
 def _from_json(value: Any) -> Any:
-    if value is None or isinstance(value, bool):
+    if value is None or isinstance(value, bool | str):
         return value
     ((kind, content),) = value.items()
     if kind == "dict":
         return {key: _from_json(x) for key, x in content.items()}
-    return {"list": list, "tuple": tuple}[kind](map(_from_json, content))
+    parts = map(_from_json, content)
+    if kind == "spec":
+        spec: Any = PartitionSpec
+        return spec(*parts)
+    return {"list": list, "tuple": tuple}[kind](parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import subprocess
 import sys
 from typing import Any
@@ -14,11 +15,13 @@ import flax.serialization
 import jax
 from jax import export
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 import numpy as np
 import optax
 import pytest
 
 import adamw_xla as ax
+from adamw_xla._static import from_bytes, to_bytes
 
 PARAMS = {"w": jnp.arange(6.0).reshape(2, 3), "layers": [jnp.ones(3), jnp.ones(2)]}
 FULL = ax.AdamW(
@@ -39,6 +42,8 @@ EXPORTED: dict[str, ax.AdamW] = {
     "a mask": ax.AdamW(weight_decay_mask=MASK, weight_decay=0.5),
     "a mask for all": ax.AdamW(weight_decay_mask=(False)),
     "a dtype": ax.AdamW(state_dtype=jnp.bfloat16, name="mine", ema_momentum=0.5),
+    "names of axes": ax.AdamW(axis_names=("x", "y")),
+    "specs": ax.AdamW(axis_names={"w": P("x", ("y", "z"), None), "layers": [P(), ("x",)]}),
     "other choices": ax.AdamW(
         epsilon_hat=False, nesterov=True, use_ema=True, ema_overwrite_frequency=3
     ),
@@ -78,6 +83,10 @@ NOT_EXPORTED: dict[str, tuple[ax.AdamW, str]] = {
         ax.AdamW(weight_decay_mask=optax.EmptyState()),
         "weight_decay_mask has a EmptyState in it",
     ),
+    "axes of a class": (
+        ax.AdamW(axis_names=optax.ScaleByScheduleState(("x",))),
+        "axis_names has a ScaleByScheduleState in it",
+    ),
     "a mask of numbered layers": (ax.AdamW(weight_decay_mask={0: True}), "mask has a dict in it"),
 }
 
@@ -87,6 +96,13 @@ def test_what_no_file_holds(config: ax.AdamW, text: str) -> None:
     exported = export.export(jax.jit(lambda config: jnp.ones(())))(config)
     with pytest.raises(TypeError, match=f"AdamW: .*{text}.*close over the config"):
         exported.serialize()
+
+
+def test_a_file_from_before_an_option_is_read_with_its_default() -> None:
+    _, static = FULL.tree_flatten_with_keys()
+    fields = json.loads(to_bytes(ax.AdamW._CHOICES, static))
+    del fields["axis_names"]
+    assert from_bytes(ax.AdamW._CHOICES, json.dumps(fields).encode()) == static
 
 
 # ------------------------------------------------------------- flax.serialization

@@ -1,6 +1,6 @@
 """Checks of trees against the params that they belong to; paths are built for errors alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -88,6 +88,20 @@ def is_known_bool(value: Any) -> bool:
     )
 
 
+def of_each_leaf(
+    argument: str, params_tree: Any, prefix: Any, is_leaf: Callable[[Any], bool] | None = None
+) -> list[Any]:
+    """For each leaf of the params what a prefix of their tree says of it."""
+    treedef: Any
+    found, treedef = jax.tree.flatten(prefix, is_leaf=is_leaf)
+    try:
+        parts = treedef.flatten_up_to(params_tree)
+    except (ValueError, TypeError):
+        # Tuples that are leaves here have no paths of their own.
+        structure(argument, params_tree, treedef.unflatten([True] * len(found)))
+    return [x for x, part in zip(found, parts, strict=True) for _ in jax.tree.leaves(part)]
+
+
 def mask(params_tree: Any, count: int, value: Any, argument: str = NATIVE.mask) -> list[bool]:
     """For each of ``count`` leaves whether it decays.
 
@@ -96,13 +110,7 @@ def mask(params_tree: Any, count: int, value: Any, argument: str = NATIVE.mask) 
     if value is None:
         return [True] * count
     tree = value(params_tree) if is_mask_function(value) else value
-    mask_treedef: Any
-    keeps, mask_treedef = jax.tree.flatten(tree)
-    try:
-        parts = mask_treedef.flatten_up_to(params_tree)
-    except (ValueError, TypeError):
-        structure(argument, params_tree, tree)
-    full = [keep for keep, part in zip(keeps, parts, strict=True) for _ in jax.tree.leaves(part)]
+    full = of_each_leaf(argument, params_tree, tree)
     for i, keep in enumerate(full):
         if not is_known_bool(keep):
             raise TypeError(

@@ -12,8 +12,9 @@ import numpy as np
 
 from adamw_xla._check import options, trees
 from adamw_xla._check.words import NATIVE, Words, misplaced
-from adamw_xla._config import AdamW, ScalarOrSchedule, check_config
+from adamw_xla._config import AdamW, ScalarOrSchedule, check_config, needs_norm
 from adamw_xla._inside import clipping
+from adamw_xla._inside.across import Across, axes_of_leaves
 from adamw_xla._inside.hyper import Scalar, as_scalar, evaluate, increment
 from adamw_xla._inside.placed import Placement, columns_of
 from adamw_xla._inside.update import (
@@ -92,13 +93,27 @@ def run_step(
     spots: dict[str, list[Any]] = {}
     if state_shardings is not None:
         spots = columns_of(state_shardings, params, treedef, config)
-    decays = _decays(params, treedef, leaves, columns["m"], config, words.mask)
+    held = [i for i, x in enumerate(columns["m"]) if x is not None]
+    trained = _trained(params, treedef, leaves, held)
+    mask = trees.mask(trained, len(held), config.weight_decay_mask, words.mask)
     for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
         if value is not None:
             options.scalar_or_schedule(name, value)
     if not leaves:
         return params, state
 
+    over = axes_of_leaves(
+        config.axis_names,
+        needs_norm(config),
+        trained,
+        [leaves[i] for i in held],
+        [flat[i] for i in held],
+        words,
+    )
+    if over is not None:
+        lying = tuple(names for i, names in zip(held, over, strict=True) if i in {*live})
+        backend = backend._replace(sum_of_squares=Across(backend.sum_of_squares, lying))
+    decays = dict(zip(held, mask, strict=True))
     groups, kinds = groups_of([decays[i] for i in live])
     chosen = _Leaves(treedef, live, groups)
     old = _Moving(
@@ -135,20 +150,11 @@ def run_step(
     )
 
 
-def _decays(
-    params: Any,
-    treedef: Any,
-    leaves: Sequence[Any],
-    m: Sequence[Any],
-    config: AdamW,
-    argument: str,
-) -> dict[int, bool]:
-    """For each leaf with state whether it decays; the mask sees params of these leaves alone."""
-    held = [i for i, x in enumerate(m) if x is not None]
-    if len(held) < len(leaves):
-        params = treedef.unflatten(None if x is None else p for p, x in zip(leaves, m, strict=True))
-    found = trees.mask(params, len(held), config.weight_decay_mask, argument)
-    return dict(zip(held, found, strict=True))
+def _trained(params: Any, treedef: Any, leaves: Sequence[Any], held: Sequence[int]) -> Any:
+    """The params, with None where there is no state: what masks and specs are written for."""
+    if len(held) == len(leaves):
+        return params
+    return treedef.unflatten(p if i in {*held} else None for i, p in enumerate(leaves))
 
 
 def _calls(counters: Mapping[str, jax.Array], config: AdamW) -> jax.Array:

@@ -15,7 +15,7 @@ from adamw_xla_lowering import (
     UpdateResult,
     adamw_sum_of_squares,
     adamw_update,
-    is_manual,
+    manual_axes,
     varying_axes,
 )
 
@@ -43,7 +43,7 @@ def as_varying_as_after(condition: jax.Array, body: Callable[[Any], Any], x: Any
 
     Where devices of ``jax.shard_map`` differ on whether to call it, its results differ too.
     """
-    while is_manual():
+    while manual_axes():
         after = jax.eval_shape(body, x)
         found = [varying_axes(a) | varying_axes(condition) for a in jax.tree.leaves(after)]
         treedef: Any

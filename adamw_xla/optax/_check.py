@@ -38,6 +38,7 @@ WORDS = Words(
     replace="opt_state._replace({})",
     fields={"m": "mu", "v": "nu", "v_max": "nu_max"},
 )
+CLIP = dataclasses.replace(WORDS, options="clip_by_global_norm")
 INIT = dataclasses.replace(WORDS, call="init(params)")
 LACKING = {
     "params": "which the update depends on",

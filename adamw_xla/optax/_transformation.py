@@ -11,10 +11,11 @@ from jax.typing import ArrayLike, DTypeLike
 import numpy as np
 import optax
 
-from adamw_xla._check import calls, options, trees
+from adamw_xla._check import axes, calls, options, trees
 from adamw_xla._check.words import misplaced
 from adamw_xla._config import AdamW
 from adamw_xla._inside import clipping
+from adamw_xla._inside.across import Across, axes_of_leaves
 from adamw_xla._inside.placed import columns_of
 from adamw_xla._inside.run import run_step
 from adamw_xla._inside.update import Backend
@@ -48,6 +49,7 @@ def adamw(
     loss_scale_factor: ArrayLike | None = None,
     gradient_accumulation_steps: int | None = None,
     skip_nonfinite: bool = False,
+    axis_names: Any = None,
     updates_like_grads: bool = False,
     implementation: Implementation | None = None,
     state_shardings: Any = None,
@@ -100,6 +102,9 @@ def adamw(
         the updates of the calls between are zeros.
       skip_nonfinite: updates are zeros, and the state stays, where a gradient is NaN or
         infinite; ``state.skipped`` counts these calls.
+      axis_names: inside of ``jax.shard_map``, over which mesh axes the two norms are summed, and
+        devices look for what is not finite: names, or a tree of ``PartitionSpec``; see
+        ``adamw_xla.AdamW``.
       updates_like_grads: round the updates to the gradients' dtypes, as optax does.
         Wrappers that return gradients, or zeros like them, in place of updates need it for
         16-bit gradients: ``optax.apply_if_finite`` and ``optax.conditionally_transform``.
@@ -161,6 +166,7 @@ def adamw(
         skip_nonfinite=skip_nonfinite,
         epsilon_root=None if _is_known_zero(eps_root) else eps_root,
         nesterov=nesterov,
+        axis_names=axis_names,
     )
     transform = _Transform(
         config,
@@ -241,7 +247,9 @@ def _like_grad(change: Any, grad: Any) -> Any:
 # ------------------------------------------------------------------------------- clipping
 
 
-def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
+def clip_by_global_norm(
+    max_norm: ArrayLike, *, axis_names: Any = None
+) -> optax.GradientTransformation:
     """``optax.clip_by_global_norm``, which reads the tree in a kernel or two per shape.
 
     The norm is taken in float32, or in float64 where a gradient is float64, and is right for
@@ -251,16 +259,21 @@ def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
 
     Args:
       max_norm: the largest norm that passes.
+      axis_names: inside of ``jax.shard_map``, over which mesh axes the norm is summed: names, or a
+        tree of ``PartitionSpec`` like the updates; see ``adamw_xla.AdamW``. Where ``update`` is
+        given no params, types of updates tell what is sharded: average them first.
 
     Returns:
       A transformation without state; updates keep their dtypes.
 
     Raises:
-      TypeError, ValueError: ``max_norm`` is no number above 0; and when it is used, a
-        gradient is not of a real floating dtype.
+      TypeError, ValueError: ``max_norm`` is no number above 0, or ``axis_names`` of the wrong
+        kind; and when it is used, a gradient is not of a real floating dtype, or ``axis_names``
+        does not fit.
     """
     _check.max_norm(max_norm)
-    return optax.GradientTransformation(_stateless, functools.partial(_clip, max_norm))
+    clip = functools.partial(_clip, max_norm, axes.canonical(axis_names))
+    return optax.GradientTransformation(_stateless, clip)
 
 
 def _stateless(params: Any) -> optax.EmptyState:
@@ -268,15 +281,26 @@ def _stateless(params: Any) -> optax.EmptyState:
     return optax.EmptyState()
 
 
-def _clip(max_norm: ArrayLike, updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-    del params
+def _clip(
+    max_norm: ArrayLike, axis_names: Any, updates: Any, state: Any, params: Any = None
+) -> tuple[Any, Any]:
     treedef: Any
     leaves, treedef = jax.tree.flatten(updates)
     trees.params(updates, leaves, "updates")
     leaves = [jnp.asarray(x) for x in leaves]
     wide = any(x.dtype == np.float64 for x in leaves)
     one = jnp.ones((), np.float64 if wide else np.float32)
-    unit, quotient = clipping.global_factors(adamw_sum_of_squares(one, leaves), max_norm)
+    models, like = jax.tree.flatten(params)
+    over = axes_of_leaves(
+        axis_names,
+        "clip_by_global_norm",
+        updates,
+        models if like == treedef else leaves,
+        leaves,
+        _check.CLIP,
+    )
+    squares = Across(adamw_sum_of_squares, over or [()] * len(leaves))(one, leaves)
+    unit, quotient = clipping.global_factors(squares, max_norm)
 
     def clipped(x: jax.Array) -> jax.Array:
         return (x.astype(one.dtype) * unit * quotient).astype(x.dtype)

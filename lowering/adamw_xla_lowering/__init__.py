@@ -1,6 +1,7 @@
 """The compiler half of adamw_xla: ``adamw_update_p``, its rules and its lowerings."""
 
-from ._jax_private import is_manual as is_manual
+from ._jax_private import manual_axes as manual_axes
+from ._jax_private import types_say_varying as types_say_varying
 from ._jax_private import varying_axes as varying_axes
 from .contract import COMPOSITE_NAME as COMPOSITE_NAME
 from .contract import NORM_NAME as NORM_NAME

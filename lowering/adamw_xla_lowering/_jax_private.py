@@ -55,10 +55,19 @@ def varying_axes(x: Any) -> frozenset[Any]:
     return jax.typeof(x).mat.varying
 
 
-def is_manual() -> bool:
-    """Whether this is traced inside of ``shard_map``."""
-    axis_types = jax.sharding.get_abstract_mesh().axis_types
-    return jax.sharding.AxisType.Manual in axis_types
+def manual_axes() -> dict[str, int]:
+    """The mesh axes that ``shard_map`` makes manual here, in the mesh's order, and their sizes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return {name: size for name, size, kind in sizes if kind == jax.sharding.AxisType.Manual}
+
+
+def types_say_varying(axes: Iterable[str]) -> bool:
+    """Whether types tell over which of these manual axes a value varies: ``check_vma=True``.
+
+    The setting has no public reader; the index along an axis varies over it, if anything does.
+    """
+    return all(a in varying_axes(jax.eval_shape(lambda a=a: jax.lax.axis_index(a))) for a in axes)
 
 
 def spec_of(aval: Any) -> tuple[Any, ...]:

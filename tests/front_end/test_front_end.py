@@ -45,7 +45,7 @@ def test_names_and_defaults_are_those_of_keras() -> None:
     assert {n: ours[n].default for n in names} == {n: stock[n].default for n in names}
     keyword_only = {f.name for f in dataclasses.fields(ax.AdamW) if f.kw_only}
     ours_alone = {"epsilon_hat", "weight_decay_mask", "skip_nonfinite", "state_dtype"}
-    assert keyword_only == ours_alone | {"epsilon_root", "nesterov"}
+    assert keyword_only == ours_alone | {"epsilon_root", "nesterov", "axis_names"}
 
 
 @pytest.mark.parametrize(

@@ -247,7 +247,9 @@ def manual_branches() -> None:
 
 def differing(make: Any, skip: bool, varying: bool, kind: AxisType, check: bool) -> None:
     """Three calls with accumulation; the second is given an infinity on one device of four."""
-    config = ax.AdamW(gradient_accumulation_steps=2, skip_nonfinite=skip, use_ema=True)
+    config = ax.AdamW(
+        gradient_accumulation_steps=2, skip_nonfinite=skip, use_ema=True, axis_names=()
+    )
 
     def run(p: Any, grads: Any) -> Any:
         state = ax.adamw_init(p, config)

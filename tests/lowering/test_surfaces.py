@@ -31,6 +31,7 @@ from surfaces import (
     aval,
     lower_kernel,
     lower_plainly,
+    lower_sharded,
     probe,
     seen_by,
     surface,
@@ -311,22 +312,36 @@ def test_varying_axes() -> None:
 
 
 @surface(
-    "jax.sharding.get_abstract_mesh().axis_types",
-    "with Manual among them inside of shard_map",
-    "_inside/update.py",
-    "looking at varying axes there alone",
+    "jax.sharding.get_abstract_mesh()",
+    "with names, sizes and types of axes, Manual among them inside of shard_map",
+    "_inside/update.py, _inside/across.py",
+    "looking there alone at varying axes, and which ones a norm is summed over",
 )
-def test_is_manual() -> None:
-    seen = []
+def test_manual_axes() -> None:
+    seen: list[Any] = []
+    for lower in WAYS.values():
+        lower(lambda x: seen.append(private.manual_axes()) or x)  # type: ignore[func-returns-value]
+    assert seen == [{}, {}, {"x": 2, "y": 2}, {"x": 2}]
+
+
+@surface(
+    "the type of jax.lax.axis_index",
+    "varying with check_vma=True alone",
+    "_inside/across.py",
+    "asking whether types tell which leaves are sharded",
+)
+@pytest.mark.parametrize("vma", [True, False])
+def test_types_say_varying(vma: bool) -> None:
+    seen: list[bool] = []
 
     def look(x: Any) -> Any:
-        seen.append(private.is_manual())
+        seen.append(private.types_say_varying(private.manual_axes()))
         return x
 
-    jax.jit(look).trace(jax.ShapeDtypeStruct((8,), np.float32))
-    manual = jax.shard_map(look, mesh=AUTO, in_specs=P("x"), out_specs=P("x"))
-    jax.jit(manual).trace(jax.ShapeDtypeStruct((8,), np.float32))
-    assert seen == [False, True]
+    for axes in ({"x"}, {"x", "y"}):
+        specs: dict[str, Any] = {"in_specs": P("x"), "out_specs": P("x"), "axis_names": axes}
+        lower_sharded(jax.shard_map(look, mesh=AUTO, check_vma=vma, **specs))
+    assert seen == [vma] * 2
 
 
 @surface(
