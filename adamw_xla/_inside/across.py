@@ -63,7 +63,7 @@ def _both(squares: Squares) -> jax.Array:
     Where it is known in the small unit alone, the other is infinite, and where in units of 1
     alone, what underflows on the way is nothing beside a total that needs the small unit.
     """
-    # Twice, and by what the compiler does not know: the small unit's square is no number.
+    # Twice, and by no constant, which the compiler might square first: the square is no number.
     factor = small_unit(squares.sum.dtype) / squares.unit
     plain = jnp.where(squares.unit == 1, squares.sum, jnp.inf)
     return jnp.stack([plain, squares.sum * factor * factor])

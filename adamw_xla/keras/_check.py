@@ -1,6 +1,7 @@
 """What ``adamw_xla.keras`` refuses, and the texts that it answers with."""
 
 from collections.abc import Iterable
+import dataclasses
 import json
 import math
 import os
@@ -9,7 +10,8 @@ import sys
 from typing import Any
 
 from adamw_xla._check import calls
-from adamw_xla_lowering import PARAM_DTYPES, dtype_names
+from adamw_xla._check.words import NATIVE
+from adamw_xla_lowering import PARAM_DTYPES, dtype_names, manual_axes, types_say_varying
 
 
 def backend(name: str) -> None:
@@ -84,6 +86,33 @@ def keywords(given: Iterable[str], known: Iterable[str]) -> None:
     foreign = [name for name in given if name in ALIASES and name != "decay"]
     if foreign:
         raise TypeError(calls.unknown("AdamW", foreign, known, ALIASES))
+
+
+def names_of_axes(value: Any) -> tuple[str, ...] | None:
+    """The names as a tuple; a file has them as a list."""
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or not all(isinstance(x, str) for x in value):
+        raise TypeError(
+            f"AdamW: axis_names must be names of mesh axes in a tuple or list, got {value!r}; one "
+            "name is ('data',), none is ()."
+        )
+    return tuple(value)
+
+
+WORDS = dataclasses.replace(NATIVE, options="the optimizer")
+
+
+def types_tell(option: str, axis_names: Any) -> None:
+    """Refuses names, or their lack, where types do not say what varies."""
+    manual = manual_axes()
+    asked = axis_names or (axis_names is None and any(size > 1 for size in manual.values()))
+    if manual and asked and not types_say_varying(manual):
+        raise ValueError(
+            f"AdamW: {option} needs to know, inside of jax.shard_map, which variables are sharded, "
+            "and with check_vma=False types do not tell; leave check_vma on, or give the optimizer "
+            "axis_names=() where each device holds all variables whole, or is for itself."
+        )
 
 
 _NEVER_CALLED = (

@@ -60,8 +60,13 @@ class AdamW(keras.optimizers.AdamW):
       float32_state: False: state of 16-bit variables has their dtype, as in stock Keras (the
         arithmetic stays float32). A 16-bit second moment does not decay.
       ema_at_every_call: True: the average moves at accumulating calls too, as in stock Keras.
+      axis_names: where ``stateless_apply`` is called inside of ``jax.shard_map`` (with
+        ``check_vma=True``), the mesh axes over which ``clipnorm`` and ``global_clipnorm`` are
+        summed: each variable's over those of them that it varies over. ``()``: each device is for
+        itself, or holds all variables whole. None: an error where more than one device is to
+        have a norm. Elsewhere it has no effect: XLA knows.
 
-    The last two are in ``get_config()`` only where they differ from their defaults, so that
+    The last three are in ``get_config()`` only where they differ from their defaults, so that
     otherwise the stock class can be built from it.
 
     Raises:
@@ -126,6 +131,7 @@ class AdamW(keras.optimizers.AdamW):
         *,
         float32_state: bool = True,
         ema_at_every_call: bool = False,
+        axis_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> None:
         _check.backend(keras.config.backend())
@@ -154,15 +160,18 @@ class AdamW(keras.optimizers.AdamW):
         options.flag("ema_at_every_call", ema_at_every_call)
         self.float32_state = float32_state
         self.ema_at_every_call = ema_at_every_call
+        self.axis_names = _check.names_of_axes(axis_names)
         self._hyperparameters()
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments; see the class for the last two."""
+        """The constructor's arguments; see the class for the last three."""
         config: dict[str, Any] = super().get_config()
         if not self.float32_state:
             config["float32_state"] = False
         if self.ema_at_every_call:
             config["ema_at_every_call"] = True
+        if self.axis_names is not None:
+            config["axis_names"] = list(self.axis_names)
         return config
 
     def build(self, var_list: Sequence[Any]) -> None:
@@ -231,6 +240,7 @@ class AdamW(keras.optimizers.AdamW):
             ema_overwrite_frequency=self.ema_overwrite_frequency if self.use_ema else None,
             loss_scale_factor=self.loss_scale_factor,
             gradient_accumulation_steps=self.gradient_accumulation_steps or None,
+            axis_names=self.axis_names,
         )
 
     def _backend_apply_gradients(

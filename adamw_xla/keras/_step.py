@@ -12,7 +12,8 @@ from jax.experimental import sparse
 import jax.numpy as jnp
 import numpy as np
 
-from adamw_xla._config import AdamW
+from adamw_xla._config import AdamW, needs_norm
+from adamw_xla._inside.across import Across, axes_of_leaves
 from adamw_xla._inside.hyper import as_scalar, ema_slots
 from adamw_xla._inside.update import (
     Backend,
@@ -24,7 +25,7 @@ from adamw_xla._inside.update import (
     update_leaves,
 )
 from adamw_xla.keras import _check
-from adamw_xla_lowering import PARAM_DTYPES, Slot
+from adamw_xla_lowering import PARAM_DTYPES, Slot, adamw_sum_of_squares
 
 Arrays: TypeAlias = list[jax.Array]
 Columns: TypeAlias = dict[str, Arrays]
@@ -60,6 +61,7 @@ class Step:
             self._columns["ema"] = self._of(averages)
             self._columns["idle"] = [variable for variable, _ in idle]
             self._columns["idle_ema"] = [average for _, average in idle]
+        self._backend = Backend()
         self._dtype = hyper_dtype([variable.dtype for variable in variables])
         # Updates done before this call, as an int32 scalar.
         calls, steps = optimizer._iterations.value, config.gradient_accumulation_steps
@@ -68,6 +70,7 @@ class Step:
     def run(self, grads: Arrays) -> Iterable[tuple[Any, jax.Array]]:
         """Makes the step: pairs of a variable and its new value."""
         values = {kind: [x.value for x in column] for kind, column in self._columns.items()}
+        self._backend = _backend(self._config, values["params"], grads)
         steps, columns = self._config.gradient_accumulation_steps, self._columns
         if steps is None:
             return _pairs(columns, self._updated(self._config, values, grads, 1.0))
@@ -119,7 +122,7 @@ class Step:
             rates=Rates(learning_rate, tuple(weight_decay if k else 0.0 for k in kinds)),
             groups=groups,
             dtype=dtype,
-            backend=Backend(),
+            backend=self._backend,
             clear=clear,
         )
         found = {**new._asdict(), "sums": zeros}
@@ -137,6 +140,15 @@ class Step:
             variables: [jnp.where(overwrite, x, p).astype(p.dtype) for p, _, x in moved],
             averages: [x.astype(e.dtype) for _, e, x in moved],
         }
+
+
+def _backend(config: AdamW, params: Arrays, grads: Arrays) -> Backend:
+    """What does the work: inside of ``shard_map``, with norms over several devices."""
+    names, option = config.axis_names, needs_norm(config)
+    if option is not None:
+        _check.types_tell(option, names)
+    over = axes_of_leaves(names, option, params, params, grads, _check.WORDS)
+    return Backend() if over is None else Backend(sum_of_squares=Across(adamw_sum_of_squares, over))
 
 
 def dense(grad: Any, variable: Any) -> jax.Array:

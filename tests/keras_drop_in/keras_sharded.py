@@ -6,11 +6,15 @@ PYTHONPATH=tests/helpers:tools python tests/keras_drop_in/keras_sharded.py``.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec as P
 import keras
 from keras_models import close, compiled, fit, mlp, train_step_jaxpr
+import numpy as np
+import pytest
 from small import equations
 
 from adamw_xla.keras import AdamW
@@ -68,8 +72,57 @@ def split_variables(model: keras.Model) -> set[str]:
     return found
 
 
+def by_hand() -> None:
+    """``stateless_apply`` inside of ``shard_map`` clips like one device, or says what it lacks."""
+    keras.distribution.set_distribution(None)
+    specs = {(8, 6): P("x", "y"), (4,): P("x"), (3,): P(), (): P()}
+    rng = np.random.default_rng(0)
+    values = [rng.uniform(0.5, 1.5, shape).astype(np.float32) for shape in specs if shape]
+    grads = [rng.standard_normal((5, *x.shape)).astype(np.float32) for x in values]
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def trained(by_hand: bool, vma: bool = True, **options: Any) -> Any:
+        def built(values: Any) -> AdamW:
+            optimizer = AdamW(0.01, **options)
+            optimizer.build([keras.Variable(x) for x in values])
+            return optimizer
+
+        state = [x.value for x in built(values).variables]
+        mine = [[specs[x.shape] for x in tree] for tree in (values, state)]
+
+        def run(params: Any, state: Any, grads: Any) -> Any:
+            for k in range(5):
+                params, state = optimizer.stateless_apply(state, [g[k] for g in grads], params)
+            return params, state
+
+        # Keras asks for values of its variables' shapes: those of one device's parts.
+        places = [jax.sharding.NamedSharding(mesh, spec) for spec in mine[0]]
+        pairs = zip(values, places, strict=True)
+        parts = [np.zeros(place.shard_shape(x.shape), np.float32) for x, place in pairs]
+        optimizer = built(parts if by_hand else values)
+        rows = [P(None, *spec) for spec in mine[0]]
+        kinds = {"in_specs": (*mine, rows), "out_specs": tuple(mine), "check_vma": vma}
+        mapped = jax.shard_map(run, mesh=mesh, **kinds) if by_hand else run
+        return jax.jit(mapped)(values, state, grads)
+
+    clips: tuple[dict[str, float], ...] = ({"global_clipnorm": 2.0}, {"clipnorm": 1.0})
+    for more, clip in itertools.product(({}, {"gradient_accumulation_steps": 2}), clips):
+        options = {**more, **clip}
+        want, got = trained(False, **options), trained(True, **options, axis_names=["x", "y"])
+        for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match=r"global_clipnorm .* the optimizer .*=\('x', 'y'\)"):
+        trained(True, **clips[0])
+    with pytest.raises(ValueError, match="types do not tell; leave check_vma on, or give the"):
+        trained(True, vma=False, **clips[0], axis_names=["x", "y"])
+    again = AdamW.from_config(AdamW(axis_names=("x",)).get_config())
+    assert again.axis_names == ("x",)
+    assert "axis_names" not in AdamW().get_config()
+
+
 def main() -> None:
     assert jax.device_count() == 8
+    by_hand()
     check(data_parallel(), set())
     check(model_parallel(), {"hidden/kernel", "hidden/bias", "scores/kernel"})
     print("passed")

@@ -29,6 +29,7 @@ KEYWORDS = {
     "weight_decay_mask": "call exclude_from_weight_decay(...) of the optimizer.",
     "mu_dtype": "here it is float32_state.",
     "max_norm": "here it is global_clipnorm.",
+    "axis_name": "here it is axis_names.",
     "nesterov": "stock Keras has none either; adamw_xla.AdamW has nesterov.",
     "skip_nonfinite": "keras.optimizers.LossScaleOptimizer skips such steps.",
 }
@@ -50,6 +51,11 @@ def variable(dtype: str = "float32") -> keras.Variable:
 
 Call = Callable[[], Any]
 CALLS: dict[str, tuple[Call, type[Exception], str]] = {
+    "one axis": (
+        lambda: AdamW(axis_names="data"),
+        TypeError,
+        "axis_names | got 'data' | one name is ('data',)",
+    ),
     "no rate": (lambda: AdamW(None), TypeError, "learning_rate | got None | 0 is for none"),
     "a word": (lambda: AdamW("1e-3"), TypeError, "learning_rate | '1e-3' | the number itself"),
     "what makes schedules": (
