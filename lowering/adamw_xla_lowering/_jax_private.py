@@ -38,9 +38,13 @@ def varying_like(aval: Any, others: Iterable[Any]) -> Any:
     ``shard_map(check_vma=True)`` types every value with the axes that it varies
     over; a primitive outside of JAX has no public way to compute such a type.
     """
+    others = list(others)
     varying = aval.mat.varying.union(*(other.mat.varying for other in others))
     if varying == aval.mat.varying:
         return aval
+    if aval.sharding.mesh.empty:  # a constant's, which knows no axis
+        mesh = next(other.sharding.mesh for other in others if other.mat.varying)
+        aval = aval.update(sharding=aval.sharding.update(mesh=mesh))
     return aval.update(manual_axis_type=type(aval.mat)(varying=varying))
 
 

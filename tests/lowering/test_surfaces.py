@@ -74,6 +74,8 @@ def test_varying_like() -> None:
     assert private.varying_like(same, [same]) is same
     assert private.varying_like(same, [same, varying]) == product
     assert product.mat.varying == {"x"}
+    constant = jax.typeof(np.ones((), np.float32))  # of no mesh
+    assert private.varying_like(constant, [constant, varying]) == product
 
 
 @surface(
