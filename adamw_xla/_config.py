@@ -112,14 +112,15 @@ class AdamW:
         params. A 16-bit dtype is for ``m`` alone: a 16-bit ``v`` would never decay, since
         beta_2 = 0.999 moves it by less than half a unit in its last place.
       axis_names: inside of ``jax.shard_map`` (and only there; elsewhere XLA knows), over which
-        manual mesh axes the norms of ``clipnorm`` and ``global_clipnorm`` are summed, and the
-        search of ``skip_nonfinite`` goes, so that all devices clip and skip alike. A tuple of
-        names, as ``mesh.axis_names``: each leaf is summed over those of them that its param
-        varies over, by its type, in one all-reduce for all leaves of the same axes. With
-        ``check_vma=False`` types do not tell: give what ``in_specs`` has for the params, a tree
-        of ``PartitionSpec`` (or of tuples of names), of which a prefix will do. ``()``: each
-        device is for itself, as in a population, or holds all leaves whole. None: an error
-        where more than one device is to have a norm.
+        manual mesh axes the norms of ``clipnorm`` and ``global_clipnorm`` are summed, and
+        ``skip_nonfinite`` looks, so that all devices clip and skip alike. A tuple of names, as
+        ``mesh.axis_names``: each leaf is summed over those of them that its param varies over, by
+        its type, in one all-reduce for all leaves of the same axes. With ``check_vma=False``
+        types do not tell: give what ``in_specs`` has for the params, a tree of ``PartitionSpec``
+        (or of tuples of names), of which a prefix will do. ``()``: each device is for itself, as
+        in a population, or holds all leaves whole. None: an error where more than one device is
+        to have a norm. Gradients are to be averaged over data axes before; one that varies where
+        its param does not is an error, where types tell.
 
     Raises:
       TypeError: an argument is of the wrong kind.

@@ -115,7 +115,7 @@ def not_said(words: Words, option: str, manual: Sequence[str], types_tell: bool)
     else:
         how = (
             "axis_names=specs, the params' tree of PartitionSpecs as in in_specs, since with "
-            "check_vma=False types do not tell which leaves are sharded"
+            "check_vma=False (and in jax.pmap) types do not tell which leaves are sharded"
         )
     return ValueError(
         f"axis_names: {option} needs to know, inside of jax.shard_map, whose parts of a gradient "

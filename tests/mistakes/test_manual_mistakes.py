@@ -240,3 +240,23 @@ def test_what_it_may_be() -> None:
         assert again.axis_names == value
     assert ax.AdamW(axis_names=P("data")) != ax.AdamW(axis_names=("data",))
     assert np.shape(ax.AdamW(axis_names=()).learning_rate) == ()
+
+
+@pytest.mark.parametrize("vma", [True, False])
+def test_specs_are_of_all_leaves_or_of_those_that_are_trained(vma: bool) -> None:
+    """The frozen leaf stands in front of the other: its spec is not taken for that one's."""
+    trained = {"layer": {**SPECS["layer"], "b": None}}
+    kept = [(SPECS, True), (SPECS, False), (trained, False)]
+    for names, has_state in [*kept, (EVERY, True), (EVERY, False)] if vma else kept:
+        config = ax.AdamW(global_clipnorm=1.0, axis_names=names)
+
+        def step(p: Any, g: Any, config: ax.AdamW = config, has_state: bool = has_state) -> Any:
+            own, grads = ({"layer": {"w": x["layer"]["w"], "b": None}} for x in (p, g))
+            state = ax.adamw_init(p if has_state else own, config)
+            return ax.adamw_step(p, grads, state, config)[0]
+
+        mapped = jax.shard_map(
+            step, mesh=MESH, in_specs=(SPECS, SPECS), out_specs=SPECS, check_vma=vma
+        )
+        text = str(jax.make_jaxpr(mapped)(PARAMS, PARAMS))
+        assert re.findall(r"psum\w*\[\s*axes=\((.*?)\)", text) == ["'model',"], text
