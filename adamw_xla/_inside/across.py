@@ -108,7 +108,7 @@ def axes_of_leaves(
         axis_names = tuple(names)
     flat = axes.is_flat(axis_names)
     if flat and not types_tell:
-        if names:
+        if any(manual[name] > 1 for name in names):
             raise axes.needs_a_tree(names)
         return None
     said = None if flat else axes.of_each_leaf(axis_names, tree, len(params))

@@ -4,7 +4,7 @@
 Read with jax 0.10.0, 0.10.2, 0.11.2 and 0.12.0; where they differ, the function says so.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 import functools
 import importlib.util
 import sys
@@ -66,12 +66,14 @@ def manual_axes() -> dict[str, int]:
     return {name: size for name, size, kind in sizes if kind == jax.sharding.AxisType.Manual}
 
 
-def types_say_varying(axes: Iterable[str]) -> bool:
+def types_say_varying(axes: Mapping[str, int]) -> bool:
     """Whether types tell over which of these manual axes a value varies: ``check_vma=True``.
 
     The setting has no public reader; the index along an axis varies over it, if anything does.
+    (Of axes of one device JAX can be told not to speak.)
     """
-    return all(a in varying_axes(jax.eval_shape(lambda a=a: jax.lax.axis_index(a))) for a in axes)
+    told = [name for name, size in axes.items() if size > 1] or axes
+    return all(a in varying_axes(jax.eval_shape(lambda a=a: jax.lax.axis_index(a))) for a in told)
 
 
 def spec_of(aval: Any) -> tuple[Any, ...]:
