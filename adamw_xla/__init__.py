@@ -4,6 +4,7 @@ from adamw_xla import hlo as hlo
 from adamw_xla import lowering as lowering
 from adamw_xla import reference as reference
 from adamw_xla import sharding as sharding
+from adamw_xla._adapt import adapt_state as adapt_state
 from adamw_xla._config import AdamW as AdamW
 from adamw_xla._state import AdamWState as AdamWState
 from adamw_xla._state import adamw_init as adamw_init

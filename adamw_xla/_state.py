@@ -150,6 +150,18 @@ def built(config: AdamW, column: Callable[[str], Any], counter: Callable[[], Any
     )
 
 
+def optional_fields(c: AdamW) -> dict[str, tuple[str, bool]]:
+    """For each field that a state may lack the option that it is for, and whether that is set."""
+    accumulates = "gradient_accumulation_steps", c.gradient_accumulation_steps is not None
+    return {
+        "v_max": ("amsgrad", c.amsgrad),
+        "ema": ("use_ema", c.use_ema),
+        "accumulated": accumulates,
+        "micro_step": accumulates,
+        "skipped": ("skip_nonfinite", c.skip_nonfinite),
+    }
+
+
 def check_kind(value: Any, words: Words = NATIVE) -> None:
     """Refuses what is no state at all."""
     if not isinstance(value, AdamWState):
@@ -185,17 +197,12 @@ def check_state(
       For each field that mirrors the params its value for each of their leaves, None where a
       leaf has no state.
     """
-    accumulates = "gradient_accumulation_steps"
-    needs = {
-        "v_max": ("amsgrad", c.amsgrad),
-        "ema": ("use_ema", c.use_ema),
-        "accumulated": (accumulates, c.gradient_accumulation_steps is not None),
-        "micro_step": (accumulates, c.gradient_accumulation_steps is not None),
-        "skipped": ("skip_nonfinite", c.skip_nonfinite),
-    }
+    needs = optional_fields(c)
+    is_wrong = {x: (getattr(value, x) is not None) != needed for x, (_, needed) in needs.items()}
     for field, (option, needed) in needs.items():
-        if (getattr(value, field) is not None) != needed and leaves:
-            raise of_other_options(words, field, option, needed)
+        if is_wrong[field] and leaves:
+            changed = [x for x, wrong in is_wrong.items() if wrong and needs[x][0] == option]
+            raise of_other_options(words, field, option, needed, changed)
     for field in COUNTERS:
         counter = getattr(value, field)
         is_number = type(counter) is int and field != "micro_step"  # an old state has none
@@ -203,7 +210,7 @@ def check_state(
             trees.counter(words.of_state(field), counter)
     trees_of = {field: getattr(value, field) for field in COLUMNS}
     columns = {
-        field: trees.like_params(words.of_state(field), params_tree, treedef, tree)
+        field: trees.state_like_params(words, field, params_tree, treedef, tree)
         for field, tree in trees_of.items()
         if tree is not None or field in ("m", "v")
     }

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from adamw_xla._check.leaves import float_leaf, path, same_shape, structure
-from adamw_xla._check.words import NATIVE
+from adamw_xla._check.words import NATIVE, Words, in_other_containers
 
 
 def params(
@@ -28,6 +28,37 @@ def like_params(argument: str, params_tree: Any, treedef: Any, tree: Any) -> lis
         if x is not None and not hasattr(x, "dtype") and not jax.tree_util.all_leaves([x]):
             structure(argument, params_tree, tree)
     return flat
+
+
+def state_like_params(
+    words: Words, field: str, params_tree: Any, treedef: Any, tree: Any
+) -> list[Any]:
+    """The leaves of a field of the state, as ``like_params``."""
+    try:
+        return like_params(words.of_state(field), params_tree, treedef, tree)
+    except ValueError:
+        if by_names(params_tree, tree) is None:
+            raise
+    raise in_other_containers(words, field)
+
+
+def by_names(params_tree: Any, tree: Any) -> list[Any] | None:
+    """The leaves of a tree in the order of the params', found by the names on their paths.
+
+    So it takes no account of what holds them: a checkpoint may return dicts for named tuples and
+    for objects, lists for tuples, and "0" for 0. None where the two have other leaves.
+    """
+    wanted = [_names(path) for path, _ in jax.tree_util.tree_flatten_with_path(params_tree)[0]]
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None)
+    found = {_names(path): x for path, x in flat}
+    extra = {names for names, x in found.items() if x is not None} - {*wanted}
+    if extra or len(found) < len(flat) or not {*wanted} <= found.keys():
+        return None
+    return [found[names] for names in wanted]
+
+
+def _names(path: Any) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def grads(params_tree: Any, leaves: Sequence[Any], flat: Sequence[Any]) -> None:

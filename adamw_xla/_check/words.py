@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
 
+from adamw_xla._check import restored
 from adamw_xla._check.leaves import kind
 
 _STATES = ("AdamWState", "AdamWOptState", "ScaleByAdamState")
@@ -26,7 +27,8 @@ class Words:
       another: one that holds others.
       mask: the option that says which leaves decay.
       step: the call that makes a step, and what it returns.
-      replace: a state with other fields, with a place for these.
+      replace: the state for other options; where fields are named for it, with a place for them.
+      adapt: the state in the containers of the params.
       fields: its name for a field of ``AdamWState``, where it has another.
     """
 
@@ -40,6 +42,7 @@ class Words:
     mask: str
     step: str
     replace: str
+    adapt: str
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def field(self, name: str) -> str:
@@ -54,14 +57,15 @@ class Words:
 NATIVE = Words(
     call="adamw_step(params, grads, state, config)",
     state="state",
-    state_class="adamw_xla.AdamWState",
+    state_class=restored.NATIVE_STATE,
     state_is="an adamw_xla.AdamWState",
     new_state="adamw_init(params, config)",
     options="the config",
     another="another config",
     mask="weight_decay_mask",
     step="adamw_step returns (params, state)",
-    replace="dataclasses.replace(state, {})",
+    replace="adamw_xla.adapt_state(state, params, config)",
+    adapt="adamw_xla.adapt_state(state, params, config)",
 )
 
 
@@ -108,37 +112,51 @@ def not_a_state(words: Words, value: Any) -> TypeError:
 
 def _way_to(words: Words, value: Any) -> str:
     """What to do to have the state that ``value`` may stand for."""
-    if _holds_state(value):
+    if (held := _held(value, words.state)) is not None:
+        where, state = held
+        if kind(state) == words.state_class:
+            return f"{where} is one."
+        return _from_optax_state(words, words.state)
+    found = restored.find(value, words.state, words.state_class)
+    if found is None:
+        return f"The first one is {words.new_state}, each other what the last step returned."
+    it = "It" if found.where == words.state else found.where
+    looks = f"{it} looks like one that a checkpoint returned without its class"
+    if found.lacking:
         return (
-            f"adamw_xla.optax.from_optax_state({words.state}, {words.new_state}) makes one of it, "
-            "with its moments."
+            f"{looks}, but lacks {_names(found.lacking)}, which each state has: restore it from a "
+            "checkpoint that has all of it."
         )
-    if stars := stars_of(value, tuple(map(words.field, ("count", "m", "v")))):
+    makes = (
+        f"{found.call} has the same moments"
+        if found.state_class == words.state_class
+        else _from_optax_state(words, found.call)[:-1]
+    )
+    if found.unknown:
         return (
-            "It looks like one that a checkpoint returned without its class: "
-            f"{words.state_class}({stars}{words.state}) has the same moments; or restore it with "
-            f"{words.new_state} for the template."
+            f"{looks}, with {_names(found.unknown)}, which this version of adamw_xla does not "
+            f"know: go on with the version that saved it; or, if that may be lost, {makes}."
         )
-    return f"The first one is {words.new_state}, each other what the last step returned."
+    return f"{looks}: {makes}; or restore it with {words.new_state} for the template."
 
 
-def stars_of(value: Any, fields: tuple[str, ...]) -> str:
-    """How to pass on what has the fields of a state, and not its class: ``**``, ``*`` or not."""
-    if isinstance(value, Mapping) and all(field in value for field in fields):
-        return "**"
-    is_sequence = type(value) in (tuple, list) and len(value) >= len(fields)
-    return "*" if is_sequence and _is_count(value[0]) and not _is_count(value[1]) else ""
+def _from_optax_state(words: Words, state: str) -> str:
+    return (
+        f"adamw_xla.optax.from_optax_state({state}, {words.new_state}) makes one of it, with its "
+        "moments."
+    )
 
 
-def _is_count(value: Any) -> bool:
-    dtype = getattr(value, "dtype", None)
-    return type(value) is int or (dtype == "int32" and value.shape == ())
+def _names(names: tuple[Any, ...]) -> str:
+    return " and ".join(map(repr, names))
 
 
-def _holds_state(value: Any) -> bool:
+def _held(value: Any, where: str) -> tuple[str, Any] | None:
+    """The first state inside of a value, and where."""
     if is_state(value):
-        return True
-    return isinstance(value, tuple | list) and any(map(_holds_state, value))
+        return where, value
+    inner = (_held(part, f"{where}[{key!r}]") for key, part in restored.parts(value))
+    return next((x for x in inner if x is not None), None)
 
 
 def not_a_config(value: Any, call: str) -> TypeError:
@@ -160,14 +178,26 @@ def not_a_config(value: Any, call: str) -> TypeError:
     )
 
 
-def of_other_options(words: Words, field: str, option: str, needed: bool) -> ValueError:
-    """The error for a state with, or without, a field that the options do not go with."""
-    together = ("accumulated", "micro_step")
-    names = [words.field(x) for x in (together if field in together else (field,))]
+def of_other_options(
+    words: Words, field: str, option: str, needed: bool, changed: Sequence[str]
+) -> ValueError:
+    """The error for a state with, or without, a field that the options do not go with.
+
+    ``changed`` are all fields that are to come or to go with it.
+    """
+    names = [words.field(x) for x in changed]
     has, wants, does = ("lacks", "sets", "adds") if needed else ("has", "does not set", "drops")
     new = [f"{name}={words.new_state}.{name}" if needed else f"{name}=None" for name in names]
     return ValueError(
         f"{words.of_state(field)}: the state {has} it, but {words.options} {wants} {option}: the "
         f"state was built for {words.another}. Go on with what it was built for; or "
         f"{words.replace.format(', '.join(new))} {does} it, and keeps the moments."
+    )
+
+
+def in_other_containers(words: Words, field: str) -> ValueError:
+    """The error for a state whose trees have the params' leaves, and not their containers."""
+    return ValueError(
+        f"{words.of_state(field)}: has the leaves of params in other containers, as a checkpoint "
+        f"returns them that is not told theirs; {words.adapt} puts them into those of params."
     )

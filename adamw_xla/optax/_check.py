@@ -1,16 +1,16 @@
 """What ``adamw_xla.optax`` refuses, and the texts that it answers with."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import dataclasses
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
-from adamw_xla._check import calls, options
+from adamw_xla._check import calls, options, restored
 from adamw_xla._check.leaves import path, structure
-from adamw_xla._check.trees import is_known_bool
-from adamw_xla._check.words import Words, is_state, misplaced, not_a_state, stars_of
+from adamw_xla._check.trees import by_names, is_known_bool
+from adamw_xla._check.words import Words, is_state, misplaced, not_a_state
 from adamw_xla_lowering import check_implementation
 
 NAMES = {
@@ -28,7 +28,7 @@ ALIASES = calls.called_here(NAMES)
 WORDS = Words(
     call="update(grads, opt_state, params)",
     state="opt_state",
-    state_class="adamw_xla.optax.AdamWOptState",
+    state_class=restored.OPTAX_STATE,
     state_is="what init(params) of adamw_xla.optax.adamw returned",
     new_state="init(params)",
     options="adamw",
@@ -36,6 +36,7 @@ WORDS = Words(
     mask="mask",
     step="update returns (updates, opt_state)",
     replace="opt_state._replace({})",
+    adapt="adamw_xla.optax.from_optax_state(opt_state, init(params))",
     fields={"m": "mu", "v": "nu", "v_max": "nu_max"},
 )
 CLIP = dataclasses.replace(WORDS, options="clip_by_global_norm")
@@ -110,6 +111,8 @@ def moved(name: str, place: Any, value: Any, replace: str) -> tuple[list[Any], A
     try:
         leaves = treedef.flatten_up_to(value)
     except ValueError:
+        leaves = by_names(place, value)
+    if leaves is None or any(x is None for x in leaves):
         structure(name, place, value, "like")
     for i, (x, p) in enumerate(zip(leaves, wanted, strict=True)):
         if np.shape(x) != np.shape(p):
@@ -126,11 +129,10 @@ def not_one_state(argument: str, tree: Any, kinds: Sequence[type], count: int) -
     names = " or ".join(kind.__name__ for kind in kinds)
     if count:
         advice = "With several, as in optax.multi_transform, move each by itself."
-    elif (found := _without_class(tree, argument)) is not None:
-        where, stars, cls = found
+    elif (found := restored.find(tree, argument)) is not None:
         advice = (
-            f"{where} looks like one that a checkpoint returned without its class. Restore it with "
-            f"a template, such as optax.adamw(...).init(params), or pass {cls}({stars}{where}), "
+            f"{found.where} looks like one that a checkpoint returned without its class. Restore "
+            f"it with a template, such as optax.adamw(...).init(params), or pass {found.call}, "
             "which has the same moments."
         )
     elif argument == "like":
@@ -142,27 +144,6 @@ def not_one_state(argument: str, tree: Any, kinds: Sequence[type], count: int) -
     raise TypeError(
         f"{argument}: has {count} states of AdamW in it ({names}); must have one. {advice}"
     )
-
-
-_CLASSES = {
-    ("count", "mu", "nu"): "optax.ScaleByAdamState",
-    ("count", "m", "v"): "adamw_xla.AdamWState",
-}
-
-
-def _without_class(tree: Any, where: str) -> tuple[str, str, str] | None:
-    """A part of a tree with a state's fields: where it is, how to pass it on, to what."""
-    for fields, cls in _CLASSES.items():
-        if stars := stars_of(tree, fields):
-            more = len(tree) - 3 if stars == "*" else len(set(tree) - set(fields))
-            ours = more and cls.startswith("optax")
-            return where, stars, "adamw_xla.optax.AdamWOptState" if ours else cls
-    if not isinstance(tree, Mapping | tuple | list) or is_state(tree):
-        return None
-    for key, part in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
-        if (found := _without_class(part, f"{where}[{key!r}]")) is not None:
-            return found
-    return None
 
 
 def same_shapes(where: str, tree: Any, like: Any) -> None:

@@ -134,6 +134,26 @@ CALLS: dict[str, tuple[Call, type[Exception], str]] = {
         TypeError,
         "opt_state | got list | AdamWOptState(*opt_state)",
     ),
+    "a restored chain": (
+        update(state={"0": None, "1": STATE._asdict()}),
+        TypeError,
+        "opt_state['1'] looks like one | AdamWOptState(**opt_state['1']) has the same moments",
+    ),
+    "a restored native state": (
+        update(state=vars(NATIVE_STATE)),
+        TypeError,
+        "opt_state must be | from_optax_state(adamw_xla.AdamWState(**opt_state), init(params)) ma",
+    ),
+    "a later version's": (
+        update(state=STATE._asdict() | {"shampoo": LOSS}),
+        TypeError,
+        "opt_state must be | with 'shampoo', which this version of adamw_xla does not know",
+    ),
+    "a part of a restored state": (
+        update(state={"count": STATE.count, "nu": STATE.nu, "ema": None}),
+        TypeError,
+        "opt_state must be | lacks 'mu', which each state has",
+    ),
     "other shapes": (
         update(state=OURS.init(WIDE)),
         ValueError,
@@ -270,6 +290,20 @@ def test_what_a_checkpoint_returned_without_its_class(refused: Any, name: str) -
     for x, y in zip(moved, wanted, strict=False):
         jax.tree.map(np.testing.assert_array_equal, x, y)
     jax.tree.map(np.testing.assert_array_equal, moved.mu, wanted.mu)
+
+
+@pytest.mark.parametrize("ours", [OURS, axo.adamw(0.1, use_ema=True)], ids=["adamw", "use_ema"])
+def test_leaves_in_other_containers(refused: Any, ours: Any) -> None:
+    """Of a tuple of twelve, Flax makes a dict, in which "10" stands before "2"."""
+    params = tuple(jnp.full(3, float(i)) for i in range(12))
+    _, state = ours.update(params, ours.init(params), params)
+    restored = axo.AdamWOptState(**flax.serialization.to_state_dict(state))
+    call = update(params, restored, params, ours)
+    text = refused(call, ValueError, "opt_state.mu", "in other containers", "puts them into")
+    pattern, init = r"adamw_xla\.optax\.\S+\(.*\)(?= puts)", ours.init
+    moved = followed(text, pattern, opt_state=restored, init=init, params=params)
+    jax.tree.map(np.testing.assert_array_equal, moved, state)
+    ours.update(params, moved, params)
 
 
 @pytest.mark.parametrize("count", [1, np.int64(1), np.ones((), np.int32)], ids=repr)

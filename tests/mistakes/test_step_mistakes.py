@@ -29,6 +29,8 @@ LOSS = jnp.float32(2.0)
 ONE, PAIR = jnp.ones(3), (jnp.ones(3), jnp.ones(2))
 SHAPES = jax.eval_shape(lambda: PARAMS)
 STOCK = optax.adamw(0.1)
+STOCK_STATE = axo.to_optax_state(STATE, STOCK.init(PARAMS))
+DROP_IN_STATE = axo.AdamWOptState.of(STATE)
 
 
 def layer(**leaves: Any) -> dict[str, Any]:
@@ -46,6 +48,37 @@ def fresh(params: Any) -> ax.AdamWState:
 def masked(**leaves: Any) -> ax.AdamW:
     return ax.AdamW(weight_decay_mask={"layer": {"w": True, "b": False} | leaves})
 
+
+# what a checkpoint gives for the state -> what the error says of it
+RESTORED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    name: ({"state": value}, TypeError, f"state must be | {parts}")
+    for name, (value, parts) in {
+        "a dict": (vars(STATE), "got dict | : adamw_xla.AdamWState(**state) has"),
+        "a list": ([STATE.count, STATE.m, STATE.v], "got list | adamw_xla.AdamWState(*state) has"),
+        "a tuple": ((*vars(STATE).values(),), "got tuple | adamw_xla.AdamWState(*state) has"),
+        "an older version's": (
+            {"count": np.int64(1), "m": STATE.m, "v": STATE.v},
+            "AdamWState(**state) has",
+        ),
+        "a later version's": (
+            vars(STATE) | {"shampoo": LOSS},
+            "with 'shampoo', which this version of adamw_xla does not know | version that saved it",
+        ),
+        "with its params": (
+            {"params": PARAMS, "opt": [vars(STATE)]},
+            "state['opt'][0] looks like one | adamw_xla.AdamWState(**state['opt'][0]) has",
+        ),
+        "beside its params": ((PARAMS, vars(STATE)), "adamw_xla.AdamWState(**state[1]) has"),
+        "optax'": (
+            [STOCK_STATE[0]._asdict(), None, None],
+            "state[0] looks like one | from_optax_state(optax.ScaleByAdamState(**state[0]), ",
+        ),
+        "the drop-in's": (
+            {"0": DROP_IN_STATE._asdict()},
+            "from_optax_state(adamw_xla.optax.AdamWOptState(**state['0']), adamw_init(",
+        ),
+    }.items()
+}
 
 # what differs from a good step -> the error; what it was, where and what to do
 STEPS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -160,7 +193,7 @@ STEPS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "the state twice": ({"grads": STATE}, TypeError, "got an AdamWState | grads | " + ORDER),
     "no state": ({"state": None}, TypeError, "got NoneType | state | adamw_init(params, config)"),
     "a number for a state": ({"state": 0}, TypeError, "got int | state | " + ORDER),
-    "optax' state": ({"state": STOCK.init(PARAMS)}, TypeError, "got tuple | state | " + FROM_OPTAX),
+    "optax' state": ({"state": STOCK_STATE}, TypeError, "got tuple | state | " + FROM_OPTAX),
     "the part of optax' state": (
         {"state": STOCK.init(PARAMS)[0]},
         TypeError,
@@ -172,19 +205,20 @@ STEPS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "got tuple | state | " + FROM_OPTAX,
     ),
     "the drop-in's state": (
-        {"state": axo.adamw(0.1).init(PARAMS)},
+        {"state": DROP_IN_STATE},
         TypeError,
         "adamw_xla.optax.AdamWOptState | state | " + FROM_OPTAX,
     ),
-    "a restored dict": (
-        {"state": vars(STATE)},
+    "the state in a dict": (
+        {"state": {"params": ONE, "state": STATE}},
         TypeError,
-        "got dict | state | AdamWState(**state)",
+        "got dict | state['state'] is one",
     ),
-    "a restored list": (
-        {"state": [STATE.count, STATE.m, STATE.v]},
+    **{f"restored: {name}": case for name, case in RESTORED.items()},
+    "a part of a restored state": (
+        {"state": {name: x for name, x in vars(STATE).items() if name != "v"}},
         TypeError,
-        "got list | state | AdamWState(*state)",
+        "got dict | state must be | It looks like one | lacks 'v' | restore it from a checkpoint",
     ),
     "the class": ({"config": ax.AdamW}, TypeError, "the class AdamW | config | call it"),
     "no config": ({"config": None}, TypeError, "got NoneType | config | AdamW(...)"),
@@ -313,7 +347,7 @@ def followed(text: str, pattern: str, **names: Any) -> Any:
     """What the code in an error's text makes."""
     found = re.search(pattern, text)
     assert found, text
-    known = {"adamw_xla": ax, "adamw_init": ax.adamw_init, "dataclasses": dataclasses, "jax": jax}
+    known = {"adamw_xla": ax, "adamw_init": ax.adamw_init, "optax": optax, "jax": jax}
     return eval(found[0], known | names)
 
 
@@ -330,21 +364,22 @@ def test_a_state_of_other_options_keeps_its_moments(refused: Any, name: str) -> 
             "keeps the moments",
         )
         names = {"params": PARAMS, "config": config, "state": state}
-        new = followed(text, r"dataclasses\.replace\(.*\)(?= (adds|drops))", **names)
+        new = followed(text, r"adamw_xla\.adapt_state\(.*?\)(?= (adds|drops))", **names)
         assert (new.m, new.v, new.count) == (state.m, state.v, state.count)
         ax.adamw_step(PARAMS, PARAMS, new, config)
 
 
-@pytest.mark.parametrize(
-    "name", ["a restored dict", "a restored list", "optax' state", "the drop-in's state"]
-)
+HELD = {"optax' state", "the drop-in's state", "the state in a dict"}
+
+
+@pytest.mark.parametrize("name", [*(f"restored: {x}" for x in RESTORED), *sorted(HELD)])
 def test_a_state_without_its_class_keeps_its_moments(refused: Any, name: str) -> None:
     changed, error, _ = STEPS[name]
     call = {"params": PARAMS, "grads": PARAMS, "config": CONFIG} | changed
     text = refused(lambda: ax.adamw_step(**call), error)
-    new = followed(text, r"adamw_xla\.\S*\([^)]*(\(params, config\)\))?\)?(?= (has|makes))", **call)
-    for x, y in zip(jax.tree.leaves(new), jax.tree.leaves(call["state"]), strict=True):
-        np.testing.assert_array_equal(x, y)
+    new = followed(text, r"(adamw_xla\.\S*\(.*\)(?= (has|makes)))|state\['.*'\](?= is)", **call)
+    assert jax.tree.structure(new) == jax.tree.structure(STATE)
+    jax.tree.map(np.testing.assert_array_equal, new, STATE)
     ax.adamw_step(**call | {"state": new})
 
 

@@ -1,0 +1,179 @@
+"""``adapt_state``: a state for the options and the containers that a training goes on with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adamw_xla._check import calls, restored, trees
+from adamw_xla._check.leaves import float_leaf
+from adamw_xla._check.words import NATIVE, misplaced, not_a_state
+from adamw_xla._config import AdamW, check_config
+from adamw_xla._state import COLUMNS, COUNTERS, AdamWState, optional_fields
+
+_ADAPT = dataclasses.replace(NATIVE, call="adapt_state(state, params, config)")
+
+
+@calls.explained(
+    "adapt_state",
+    aliases={"opt_state": "state", "optimizer": "config", "model": "params"},
+    lacking={
+        "params": "the params of the step that the state is of",
+        "config": "the options to go on with, an adamw_xla.AdamW",
+    },
+)
+def adapt_state(state: Any, params: Any, config: AdamW) -> AdamWState:
+    """Fits the state of a training to options that were turned on or off, and keeps the rest.
+
+    Use it between two steps, or after a restore with the options that the state was saved with.
+    Works eagerly and under ``jax.jit``.
+
+    What the config newly asks for begins: ``v_max`` as ``v``, ``ema`` as the params,
+    ``accumulated``, ``micro_step`` and ``skipped`` as zeros, with the shardings of the state. What
+    it no longer uses is dropped, and cannot come back: the average of the params
+    (``adamw_finalize`` returns it, before), the maxima, the gradients of an accumulation that is
+    not complete. What has another dtype than the config asks for is cast. All else is as it was.
+
+    Args:
+      state: an ``AdamWState``, or what a checkpoint returned for one without its class: a dict of
+        its fields, or a list of them in order. Its trees may hold the leaves in other containers
+        than the params do, as such checkpoints return them; each goes where its path says.
+      params: the params of the same step.
+      config: the hyperparameters to go on with.
+
+    Returns:
+      The state for ``adamw_step(params, grads, state, config)``. It shares with the old one every
+      array that did not change: donate only one of them.
+
+    Raises:
+      TypeError: ``state`` is none; ``config`` is no ``AdamW``; or a leaf is no array, or not of a
+        real floating dtype: names its path.
+      ValueError: the state is of other params, or has fields that this version does not know.
+
+    Example:
+      >>> import adamw_xla as ax, jax.numpy as jnp
+      >>> params, config = {"w": jnp.ones(3)}, ax.AdamW()
+      >>> params, state = ax.adamw_step(params, params, ax.adamw_init(params, config), config)
+      >>> averaging = ax.AdamW(use_ema=True)
+      >>> state = ax.adapt_state(state, params, averaging)
+      >>> params, state = ax.adamw_step(params, params, state, averaging)
+      >>> int(state.count)
+      2
+    """
+    misplaced(_ADAPT, state=state, params=params, config=config)
+    check_config(config, _ADAPT.call)
+    old = _fields(state)
+    treedef: Any
+    leaves, treedef = jax.tree.flatten(params)
+    columns = {
+        field: _column(field, params, treedef, tree, len(leaves))
+        for field, tree in old.items()
+        if field in COLUMNS
+    }
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    new = [_Leaf(params, i, leaves[i], row, config).adapted() for i, row in enumerate(rows)]
+    used = _used(config)
+    trees_of = {
+        field: treedef.unflatten([row[field] for row in new]) for field in COLUMNS if used[field]
+    }
+    return AdamWState(**_counters(old, used), **trees_of)
+
+
+def _used(c: AdamW) -> dict[str, bool]:
+    """For each field of the state whether the config uses it."""
+    optional = optional_fields(c)
+    return {x: x not in optional or optional[x][1] for x in (*COUNTERS, *COLUMNS)}
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """The fields of a state, or of what was one, by their names."""
+    names = [field.name for field in dataclasses.fields(AdamWState)]
+    if isinstance(value, AdamWState):
+        return {name: getattr(value, name) for name in names}
+    found = restored.find(value, _ADAPT.state, _ADAPT.state_class)
+    if found is None or found.call not in (f"{_ADAPT.state_class}({x}state)" for x in ("*", "**")):
+        raise not_a_state(_ADAPT, value)
+    if isinstance(value, Mapping):
+        return {name: value.get(name) for name in names}
+    return dict.fromkeys(names) | dict(zip(names, value, strict=False))
+
+
+def _column(field: str, params: Any, treedef: Any, tree: Any, count: int) -> list[Any]:
+    """A field's value for each leaf of the params; None where there is none."""
+    if tree is None and field not in ("m", "v"):
+        return [None] * count
+    try:
+        return trees.like_params(_ADAPT.of_state(field), params, treedef, tree)
+    except ValueError:
+        if (found := trees.by_names(params, tree)) is None:
+            raise
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """One param with its state."""
+
+    params: Any
+    index: int
+    param: Any
+    state: Mapping[str, Any]
+    config: AdamW
+
+    def adapted(self) -> dict[str, Any]:
+        """All that a state may have for it; None where it has no state."""
+        if all(x is None for x in self.state.values()):
+            return dict(self.state)
+        float_leaf("params", self.params, self.index, self.param)
+        for field, x in self.state.items():
+            if x is not None or field in ("m", "v"):
+                where = _ADAPT.of_state(field)
+                trees.state_leaf(where, self.params, self.index, x, self.param)
+        kept = {field: self._cast(field, x) for field, x in self.state.items() if x is not None}
+        v = kept["v"]
+        begins: dict[str, Callable[[], jax.Array]] = {
+            "v_max": lambda: _copy(v, v),
+            "ema": lambda: _copy(self.param, v),
+            "accumulated": lambda: _beside(v, jnp.zeros_like(v)),
+        }
+        used = _used(self.config)
+        new = {x: begin() for x, begin in begins.items() if used[x] and x not in kept}
+        return dict.fromkeys(self.state) | kept | new
+
+    def _cast(self, field: str, x: Any) -> Any:
+        c, dtype = self.config, self.param.dtype
+        wanted = c.dtype_of_m(dtype) if field == "m" else c.dtype_of_state(dtype)
+        return x if jax.dtypes.canonicalize_dtype(x.dtype) == wanted else x.astype(wanted)
+
+
+def _copy(x: Any, like: Any) -> jax.Array:
+    """A copy with the dtype and sharding of ``like``: it may be donated beside what it is of."""
+    return jnp.array(_beside(like, x), like.dtype, copy=True)
+
+
+def _beside(like: Any, x: Any) -> Any:
+    """``x`` with the sharding of ``like``, where that has one."""
+    if isinstance(like, jax.core.Tracer) or not isinstance(like, jax.Array):
+        return x
+    return jax.device_put(x, like.sharding)
+
+
+def _counters(old: Mapping[str, Any], used: Mapping[str, bool]) -> dict[str, Any]:
+    """The counters; a checkpoint may have returned them as numbers."""
+    count = old["count"]
+    if type(count) is int:
+        count = jnp.int32(count)
+    trees.counter(_ADAPT.of_state("count"), count)
+    found = {"count": count}
+    for name in COUNTERS[1:]:
+        if used[name]:
+            value = old[name]
+            if value is None or type(value) is int:
+                value = _beside(count, jnp.int32(value or 0))
+            trees.counter(_ADAPT.of_state(name), value)
+            found[name] = value
+    return found
