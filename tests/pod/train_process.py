@@ -1,0 +1,221 @@
+"""One of several processes that train the demo's model together, or do a part of it.
+
+    python train_process.py JOB PROCESS PROCESSES PORT FOLDER
+
+Each process has an equal part of four CPU devices; they meet at ``127.0.0.1:PORT``, and their
+collectives are Gloo's, on the loopback. ``test_processes.py`` starts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from pathlib import Path
+import sys
+from typing import Any
+
+from comparing import same
+import digits
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import orbax.checkpoint as ocp
+
+import adamw_xla as ax
+
+DEVICES = 4
+STEPS = 50
+WIDTHS = (32,)
+CONFIG = digits.make_config(STEPS)  # warmed up, clipped by the global norm, averaged
+
+Specs = Callable[[Any], Any]
+
+
+def replicated(params: Any) -> Any:
+    return jax.tree.map(lambda _: P(), params)
+
+
+def divided(params: Any) -> Any:
+    """Each leaf over all devices, by the first dimension that they divide."""
+
+    def spec(x: Any) -> P:
+        divisible = [i for i, size in enumerate(x.shape) if size % DEVICES == 0]
+        return P(*[None] * divisible[0], "data") if divisible else P()
+
+    return jax.tree.map(spec, params)
+
+
+def by_columns_and_rows(params: Any) -> Any:
+    """Of each pair of layers the first by columns, the second by rows."""
+    kinds = [{"w": P(None, "model"), "b": P("model")}, {"w": P("model"), "b": P()}]
+    return [kinds[i % 2] for i in range(len(params))]
+
+
+MODES: dict[str, tuple[tuple[int, ...], Specs, Specs]] = {
+    "data parallel": ((4,), replicated, replicated),
+    "ZeRO-1": ((4,), replicated, divided),
+    "FSDP": ((4,), divided, divided),
+    "tensor parallel": ((2, 2), by_columns_and_rows, by_columns_and_rows),
+}
+"""For each way the sizes of the mesh and how params and state lie on it."""
+
+
+def initial_params() -> Any:
+    return jax.tree.map(np.asarray, digits.init_mlp(jax.random.key(0), WIDTHS))
+
+
+def batches(steps: int = STEPS) -> list[digits.Batch]:
+    train, _ = digits.load()
+    cuts = [slice(k * digits.BATCH, (k + 1) * digits.BATCH) for k in range(20)]
+    return [digits.Batch(*(part[cuts[k % 20]] for part in train)) for k in range(steps)]
+
+
+def train_step(params: Any, state: ax.AdamWState, batch: digits.Batch) -> Any:
+    grads = jax.grad(digits.loss_of)(params, batch)
+    return ax.adamw_step(params, grads, state, CONFIG)
+
+
+# ------------------------------------------------------------------------ on a mesh
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Arrays over all processes, of which each has the whole."""
+
+    def one(x: Any, sharding: Any) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree, shardings)
+
+
+def whole(tree: Any) -> Any:
+    """Arrays over all processes, as NumPy's, in each of them."""
+    return jax.tree.map(np.asarray, multihost_utils.process_allgather(tree, tiled=True))
+
+
+class Training:
+    """Params and state on the mesh of a mode, and its step."""
+
+    def __init__(self, mode: str) -> None:
+        sizes, specs_of_params, specs_of_state = MODES[mode]
+        names = ("data", "model")[: len(sizes)]
+        mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(sizes))
+        host = initial_params()
+        self.batch = NamedSharding(mesh, P("data"))
+        params = _placed(mesh, specs_of_params(host))
+        tree = _placed(mesh, specs_of_state(host))
+        count = NamedSharding(mesh, P())
+        state = ax.AdamWState(count=count, m=tree, v=tree, ema=tree)
+        self.shardings = params, state
+        self.params = put(host, params)
+        init = functools.partial(ax.adamw_init, config=CONFIG)
+        # Eagerly, state lies as its params do.
+        self.state = (
+            init(self.params) if params == tree else jax.jit(init, out_shardings=state)(self.params)
+        )
+        self.step = jax.jit(train_step, out_shardings=self.shardings, donate_argnums=(0, 1))
+
+    def train(self, data: list[digits.Batch]) -> None:
+        for batch in data:
+            placed = put(batch, digits.Batch(self.batch, self.batch))
+            self.params, self.state = self.step(self.params, self.state, placed)
+
+
+def _placed(mesh: Mesh, specs: Any) -> Any:
+    return jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
+    )
+
+
+# ------------------------------------------------------------------------------ jobs
+
+
+def train(folder: Path) -> None:
+    """Trains in each mode; the first process writes what came of it."""
+    data = batches()
+    for mode in MODES:
+        training = Training(mode)
+        training.train(data)
+        found = whole((training.params, training.state))
+        if jax.process_index() == 0:
+            np.savez(folder / f"{mode}.npz", *jax.tree.leaves(found))
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "the same": {},
+    "a number": {"beta_2": 0.99},
+    "a dtype of a number": {"weight_decay": np.float32(0.05)},
+    "a clip": {"global_clipnorm": None, "clipnorm": 1.0},
+    "a schedule": {"learning_rate": lambda count: 1e-3 / (1 + count)},
+    "a choice": {"nesterov": True},
+    "a mask": {"weight_decay_mask": [{"w": True, "b": False}] * 2},
+}
+"""What the last process has otherwise."""
+
+
+def disagree(folder: Path) -> None:
+    """Says what each process is told where the last has another config."""
+    del folder
+    for name, options in OTHERS.items():
+        is_last = jax.process_index() == jax.process_count() - 1
+        config = dataclasses.replace(
+            CONFIG, name=f"of {jax.process_index()}", **(options if is_last else {})
+        )
+        try:
+            ax.check_same_config(config)
+        except ValueError as error:
+            print(f"{name}: {error}")
+        else:
+            print(f"{name}: agreed")
+
+
+def fail(folder: Path) -> None:
+    """The last process fails, while the others wait for it."""
+    del folder
+    if jax.process_index() == jax.process_count() - 1:
+        raise RuntimeError("this one fails")
+    multihost_utils.sync_global_devices("never")
+
+
+def checkpoint(folder: Path) -> None:
+    """Saves in mid-training, restores onto each mode's mesh, and goes on bit for bit."""
+    data = batches(6)
+    for mode in MODES:
+        training = Training(mode)
+        training.train(data[:3])
+        kept = training.params, training.state
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder / mode, kept)
+            checkpointer.wait_until_finished()
+            template = jax.tree.map(
+                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                kept,
+                training.shardings,
+            )
+            restored = checkpointer.restore(folder / mode, template)
+        same(whole(restored), whole(kept))
+        training.train(data[3:])
+        wanted = whole((training.params, training.state))
+        training.params, training.state = restored
+        training.train(data[3:])
+        same(whole((training.params, training.state)), wanted)
+        assert training.step._cache_size() == 1
+
+
+JOBS = {"train": train, "disagree": disagree, "fail": fail, "checkpoint": checkpoint}
+
+
+def main() -> None:
+    job, process, processes, port, folder = sys.argv[1:]
+    jax.config.update("jax_num_cpu_devices", DEVICES // int(processes))
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{port}", int(processes), int(process))
+    assert jax.device_count() == DEVICES
+    JOBS[job](Path(folder))
+    jax.distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()
