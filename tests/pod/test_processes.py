@@ -78,8 +78,8 @@ def test_one_that_fails_is_not_waited_for(tmp_path: Path) -> None:
 
 
 def test_alone_there_is_nothing_to_disagree_on() -> None:
-    ax.check_same_config(ax.AdamW())
+    ax.sharding.check_same_config(ax.AdamW())
     with pytest.raises(TypeError, match=r"a traced number; call it outside of jax\.jit"):
-        jax.jit(ax.check_same_config)(ax.AdamW())
+        jax.jit(ax.sharding.check_same_config)(ax.AdamW())
     with pytest.raises(TypeError, match=r"got float.*check_same_config\(config\)"):
-        ax.check_same_config(0.1)
+        ax.sharding.check_same_config(0.1)

@@ -19,7 +19,7 @@ from comparing import same
 import digits
 import jax
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import orbax.checkpoint as ocp
@@ -54,13 +54,13 @@ def by_columns_and_rows(params: Any) -> Any:
     return [kinds[i % 2] for i in range(len(params))]
 
 
-MODES: dict[str, tuple[tuple[int, ...], Specs, Specs]] = {
-    "data parallel": ((4,), replicated, replicated),
-    "ZeRO-1": ((4,), replicated, divided),
-    "FSDP": ((4,), divided, divided),
-    "tensor parallel": ((2, 2), by_columns_and_rows, by_columns_and_rows),
+MODES: dict[str, tuple[tuple[int, ...], Specs]] = {
+    "data parallel": ((4,), replicated),
+    "ZeRO-1": ((4,), replicated),
+    "FSDP": ((4,), divided),
+    "tensor parallel": ((2, 2), by_columns_and_rows),
 }
-"""For each way the sizes of the mesh and how params and state lie on it."""
+"""For each way the sizes of the mesh and how params lie on it."""
 
 
 def initial_params() -> Any:
@@ -73,9 +73,9 @@ def batches(steps: int = STEPS) -> list[digits.Batch]:
     return [digits.Batch(*(part[cuts[k % 20]] for part in train)) for k in range(steps)]
 
 
-def train_step(params: Any, state: ax.AdamWState, batch: digits.Batch) -> Any:
+def train_step(params: Any, state: ax.AdamWState, batch: digits.Batch, **where: Any) -> Any:
     grads = jax.grad(digits.loss_of)(params, batch)
-    return ax.adamw_step(params, grads, state, CONFIG)
+    return ax.adamw_step(params, grads, state, CONFIG, **where)
 
 
 # ------------------------------------------------------------------------ on a mesh
@@ -99,34 +99,34 @@ class Training:
     """Params and state on the mesh of a mode, and its step."""
 
     def __init__(self, mode: str) -> None:
-        sizes, specs_of_params, specs_of_state = MODES[mode]
+        sizes, specs_of = MODES[mode]
         names = ("data", "model")[: len(sizes)]
         mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(sizes))
         host = initial_params()
         self.batch = NamedSharding(mesh, P("data"))
-        params = _placed(mesh, specs_of_params(host))
-        tree = _placed(mesh, specs_of_state(host))
-        count = NamedSharding(mesh, P())
-        state = ax.AdamWState(count=count, m=tree, v=tree, ema=tree)
-        self.shardings = params, state
-        self.params = put(host, params)
-        init = functools.partial(ax.adamw_init, config=CONFIG)
-        # Eagerly, state lies as its params do.
-        self.state = (
-            init(self.params) if params == tree else jax.jit(init, out_shardings=state)(self.params)
+        self.shardings = jax.tree.map(
+            lambda spec: NamedSharding(mesh, spec),
+            specs_of(host),
+            is_leaf=lambda x: isinstance(x, P),
         )
-        self.step = jax.jit(train_step, out_shardings=self.shardings, donate_argnums=(0, 1))
+        self.params = put(host, self.shardings)
+        lies, where, init = self.shardings, {}, ax.adamw_init
+        if mode == "ZeRO-1":
+            lies = ax.sharding.zero1(mesh, "data", self.params, min_size=1, strict=False)
+        self.state_shardings = ax.sharding.state_shardings(lies, CONFIG)
+        if mode == "ZeRO-1":
+            where = {"state_shardings": self.state_shardings}
+            init = jax.jit(init, static_argnames="config", out_shardings=self.state_shardings)
+        self.state = init(self.params, config=CONFIG)
+        self.step = jax.jit(functools.partial(train_step, **where), donate_argnums=(0, 1))
 
     def train(self, data: list[digits.Batch]) -> None:
         for batch in data:
             placed = put(batch, digits.Batch(self.batch, self.batch))
             self.params, self.state = self.step(self.params, self.state, placed)
-
-
-def _placed(mesh: Mesh, specs: Any) -> Any:
-    return jax.tree.map(
-        lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
-    )
+        lies = jax.tree.leaves((self.shardings, self.state_shardings))
+        for x, sharding in zip(jax.tree.leaves((self.params, self.state)), lies, strict=True):
+            assert x.sharding.is_equivalent_to(sharding, x.ndim), (x.sharding, sharding)
 
 
 # ------------------------------------------------------------------------------ jobs
@@ -164,7 +164,7 @@ def disagree(folder: Path) -> None:
             CONFIG, name=f"of {jax.process_index()}", **(options if is_last else {})
         )
         try:
-            ax.check_same_config(config)
+            ax.sharding.check_same_config(config)
         except ValueError as error:
             print(f"{name}: {error}")
         else:
@@ -189,12 +189,10 @@ def checkpoint(folder: Path) -> None:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder / mode, kept)
             checkpointer.wait_until_finished()
-            template = jax.tree.map(
-                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                kept,
-                training.shardings,
+            state = ax.sharding.abstract_state(
+                training.params, CONFIG, state_shardings=training.state_shardings
             )
-            restored = checkpointer.restore(folder / mode, template)
+            restored = checkpointer.restore(folder / mode, (training.params, state))
         same(whole(restored), whole(kept))
         training.train(data[3:])
         wanted = whole((training.params, training.state))
