@@ -1,4 +1,8 @@
-"""Checkpoints by Orbax: of this version and of others, on other devices, cut off and unfit."""
+"""Checkpoints by Orbax: of this version and of others, on other devices, cut off and unfit.
+
+Run the checks on eight devices by hand: ``PYTHONPATH=tests/helpers:tests/pod/checkpoints
+XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/pod/test_checkpoints.py NAME``.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +10,22 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import hashlib
-import os
 from pathlib import Path
 import shutil
-import subprocess
-import sys
-import time
+import tempfile
 from typing import Any
 
 from comparing import same
+from eight_devices import main, report
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 import make_checkpoint
 from ml_dtypes import bfloat16
 import numpy as np
 import oracle
-from places import python_path
-import processes
 import pytest
-import train_and_save
 
 import adamw_xla as ax
 
@@ -186,80 +187,122 @@ def test_an_option_is_turned_after_a_restore(name: str, tmp_path: Path) -> None:
     ax.adamw_step(params, make_checkpoint.tree(2), state, after)
 
 
-# ------------------------------------------------------------------ killed in a save
+# --------------------------------------------------------- from one mesh to another
+# Each check runs in a process with eight devices.
 
-KILLS, FOREVER = 10, 1_000_000
-
-
-def start(folder: Path, steps: int = FOREVER) -> subprocess.Popen[bytes]:
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": python_path()}
-    env.pop("XLA_FLAGS", None)
-    folder.mkdir(exist_ok=True)
-    command = [sys.executable, train_and_save.__file__, str(folder), str(steps)]
-    with (folder.parent / "log.txt").open("ab") as log:
-        return subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
-
-
-def ended(process: subprocess.Popen[bytes]) -> None:
-    try:
-        assert process.wait(processes.PATIENCE) == 0
-    finally:
-        processes.kill(process)
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+MESHES = {
+    "eight": ((8,), ("data",), AUTO, P("data"), P()),
+    "four by two": ((4, 2), ("data", "model"), AUTO, P("data", "model"), P("model")),
+    "explicit axes": ((4, 2), ("data", "model"), EXPLICIT, P("data", "model"), P("model")),
+    "two": ((2,), ("data",), AUTO, P(None, "data"), P("data")),
+    "one": ((1,), ("data",), AUTO, P(), P()),
+}
+FULL = dataclasses.replace(CONFIG, gradient_accumulation_steps=None)
+LESS = ax.AdamW(**{"beta_2": 0.75})
 
 
-def unfinished(folder: Path) -> list[int]:
-    """The steps of which a part is written."""
-    names = [path.name.partition(".") for path in folder.iterdir()]
-    return [int(step) for step, _, rest in names if "tmp" in rest]
+def laid_out(name: str) -> Any:
+    sizes, names, kind, of_matrix, of_vector = MESHES[name]
+    devices = jax.devices()[: int(np.prod(sizes))]
+    mesh = jax.make_mesh(sizes, names, (kind,) * len(sizes), devices=devices)
+    return NamedSharding(mesh, of_matrix), NamedSharding(mesh, of_vector)
 
 
-def killed(folder: Path, step: int, delay: float) -> None:
-    """Trains, and is killed so many seconds after it was seen to write this step or a later."""
-    process = start(folder)
-    end = time.monotonic() + processes.PATIENCE
-    try:
-        while process.poll() is None and max(unfinished(folder), default=0) < step:
-            assert time.monotonic() < end
-            time.sleep(0.002)
-        assert process.poll() is None, (folder.parent / "log.txt").read_text()[-3000:]
-        time.sleep(delay)
-    finally:
-        processes.kill(process)
+def params_on(name: str) -> Any:
+    w, b = laid_out(name)
+    rng = np.random.default_rng(3)
+    return {
+        "w": jax.device_put(np.float32(rng.standard_normal((16, 8))), w),
+        "b": jax.device_put(np.float32(rng.standard_normal(8)), b),
+    }
 
 
-def last_complete(folder: Path) -> int:
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(folder, options=options) as manager:
-        return manager.latest_step() or 0
+def counted_step(config: ax.AdamW) -> tuple[Any, list[None]]:
+    """A train step, and a list that grows with each compilation of it."""
+    traced: list[None] = []
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        traced.append(None)
+        return ax.adamw_step(params, jax.tree.map(jnp.cos, params), state, config)
+
+    return step, traced
 
 
-def at_step(folder: Path, step: int) -> Any:
-    """What is saved of four devices, on this process' one."""
-    params = jax.device_put(train_and_save.initial_params(), jax.devices()[0])
-    template = params, ax.sharding.abstract_state(params, train_and_save.CONFIG)
-    return restored(folder / str(step) / "default", template)
+def moves(source: str, target: str) -> None:
+    step, _ = counted_step(FULL)
+    kept = params_on(source)
+    kept = step(kept, ax.adamw_init(kept, FULL))
+    template = params_on(target)
+    template = template, ax.sharding.abstract_state(template, FULL)
+    with tempfile.TemporaryDirectory() as folder:
+        found = restored(saved(Path(folder, "saved"), kept), template)
+    same(found, kept)
+    for x, y in zip(*map(jax.tree.leaves, (found, template)), strict=True):
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+    step, traced = counted_step(FULL)
+    for _ in range(3):
+        found = step(*found)
+    assert len(traced) == step._cache_size() == 1
+
+
+def adapts(name: str) -> None:
+    params = params_on(name)
+    step, _ = counted_step(LESS)
+    params, state = step(params, ax.adamw_init(params, LESS))
+    config = dataclasses.replace(FULL, gradient_accumulation_steps=2)
+    wanted = ax.sharding.state_shardings(params, config)
+    adapt = functools.partial(ax.adapt_state, config=config)
+    for new in (adapt(state, params), jax.jit(adapt)(state, params)):
+        for x, sharding in zip(*map(jax.tree.leaves, (new, wanted)), strict=True):
+            assert x.sharding.is_equivalent_to(sharding, x.ndim), (x.sharding, sharding)
+        step, traced = counted_step(config)
+        pair = params, new
+        for _ in range(4):
+            pair = step(*pair)
+        assert len(traced) == step._cache_size() == 1
+
+
+def adapts_zero1() -> None:
+    """The state is cut, and its params are not."""
+    w, _ = laid_out("eight")
+    mesh = w.mesh
+    params = jax.device_put(params_on("one"), NamedSharding(mesh, P()))
+    lies = ax.sharding.zero1(mesh, "data", params, min_size=1)
+    config = FULL
+    state = jax.device_put(ax.adamw_init(params, LESS), ax.sharding.state_shardings(lies, LESS))
+    wanted = ax.sharding.state_shardings(lies, config)
+    adapt = functools.partial(ax.adapt_state, config=config)
+    for new in (adapt(state, params), jax.jit(adapt)(state, params)):
+        for x, sharding in zip(*map(jax.tree.leaves, (new, wanted)), strict=True):
+            assert x.sharding.is_equivalent_to(sharding, x.ndim), (x.sharding, sharding)
+
+
+CHECKS: dict[str, Callable[[], None]] = {
+    **{
+        f"{source} to {target}": functools.partial(moves, source, target)
+        for source, target in (
+            ("eight", "two"),
+            ("eight", "one"),
+            ("four by two", "two"),
+            ("one", "four by two"),
+            ("four by two", "explicit axes"),
+        )
+    },
+    **{
+        f"adapts on {name}": functools.partial(adapts, name)
+        for name in ("eight", "four by two", "explicit axes", "one")
+    },
+    "adapts under ZeRO-1": adapts_zero1,
+}
 
 
 @pytest.mark.slow
-def test_killed_in_the_middle_of_a_save(tmp_path: Path) -> None:
-    """At moments of all kinds: what is complete is whole, and goes on bit for bit."""
-    whole, folder = tmp_path / "whole", tmp_path / "killed"
-    rng = np.random.default_rng(14)
-    last = in_the_middle = 0
-    found = {}
-    for _ in range(KILLS):
-        killed(folder, last + int(rng.integers(1, 4)), rng.choice([0.0, rng.uniform(0.0, 0.1)]))
-        in_the_middle += bool(unfinished(folder))
-        before, last = last, last_complete(folder)
-        assert last >= before
-        if last > before:
-            found[last] = at_step(folder, last)
-    assert in_the_middle > KILLS // 2
-    end = last + 2
-    ended(start(folder, end))
-    assert last_complete(folder) == end
-    found[end] = at_step(folder, end)
-    ended(start(whole, end))
-    for step, (params, state) in found.items():
-        assert state.count == step
-        same((params, state), at_step(whole, step))
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_eight_devices(name: str) -> None:
+    assert f"passed {name}\n" in report(Path(__file__)), report(Path(__file__))
+
+
+if __name__ == "__main__":
+    main(CHECKS)
