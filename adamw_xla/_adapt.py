@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from adamw_xla._check import calls, restored, trees
-from adamw_xla._check.leaves import float_leaf
+from adamw_xla._check.leaves import float_leaf, path
 from adamw_xla._check.words import NATIVE, misplaced, not_a_state
 from adamw_xla._config import AdamW, check_config
 from adamw_xla._state import COLUMNS, COUNTERS, AdamWState, optional_fields
@@ -30,7 +30,7 @@ def adapt_state(state: Any, params: Any, config: AdamW) -> AdamWState:
     """Fits the state of a training to options that were turned on or off, and keeps the rest.
 
     Use it between two steps, or after a restore with the options that the state was saved with.
-    Works eagerly and under ``jax.jit``.
+    Works eagerly and under ``jax.jit`` (of a state in the host's memory, give it ``out_shardings``).
 
     What the config newly asks for begins: ``v_max`` as ``v``, ``ema`` as the params,
     ``accumulated``, ``micro_step`` and ``skipped`` as zeros, with the shardings of the state. What
@@ -130,9 +130,14 @@ class _Leaf:
             return dict(self.state)
         float_leaf("params", self.params, self.index, self.param)
         for field, x in self.state.items():
-            if x is not None or field in ("m", "v"):
-                where = _ADAPT.of_state(field)
-                trees.state_leaf(where, self.params, self.index, x, self.param)
+            argument = _ADAPT.of_state(field)
+            if x is not None:
+                trees.state_leaf(argument, self.params, self.index, x, self.param)
+            elif field in ("m", "v"):
+                raise ValueError(
+                    f"{argument}{path(self.params, self.index)}: is None, and other fields of the "
+                    "state have a leaf there; a param has all of its state, or none."
+                )
         kept = {field: self._cast(field, x) for field, x in self.state.items() if x is not None}
         v = kept["v"]
         begins: dict[str, Callable[[], jax.Array]] = {

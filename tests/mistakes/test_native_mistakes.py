@@ -195,6 +195,67 @@ OPTIONS: dict[str, tuple[Call, type[Exception], str]] = {
         TypeError,
         "lacks config | adamw_finalize | adamw_finalize(params, state, config)",
     ),
+    "a state for params, to be adapted": (
+        lambda: ax.adapt_state(PARAMS, STATE, CONFIG),
+        TypeError,
+        "params: got an AdamWState | state must be an adamw_xla.AdamWState, got dict | "
+        "adapt_state(state, params, config)",
+    ),
+    "a state adapted to nothing": (
+        lambda: ax.adapt_state(STATE, PARAMS),
+        TypeError,
+        "lacks config, the options to go on with | adapt_state(state, params, config)",
+    ),
+    "a state adapted to a rate": (
+        lambda: ax.adapt_state(STATE, PARAMS, 0.1),
+        TypeError,
+        "config | got float | adapt_state(state, params, config)",
+    ),
+    "a state of optax, adapted": (
+        lambda: ax.adapt_state(STOCK.init(PARAMS), PARAMS, CONFIG),
+        TypeError,
+        f"got tuple | {FROM_OPTAX}",
+    ),
+    "a state of other params, adapted": (
+        lambda: ax.adapt_state(STATE, {"layer": {"w": PARAMS["layer"]["w"]}}, CONFIG),
+        ValueError,
+        "state.m | has ['layer']['b'], which params lacks",
+    ),
+    "a state of other shapes, adapted": (
+        lambda: ax.adapt_state(STATE, layer(w=jnp.ones((3, 3))), CONFIG),
+        ValueError,
+        f"state.m{W} | has shape (2, 3); must be (3, 3)",
+    ),
+    "a later version's state, adapted": (
+        lambda: ax.adapt_state(vars(STATE) | {"shampoo": LOSS}, PARAMS, CONFIG),
+        TypeError,
+        "state must be | with 'shampoo', which this version of adamw_xla does not know",
+    ),
+    "a state inside of another, adapted": (
+        lambda: ax.adapt_state({"opt": vars(STATE)}, PARAMS, CONFIG),
+        TypeError,
+        "state['opt'] looks like one | AdamWState(**state['opt']) has the same moments",
+    ),
+    "no v, adapted": (
+        lambda: ax.adapt_state(dataclasses.replace(STATE, v=layer(b=None)), PARAMS, CONFIG),
+        ValueError,
+        f"state.v{B} | is None | all of its state, or none",
+    ),
+    "a float's count, adapted": (
+        lambda: ax.adapt_state(dataclasses.replace(STATE, count=1.0), PARAMS, CONFIG),
+        TypeError,
+        "state.count | got 1.0 | jax.numpy.int32(...)",
+    ),
+    "a config for all processes": (
+        lambda: ax.sharding.check_same_config(0.1),
+        TypeError,
+        "config | got float | check_same_config(config)",
+    ),
+    "a traced config for all processes": (
+        lambda: jax.jit(ax.sharding.check_same_config)(CONFIG),
+        TypeError,
+        "a traced number | config | call it outside of jax.jit",
+    ),
     "a scale for a loss": (
         lambda: ax.scale_loss(LOSS, 1024.0),
         TypeError,

@@ -55,6 +55,7 @@ SAID = {
     "a dtype of a number": "weight_decay is 0.05 on process 0 and float32 0.05",
     "a clip": "clipnorm is None on process 0 and 1.0 on process 1; global_clipnorm is 1.0 on",
     "a schedule": "learning_rate is a schedule: 0.0, 0.0015",
+    "a schedule, late": "learning_rate is a schedule: 0.0, 0.0015",
     "a choice": "nesterov is False on process 0 and True on process 1",
     "a mask": "weight_decay_mask is None on process 0 and [False, True, False, True] in",
 }
@@ -79,7 +80,3 @@ def test_one_that_fails_is_not_waited_for(tmp_path: Path) -> None:
 
 def test_alone_there_is_nothing_to_disagree_on() -> None:
     ax.sharding.check_same_config(ax.AdamW())
-    with pytest.raises(TypeError, match=r"a traced number; call it outside of jax\.jit"):
-        jax.jit(ax.sharding.check_same_config)(ax.AdamW())
-    with pytest.raises(TypeError, match=r"got float.*check_same_config\(config\)"):
-        ax.sharding.check_same_config(0.1)

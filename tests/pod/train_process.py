@@ -119,11 +119,15 @@ class Training:
             init = jax.jit(init, static_argnames="config", out_shardings=self.state_shardings)
         self.state = init(self.params, config=CONFIG)
         self.step = jax.jit(functools.partial(train_step, **where), donate_argnums=(0, 1))
+        self.assert_placed()
 
     def train(self, data: list[digits.Batch]) -> None:
         for batch in data:
             placed = put(batch, digits.Batch(self.batch, self.batch))
             self.params, self.state = self.step(self.params, self.state, placed)
+        self.assert_placed()
+
+    def assert_placed(self) -> None:
         lies = jax.tree.leaves((self.shardings, self.state_shardings))
         for x, sharding in zip(jax.tree.leaves((self.params, self.state)), lies, strict=True):
             assert x.sharding.is_equivalent_to(sharding, x.ndim), (x.sharding, sharding)
@@ -149,6 +153,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     "a dtype of a number": {"weight_decay": np.float32(0.05)},
     "a clip": {"global_clipnorm": None, "clipnorm": 1.0},
     "a schedule": {"learning_rate": lambda count: 1e-3 / (1 + count)},
+    "a schedule, late": {
+        "learning_rate": lambda count: CONFIG.learning_rate(count) + 0.125 * (count == 1_000_000)
+    },
     "a choice": {"nesterov": True},
     "a mask": {"weight_decay_mask": [{"w": True, "b": False}] * 2},
 }
