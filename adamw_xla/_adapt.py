@@ -30,7 +30,7 @@ def adapt_state(state: Any, params: Any, config: AdamW) -> AdamWState:
     """Fits the state of a training to options that were turned on or off, and keeps the rest.
 
     Use it between two steps, or after a restore with the options that the state was saved with.
-    Works eagerly and under ``jax.jit`` (of a state in the host's memory, give it ``out_shardings``).
+    Works eagerly, and under ``jax.jit``: of a state in the host's memory give it ``out_shardings``.
 
     What the config newly asks for begins: ``v_max`` as ``v``, ``ema`` as the params,
     ``accumulated``, ``micro_step`` and ``skipped`` as zeros, with the shardings of the state. What
