@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 ALL = {name: value for options in OPTIONS.values() for name, value in options.items()}
 FULL = ax.AdamW(**COMMON, **ALL)
+ONE_BY_ONE = [pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
 FIELDS = {field.name for field in dataclasses.fields(ax.AdamWState)}
 BEFORE, AFTER = 5, 6
 
@@ -54,20 +55,21 @@ def trained(config: ax.AdamW = PLAIN, steps: int = BEFORE) -> Any:
     return train(params, ax.adamw_init(params, config), config, range(steps))
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [*ONE_BY_ONE, "all of them"])
 def test_a_training_goes_on_by_the_formulas(name: str) -> None:
     """In float64: the maximum begins as v, the average as the params, a sum as zero."""
+    turned = OPTIONS.get(name, ALL)
     wanted = [np.float64(x) for x in grads(100).values()]
     held, options = oracle.init(wanted), oracle.Options(**COMMON)
     for k in range(BEFORE):
         wanted, held, _ = oracle.step(wanted, [*grads(k).values()], held, options)
     held = dataclasses.replace(held, v_max=held.v, ema=wanted)
-    options = oracle.Options(**COMMON, **OPTIONS[name])
+    options = oracle.Options(**COMMON, **turned)
     for k in range(BEFORE, BEFORE + AFTER):
         wanted, held, _ = oracle.step(wanted, [*grads(k).values()], held, options)
 
     params, state = trained()
-    config = ax.AdamW(**COMMON, **OPTIONS[name])
+    config = ax.AdamW(**COMMON, **turned)
     state = ax.adapt_state(state, params, config)
     params, state = train(params, state, config, range(BEFORE, BEFORE + AFTER))
     # Eleven steps, each of which rounds a param below 4 twice, and itself is below 0.02.
@@ -81,18 +83,19 @@ def test_a_training_goes_on_by_the_formulas(name: str) -> None:
     assert counts == (state.count, state.micro_step or 0, state.skipped or 0)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", [*ONE_BY_ONE, "all of them"])
 def test_what_does_not_change_is_not_copied(name: str) -> None:
     params, state = trained(FULL)
-    options = {k: x for k, x in ALL.items() if k not in OPTIONS[name]}
+    options = {k: x for k, x in ALL.items() if k not in OPTIONS.get(name, ALL)}
     less = ax.adapt_state(state, params, ax.AdamW(**COMMON, **options))
     dropped = {x for x in FIELDS if getattr(less, x) is None}
-    assert dropped == {
+    wanted = {
         "amsgrad": {"v_max"},
         "use_ema": {"ema"},
         "gradient_accumulation_steps": {"accumulated", "micro_step"},
         "skip_nonfinite": {"skipped"},
-    }.get(name)
+    }
+    assert dropped == wanted.get(name, set().union(*wanted.values()))
     again = ax.adapt_state(less, params, FULL)
     for field in FIELDS - dropped:
         for x, y in zip(*(jax.tree.leaves(getattr(s, field)) for s in (again, state)), strict=True):
@@ -166,8 +169,11 @@ LEFT: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", LEFT)
 def test_each_leaf_goes_where_its_path_says(name: str) -> None:
-    _, state = ax.adamw_step(NESTED, NESTED, ax.adamw_init(NESTED, FULL), FULL)
-    state = dataclasses.replace(state, count=jnp.int32(1), micro_step=jnp.int32(1))
+    trees = {
+        field: jax.tree.map(lambda x, k=k: x + 100 * k, NESTED)
+        for k, field in enumerate(("m", "v", "v_max", "ema", "accumulated"))
+    }
+    state = ax.AdamWState(jnp.int32(1), **trees, micro_step=jnp.int32(1), skipped=jnp.int32(0))
     same(ax.adapt_state(LEFT[name](state), NESTED, FULL), state)
 
 

@@ -170,6 +170,7 @@ OTHERS: dict[str, tuple[ax.AdamW, ax.AdamW, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_an_option_is_turned_after_a_restore(name: str, tmp_path: Path) -> None:
     """Orbax names the field; it is restored as it was saved, and then adapted."""
