@@ -27,14 +27,16 @@ def _from_dict(template: Any, found: Mapping[str, Any]) -> Any:
     if set(names) != set(found):
         raise ValueError(
             f"{type(template).__name__}: what is restored has the fields {sorted(found)}; must "
-            f"have {sorted(names)}: it was saved from something else."
+            f"have {sorted(names)}: it was saved from something else, or by another version, whose "
+            "state adamw_xla.adapt_state takes as the dict that msgpack_restore returns."
         )
     for name in names:
         if (getattr(template, name) is None) != (found[name] is None):
             has, lacks = ("template", "file") if found[name] is None else ("file", "template")
             raise ValueError(
                 f"{type(template).__name__}.{name}: the {has} has it, and the {lacks} lacks it; "
-                "make the template with the options that the state was saved with."
+                "make the template with the options that the state was saved with, and then "
+                "adamw_xla.adapt_state(state, params, config) turns others on or off."
             )
     fields = {name: from_state_dict(getattr(template, name), found[name], name) for name in names}
     return type(template)(**fields)
