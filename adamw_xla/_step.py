@@ -51,6 +51,7 @@ def adamw_step(
     weight_decay: ScalarOrSchedule | None = None,
     implementation: Implementation | None = None,
     state_shardings: AdamWState | None = None,
+    offload: bool = False,
 ) -> tuple[Any, AdamWState]:
     """Makes one step of AdamW: the whole tree in one operation.
 
@@ -77,7 +78,12 @@ def adamw_step(
       state_shardings: where the state lies, if not beside its params: from
         ``adamw_xla.sharding.state_shardings``, say of ``zero1(mesh, "data", params)``. Each
         device then updates its part of the state; gradients are reduced to it, and new params are
-        gathered to where the params were. A state in the host's memory is fetched, and put back.
+        gathered to where the params were. A state in host memory is fetched whole, and put back,
+        but for ``offload``.
+      offload: the state lies in host memory, where ``jax.device_put`` moves it with
+        ``adamw_xla.sharding.state_shardings(params, config, memory_kind="pinned_host")``. It
+        comes to the device a few leaves at a time, and goes back. Donate params and state
+        together: JAX may take the state's memory for new params otherwise.
 
     Returns:
       New params and new state, of the structures, shapes and dtypes of the old.
@@ -118,8 +124,9 @@ def adamw_step(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         backend=Backend(
-            functools.partial(adamw_update, implementation=implementation),
+            functools.partial(adamw_update, implementation=implementation, offload=offload),
             functools.partial(adamw_sum_of_squares, implementation=implementation),
+            offload=offload,
         ),
         state_shardings=state_shardings,
     )

@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from adamw_xla_lowering import PARAM_DTYPES, dtype_names
+from adamw_xla_lowering import PARAM_DTYPES, dtype_names, is_on_host, reduced_axes
 
 
 def float_leaf(
@@ -80,6 +80,43 @@ def same_dtype(argument: str, tree: Any, index: int, leaf: Any, wanted: Any) -> 
             f"{argument}{path(tree, index)}: has dtype {leaf.dtype}; must be {wanted}, which the "
             f"config and its param ask for. To go on with this state, cast all of {argument} with "
             f"jax.tree.map(lambda x: x.astype('{wanted}'), {argument})."
+        )
+
+
+def in_device_memory(argument: str, tree: Any, index: int | None, leaf: Any, advice: str) -> None:
+    """Refuses what lies in the host's memory; a tree of one leaf has no index."""
+    if is_on_host(jax.typeof(leaf)):
+        raise ValueError(
+            f"{argument}{'' if index is None else path(tree, index)}: lies in host memory, and the "
+            f"update is made in the device's; {advice}."
+        )
+
+
+def in_host_memory(argument: str, tree: Any, index: int, leaf: Any, advice: str) -> None:
+    """Refuses what lies in the device's memory, as far as its type says."""
+    if not is_on_host(jax.typeof(leaf)):
+        raise ValueError(
+            f"{argument}{path(tree, index)}: lies in device memory; {advice}. (Of a "
+            "jax.ShapeDtypeStruct JAX sees the memory of a NamedSharding alone.)"
+        )
+
+
+def summed(argument: str, tree: Any, index: int, leaf: Any) -> None:
+    """Refuses a sum over devices that is still to be made."""
+    if axes := reduced_axes(jax.typeof(leaf)):
+        raise ValueError(
+            f"{argument}{path(tree, index)}: is a sum pending over {sorted(axes)}; "
+            f"jax.sharding.reshard, or in shard_map jax.lax.psum, makes it."
+        )
+
+
+def sharded_like(argument: str, tree: Any, index: int, leaf: Any, param: Any, advice: str) -> None:
+    """Refuses, with explicit axes, a leaf that is not sharded as its param is."""
+    found, wanted = (jax.typeof(x).sharding.spec for x in (leaf, param))
+    if found != wanted:
+        where = path(tree, index)
+        raise ValueError(
+            f"{argument}{where}: is sharded as {found}, and params{where} as {wanted}; {advice}."
         )
 
 

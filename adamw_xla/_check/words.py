@@ -29,6 +29,8 @@ class Words:
       step: the call that makes a step, and what it returns.
       replace: the state for other options; where fields are named for it, with a place for them.
       adapt: the state in the containers of the params.
+      offload: the call that streams a state from host memory; empty where none does.
+      placed: the one that takes a state which lies elsewhere than its params; likewise.
       fields: its name for a field of ``AdamWState``, where it has another.
     """
 
@@ -43,6 +45,8 @@ class Words:
     step: str
     replace: str
     adapt: str
+    offload: str = ""
+    placed: str = ""
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def field(self, name: str) -> str:
@@ -66,6 +70,8 @@ NATIVE = Words(
     step="adamw_step returns (params, state)",
     replace="adamw_xla.adapt_state(state, params, config)",
     adapt="adamw_xla.adapt_state(state, params, config)",
+    offload="adamw_step(..., offload=True)",
+    placed="adamw_step(..., state_shardings=...)",
 )
 
 

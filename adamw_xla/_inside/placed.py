@@ -83,6 +83,8 @@ class Placement:
         def update(hyper: Any, params: Any, grads: Any, *rest: Any, **flags: Any) -> UpdateResult:
             *state, leaf_scale = rest
             parts = [None if xs is None else self.fetched(xs) for xs in (grads, *state)]
+            if inner.offload:
+                parts[1:] = state  # fetched a few leaves at a time
             new = inner.update(hyper, self.parts_of(params), *parts, leaf_scale, **flags)
             kept = {k: self.kept(k, xs) for k, xs in new._asdict().items() if k in self.columns}
             whole = map(moved_beside, self.fetched(new.params), params)

@@ -13,9 +13,10 @@ import numpy as np
 from adamw_xla._check import options, trees
 from adamw_xla._check.words import NATIVE, Words, misplaced
 from adamw_xla._config import AdamW, ScalarOrSchedule, check_config, needs_norm
-from adamw_xla._inside import clipping
+from adamw_xla._inside import clipping, explicit
 from adamw_xla._inside.across import Across, axes_of_leaves
 from adamw_xla._inside.hyper import Scalar, as_scalar, evaluate, increment
+from adamw_xla._inside.offload import as_before, check_memory, to_device
 from adamw_xla._inside.placed import Placement, columns_of
 from adamw_xla._inside.update import (
     Backend,
@@ -90,8 +91,13 @@ def run_step(
         params, treedef, leaves, state, config, {*live}, any_dtype_of_m=any_dtype_of_m, words=words
     )
     trees.grads(params, leaves, flat)
+    is_placed, offload = state_shardings is not None, backend.offload
+    check_memory(params, leaves, flat, columns, live, state, config, offload, is_placed, words)
     spots: dict[str, list[Any]] = {}
-    if state_shardings is not None:
+    if state_shardings is None:
+        explicit.check_state(params, leaves, columns, live, words)
+        flat = explicit.grads_like_params(params, leaves, flat, live)
+    else:
         spots = columns_of(state_shardings, params, treedef, config)
     held = [i for i, x in enumerate(columns["m"]) if x is not None]
     trained = _trained(params, treedef, leaves, held)
@@ -119,7 +125,7 @@ def run_step(
     old = _Moving(
         {kind: chosen.take(column) for kind, column in {"params": leaves, **columns}.items()},
         {
-            name: jnp.asarray(value, np.int32)
+            name: to_device(jnp.asarray(value, np.int32))
             for name in COUNTERS
             if (value := getattr(state, name)) is not None
         },
@@ -145,7 +151,7 @@ def run_step(
 
     put = chosen.put
     return put([None] * len(leaves) if delta else leaves, new.columns["params"]), AdamWState(
-        **new.counters,
+        **{name: as_before(x, getattr(state, name)) for name, x in new.counters.items()},
         **{kind: put(column, new.columns[kind]) for kind, column in columns.items()},
     )
 

@@ -59,11 +59,12 @@ def as_varying_as_after(condition: jax.Array, body: Callable[[Any], Any], x: Any
 
 
 class Backend(NamedTuple):
-    """What does the work of a step."""
+    """What does the work of a step; ``offload`` says whether ``update`` streams the state."""
 
     update: Callable[..., UpdateResult] = adamw_update
     sum_of_squares: SumOfSquares = adamw_sum_of_squares
     do_if: Callable[..., Any] = do_if
+    offload: bool = False
 
 
 class Rates(NamedTuple):

@@ -1,6 +1,8 @@
 """The compiler half of adamw_xla: ``adamw_update_p``, its rules and its lowerings."""
 
+from ._jax_private import is_on_host as is_on_host
 from ._jax_private import manual_axes as manual_axes
+from ._jax_private import reduced_axes as reduced_axes
 from ._jax_private import types_say_varying as types_say_varying
 from ._jax_private import varying_axes as varying_axes
 from .contract import COMPOSITE_NAME as COMPOSITE_NAME

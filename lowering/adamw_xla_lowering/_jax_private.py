@@ -76,6 +76,20 @@ def types_say_varying(axes: Mapping[str, int]) -> bool:
     return all(a in varying_axes(jax.eval_shape(lambda a=a: jax.lax.axis_index(a))) for a in told)
 
 
+def is_on_host(aval: Any) -> bool:
+    """Whether a value of this type lies in the host's memory, and not the device's.
+
+    ``ShapedArray.memory_space`` has no documented reader; ``jax.memory.Space`` is public. The
+    type of a ``jax.ShapeDtypeStruct`` has it from a ``NamedSharding``, and from no other.
+    """
+    return aval.memory_space == jax.memory.Space.Host
+
+
+def on_host(aval: Any) -> Any:
+    """``aval`` in the host's memory."""
+    return aval.update(memory_space=jax.memory.Space.Host)
+
+
 def spec_of(aval: Any) -> tuple[Any, ...]:
     """The explicit-mode partition of ``aval``, one entry per dimension."""
     spec = tuple(aval.sharding.spec)

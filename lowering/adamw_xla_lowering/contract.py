@@ -85,6 +85,9 @@ class Slot(enum.IntEnum):
 
 NUM_SLOTS = len(Slot)
 
+NUM_BESIDE_STATE = 2
+"""A leaf's operands begin with its param and its gradient; the others are its state."""
+
 
 @dataclasses.dataclass(frozen=True)
 class UpdateSpec:
@@ -101,6 +104,7 @@ class UpdateSpec:
       nesterov: the GRAD_STEP_SIZE slot is looked at.
       delta: the first result is what to add to the param, not the new param.
       leaf_scale: an operand ``leaf_scale`` of shape [leaves] follows ``hyper``.
+      offload: m, v, v_max and ema may lie in host memory, and their results do.
       batch_rank: how many leading batch dimensions every operand has. An operand
         that does not vary along one of them has size 1 there.
       implementation: "xla", "native", or None for the platform's own choice.
@@ -116,6 +120,7 @@ class UpdateSpec:
     nesterov: bool = False
     delta: bool = False
     leaf_scale: bool = False
+    offload: bool = False
     batch_rank: int = 0
     implementation: Implementation | None = None
 
@@ -153,14 +158,16 @@ class UpdateSpec:
         return ("v_max",) * self.amsgrad + ("ema",) * self.ema
 
     def options(self) -> dict[str, bool]:
-        """The choices that a reader of a dump wants to see."""
-        names = [field.name for field in dataclasses.fields(self) if field.default is False]
+        """The choices that a reader of a dump wants to see: what is computed, not where."""
+        flags = [field.name for field in dataclasses.fields(self) if field.default is False]
+        names = [name for name in flags if name != "offload"]
         return {name: getattr(self, name) for name in names}
 
     def __repr__(self) -> str:
         chosen = [name for name, on in self.options().items() if on]
         rows = len(set(self.groups))
         shown = [f"leaves={self.num_leaves}", f"groups={rows}", *chosen]
+        shown += ["offload"] * self.offload
         if self.batch_rank:
             shown.append(f"batch_rank={self.batch_rank}")
         if self.implementation:
@@ -168,16 +175,31 @@ class UpdateSpec:
         return f"UpdateSpec({', '.join(shown)})"
 
 
+class Shards(NamedTuple):
+    """How leaves lie on the devices of which each sums its part.
+
+    Attributes:
+      counted: for each leaf, for each device whether it counts its part: of those that hold
+        the same, one does.
+      sizes: for each leaf None, or for each device the sizes of its part, the rest being padding.
+    """
+
+    counted: tuple[tuple[bool, ...], ...]
+    sizes: tuple[tuple[tuple[int, ...], ...] | None, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class NormSpec:
     """The static side of a norm: one sum or one per leaf, and the rank of the batch in front.
 
-    ``implementation`` is the update's; "native" means the kernel where there is one.
+    ``implementation`` is the update's; "native" means the kernel where there is one. With
+    ``shards`` the leaves are one device's parts, and the sums those of all devices.
     """
 
     per_leaf: bool
     batch_rank: int = 0
     implementation: Implementation | None = None
+    shards: Shards | None = None
 
 
 class Operands(NamedTuple):

@@ -20,7 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import platforms
-from ._jax_private import batch_spec, reduced_axes, varying_like, with_shape_and_spec
+from ._jax_private import (
+    batch_spec,
+    is_on_host,
+    reduced_axes,
+    varying_like,
+    with_shape_and_spec,
+)
 from .contract import (
     NORM_NAME,
     PARAM_DTYPES,
@@ -30,7 +36,7 @@ from .contract import (
     dtype_names,
     small_unit,
 )
-from .rules import autodiff, eager
+from .rules import autodiff, eager, partitioned_norm
 from .rules.batching import to_front
 
 
@@ -97,6 +103,12 @@ def _abstract_eval(scale: Any, *leaves: Any, spec: NormSpec) -> list[Any]:
             raise TypeError(f"{NORM_NAME}: leaf {i} has dtype {leaf.dtype}; use {dtype_names()}.")
         if axes := reduced_axes(leaf):
             raise TypeError(f"{NORM_NAME}: leaf {i} is a sum pending over {sorted(axes)}.")
+        if is_on_host(leaf) or is_on_host(scale):
+            found = f"leaf {i}" if is_on_host(leaf) else "scale"
+            raise TypeError(
+                f"{NORM_NAME}: {found} lies in host memory; bring it to the device's "
+                "(see jax.device_put(..., jax.memory.Space.Device))."
+            )
     r = spec.batch_rank
     members = (scale, *leaves)
     batch = np.broadcast_shapes(*(x.shape[:r] for x in members)) if r else ()
@@ -122,4 +134,5 @@ adamw_sum_of_squares_p.def_abstract_eval(_abstract_eval)
 autodiff.register(adamw_sum_of_squares_p)
 eager.register(adamw_sum_of_squares_p)
 batching.primitive_batchers[adamw_sum_of_squares_p] = _batch
+partitioned_norm.register(adamw_sum_of_squares_p)
 platforms.register_norm(adamw_sum_of_squares_p)

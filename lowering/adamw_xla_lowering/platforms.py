@@ -9,23 +9,28 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from . import norm_stablehlo, stablehlo
-from ._jax_private import platforms_of
+from ._jax_private import partitions_automatically, platforms_of
 from .contract import NormSpec, UpdateSpec, default_implementation
 from .cpu import kernel as cpu
 from .errors import unavailable
 from .gpu import kernel as cuda
 from .gpu import merge
 from .gpu import norm as gpu_norm
+from .rules import norm_shards, partitioned, partitioned_norm, streamed
 
 Lowering = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Platform:
-    """How the two primitives are lowered: ``(ctx, *operands, spec) -> results``."""
+    """How the two primitives are lowered: ``(ctx, *operands, spec) -> results``.
+
+    ``calls_back`` says whether XLA's partitioner asks there what a call is to become.
+    """
 
     update: Lowering
     norm: Lowering
+    calls_back: bool = False
 
 
 def _no_kernel(lower: Lowering, ctx: Any, *operands: Any, spec: UpdateSpec) -> Any:
@@ -37,9 +42,9 @@ def _no_kernel(lower: Lowering, ctx: Any, *operands: Any, spec: UpdateSpec) -> A
 _by_leaf = functools.partial(_no_kernel, stablehlo.lower)
 
 PLATFORMS: dict[str | None, Platform] = {
-    "cpu": Platform(cpu.lower, norm_stablehlo.lower_in_turn),
-    "cuda": Platform(cuda.lower, gpu_norm.lower),
-    "rocm": Platform(functools.partial(_no_kernel, merge.lower), gpu_norm.lower_merged),
+    "cpu": Platform(cpu.lower, norm_stablehlo.lower_in_turn, True),
+    "cuda": Platform(cuda.lower, gpu_norm.lower, True),
+    "rocm": Platform(functools.partial(_no_kernel, merge.lower), gpu_norm.lower_merged, True),
     "tpu": Platform(_by_leaf, norm_stablehlo.lower_added),
     None: Platform(_by_leaf, norm_stablehlo.lower_by_leaf),  # whatever comes
 }
@@ -49,12 +54,21 @@ def _lower(ctx: mlir.LoweringRuleContext, *operands: Any, spec: UpdateSpec) -> A
     """The rule of the platform; for a program that must run on several, StableHLO."""
     if spec.implementation is None:
         spec = dataclasses.replace(spec, implementation=default_implementation())
+    if spec.offload:
+        return streamed.lower(ctx, *operands, spec=spec)
+    if partitions_automatically(ctx) and spec.batch_rank == 0:
+        operands = (*partitioned.gradients_beside_state(ctx, operands, spec),)
     return _platform(ctx).update(ctx, *operands, spec=spec)
 
 
 def _lower_norm(ctx: mlir.LoweringRuleContext, *operands: Any, spec: NormSpec) -> Any:
     """Likewise."""
-    return _platform(ctx).norm(ctx, *operands, spec=spec)
+    platform = _platform(ctx)
+    if spec.shards is not None:
+        return norm_shards.lower(ctx, platform.norm, *operands, spec=spec)
+    if platform.calls_back and partitioned_norm.fits(ctx, spec):
+        return partitioned_norm.lower(ctx, *operands, spec=spec)
+    return platform.norm(ctx, *operands, spec=spec)
 
 
 def _platform(ctx: mlir.LoweringRuleContext) -> Platform:

@@ -10,6 +10,8 @@ import numpy as np
 from . import platforms
 from ._jax_private import (
     batch_spec,
+    is_on_host,
+    on_host,
     reduced_axes,
     register_dead_code_rule,
     spec_of,
@@ -17,6 +19,7 @@ from ._jax_private import (
     with_shape_and_spec,
 )
 from .contract import (
+    NUM_BESIDE_STATE,
     NUM_SLOTS,
     PARAM_DTYPES,
     UPDATE_NAME,
@@ -30,7 +33,7 @@ from .contract import (
     operand_name,
     split_operands,
 )
-from .rules import autodiff, batching, eager, partitioned
+from .rules import autodiff, batching, eager, partitioned, streamed
 
 Leaves = Sequence[jax.Array]
 
@@ -62,6 +65,7 @@ def adamw_update(
     epsilon_root: bool = False,
     nesterov: bool = False,
     delta: bool = False,
+    offload: bool = False,
     implementation: Implementation | None = None,
 ) -> UpdateResult:
     """Updates all leaves as one operation. ``contract.py`` has the equations.
@@ -82,6 +86,8 @@ def adamw_update(
       epsilon_root: look at the EPSILON_ROOT slot.
       nesterov: look at the GRAD_STEP_SIZE slot.
       delta: return the params' changes, unrounded, instead of the new params.
+      offload: m, v, v_max and ema lie in host memory and come to the device a few leaves at
+        a time; what replaces them lies in host memory, wherever they did.
       implementation: "xla", "native", or None to let the platform choose.
 
     Returns:
@@ -89,7 +95,7 @@ def adamw_update(
       ``delta``, ``params`` holds the changes, in float32 (float64 for float64 params).
 
     Raises:
-      TypeError: an operand's shape or dtype does not fit; the message names it.
+      TypeError: an operand's shape, dtype or memory does not fit; the message names it.
       ValueError: an unknown ``implementation``, a count of leaves that differs, or a group
         below 0.
       NativeUnavailableError: at lowering, where "native" was asked for and cannot run.
@@ -112,6 +118,7 @@ def adamw_update(
         epsilon_root=epsilon_root,
         nesterov=nesterov,
         delta=delta,
+        offload=offload,
         leaf_scale=leaf_scale is not None,
         implementation=implementation,
     )
@@ -122,6 +129,10 @@ def adamw_update(
     scalars = [hyper] if leaf_scale is None else [hyper, leaf_scale]
     leaves = [x for column in given.values() for x in column]
     results = adamw_update_p.bind(*scalars, *leaves, spec=spec) if n else []
+    if offload:
+        # JAX looks for transfers in jaxprs, and not in lowerings: where it finds none and no
+        # argument lies in host memory, it takes all memory for the device's.
+        results[n:] = [jax.device_put(x, jax.memory.Space.Host) for x in results[n:]]
     first, *rest = (list(results[i * n : (i + 1) * n]) for i in range(len(spec.result_kinds)))
     lists = dict(zip(spec.result_kinds[1:], rest, strict=True))
     return UpdateResult(first, lists["m"], lists["v"], lists.get("v_max"), lists.get("ema"))
@@ -147,6 +158,16 @@ def _check_scalars(spec: UpdateSpec, avals: Sequence[Any], wide: bool) -> None:
             raise _fail(spec, i, f"shape {shape}", f"shape {tail} after {r} batch dimensions")
         if aval.dtype != dtype:
             raise _fail(spec, i, f"dtype {aval.dtype}", f"{dtype}, that of the arithmetic")
+        _check_memory(spec, i, aval)
+
+
+def _check_memory(spec: UpdateSpec, index: int, aval: Any) -> None:
+    """What XLA computes with lies in device memory; what is offloaded is brought there."""
+    is_state = index >= spec.num_scalars + spec.num_leaves * NUM_BESIDE_STATE
+    if is_on_host(aval) and not (spec.offload and is_state):
+        way = "jax.device_put(..., jax.memory.Space.Device)"
+        way += ", or offload=True" if is_state else ""
+        raise _fail(spec, index, "its values in host memory", f"device memory (see {way})")
 
 
 def _check_leaf(spec: UpdateSpec, leaf: int, row: Sequence[Any]) -> None:
@@ -160,6 +181,7 @@ def _check_leaf(spec: UpdateSpec, leaf: int, row: Sequence[Any]) -> None:
             raise _fail(spec, index, f"a sum pending over {sorted(axes)}", "a value that is summed")
         if aval.shape[r:] != own.shape[r:] or len(aval.shape) != len(own.shape):
             raise _fail(spec, index, f"shape {aval.shape}", f"params[{leaf}]'s, {own.shape}")
+        _check_memory(spec, index, aval)
         if spec_of(aval)[r:] != spec_of(own)[r:]:
             raise _fail(
                 spec,
@@ -186,6 +208,8 @@ def _leaf_results(spec: UpdateSpec, leaf: int, scalars: Sequence[Any], row: Any)
         aval = with_shape_and_spec(replaced, shape, partition)
         if kind == "grads":
             aval = aval.update(dtype=compute_dtype(row[0].dtype))
+        if spec.offload and kind not in ("params", "grads"):
+            aval = on_host(aval)
         results.append(varying_like(aval.update(weak_type=False), members))
     return results
 
@@ -236,6 +260,7 @@ autodiff.register(adamw_update_p)
 batching.register(adamw_update_p)
 eager.register(adamw_update_p)
 partitioned.register(adamw_update_p)
+streamed.register(adamw_update_p)
 platforms.register(adamw_update_p)
 
 __all__ = ["UpdateResult", "adamw_update", "adamw_update_p"]

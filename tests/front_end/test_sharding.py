@@ -6,6 +6,7 @@ python tests/front_end/test_sharding.py NAME``.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 import re
@@ -142,15 +143,48 @@ def explicit_vmap() -> None:
         assert jax.typeof(shared).sharding.spec == P("x", "y"), jax.typeof(shared)
 
 
-def explicit_mismatch_names_the_operand() -> None:
+def explicit_gradients_that_are_cut_less() -> None:
+    """They are cut as their params are, which moves nothing; optax takes them too."""
+    for spec in (P(), P("x"), P(None, "y")):
+        with jax.set_mesh(mesh(AxisType.Explicit)) as _:
+            where = jax.sharding.get_mesh()
+            params, grads = put(tree(0), where), put(tree(1), where, SPECS | {"w": spec})
+            state = ax.adamw_init(params, CONFIG)
+            step = jax.jit(lambda p, g, s: ax.adamw_step(p, g, s, CONFIG))
+            text = step.lower(params, grads, state).compile().as_text()
+            assert not re.search(COLLECTIVES, text), (spec, re.findall(COLLECTIVES, text))
+            new, state = step(params, grads, state)
+            assert new["w"].sharding.spec == state.m["w"].sharding.spec == P("x", "y")
+            close((new, state), expected(tree(0), tree(1)))
+            close(ax.adamw_step(params, grads, ax.adamw_init(params, CONFIG), CONFIG)[0], new)
+
+
+def explicit_mismatches_name_the_leaf() -> None:
     with jax.set_mesh(mesh(AxisType.Explicit)) as _:
         where = jax.sharding.get_mesh()
         params = put(tree(0), where)
-        grads = put(tree(1), where, SPECS | {"w": P("y", "x")})
-        step = jax.jit(lambda p, g: ax.adamw_step(p, g, ax.adamw_init(p, CONFIG), CONFIG))
-        # "w" is the last of the four leaves
-        with pytest.raises((TypeError, ValueError), match=r"(grads\[3\]|'w'\]).*sharding"):
-            step(params, grads)
+        grads = put(tree(1), where)
+        state = ax.adamw_init(params, CONFIG)
+        moved = dataclasses.replace(state, v=put(state.v, where, SPECS | {"w": P("x")}))
+        step = jax.jit(lambda p, g, s: ax.adamw_step(p, g, s, CONFIG))
+        for g, s, fragments in (
+            (put(tree(1), where, SPECS | {"w": P("y", "x")}), state,
+             [r"grads['w']", "P('y', 'x')", "params['w']", "P('x', 'y')", "jax.sharding.reshard"]),
+            (put(tree(1), where, SPECS | {"s": P(), "u": P(None, "y")}), state, ["grads['u']"]),
+            (grads, moved, ["state.v['w']", "P('x', None)", "state_shardings"]),
+        ):  # fmt: skip
+            with pytest.raises(ValueError, match="is sharded as") as caught:
+                step(params, g, s)
+            assert all(x in str(caught.value) for x in fragments), caught.value
+
+        def pending(p: Any, x: jax.Array) -> Any:
+            g = jax.lax.dot(x.T, x, out_sharding=P(unreduced={"x"}))
+            return ax.adamw_step({"q": p}, {"q": g}, ax.adamw_init({"q": p}, CONFIG), CONFIG)
+
+        with pytest.raises(ValueError, match=r"grads\['q'\]: is a sum pending over \['x'\]"):
+            jax.jit(pending)(
+                jnp.ones((4, 4)), put({"w": jnp.ones((8, 4))}, where, {"w": P("x")})["w"]
+            )
 
 
 def manual(varying: bool) -> None:
@@ -306,7 +340,8 @@ CHECKS = {
         global_norm_reduces_scalars_only,
         explicit,
         explicit_vmap,
-        explicit_mismatch_names_the_operand,
+        explicit_gradients_that_are_cut_less,
+        explicit_mismatches_name_the_leaf,
         manual_sharded,
         manual_replicated,
         manual_union,

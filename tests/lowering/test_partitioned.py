@@ -8,23 +8,28 @@ python tests/lowering/test_partitioned.py NAME``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+import functools
+import itertools
 from pathlib import Path
 import re
 from typing import Any
 
+from checks.norms import RTOL
 from cpu_oracle import check, hyper, leaves, require_native
 from eight_devices import main, report
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from adamw_xla_lowering import NativeUnavailableError, adamw_update
-from adamw_xla_lowering.rules import partitioned
+from adamw_xla_lowering import NativeUnavailableError, adamw_sum_of_squares, adamw_update
+from adamw_xla_lowering.rules import partitioned, partitioned_norm
 
 GATHERS = re.compile(r"all-gather|all-to-all|collective-permute")
 MOVES = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute|dynamic-slice")
+REDUCES = re.compile(r" all-reduce(?:-start)?\(")
 SHAPES = [(16, 8), (8,), (7, 3), (0, 4), ()]
 CALL = 'custom_call_target="adamw_xla_update_cpu"'
 
@@ -210,6 +215,97 @@ def what_cannot_be_partitioned_is_refused() -> None:
             jax.jit(many).lower(np.stack([hyper()] * 2), placed)
 
 
+def norms_are_one_sum() -> None:
+    """However leaves are cut, of whatever magnitude: one all-reduce, and the norm of all."""
+    shapes = [(8, 6), (8,), (16, 3), (16,), (3, 5), (2, 8), ()]
+    specs = [P("x", "y"), P("x"), P("y"), P(("y", "x")), P(), P(None, "x"), P()]
+    rng = np.random.default_rng(0)
+    usual = [np.asarray(rng.standard_normal(shape), np.float32) for shape in shapes]
+    # Where one device's sum overflows, the others' count in the small unit.
+    huge = [np.asarray(1e25 * x if i == 0 else x, np.float32) for i, x in enumerate(usual)]
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = mesh_of(kind)
+        for leaves_, per_leaf in itertools.product((usual, huge), (False, True)):
+            placed = [
+                jax.device_put(x, NamedSharding(mesh, spec))
+                for x, spec in zip(leaves_, specs, strict=True)
+            ]
+            with jax.set_mesh(mesh):
+                f = jax.jit(functools.partial(adamw_sum_of_squares, per_leaf=per_leaf))
+                text = f.lower(np.float32(0.5), placed).compile().as_text()
+                found = f(np.float32(0.5), placed)
+            assert len(REDUCES.findall(text)) == 1, text
+            assert not GATHERS.search(text)
+            want = np.array([np.sum((0.5 * x.astype(np.float64)) ** 2) for x in leaves_])
+            np.testing.assert_allclose(
+                np.asarray(found.sum, np.float64) / np.asarray(found.unit, np.float64) ** 2,
+                want if per_leaf else want.sum(),
+                rtol=RTOL,
+            )
+
+
+def norms_see_what_is_not_finite() -> None:
+    mesh = mesh_of()
+    for bad in (np.nan, np.inf, -np.inf):
+        x, y = np.ones((8, 6), np.float32), np.ones(4, np.float32)
+        x[7, 5] = bad
+        placed = [jax.device_put(x, NamedSharding(mesh, P("x", "y"))), y]
+        assert not np.isfinite(jax.jit(adamw_sum_of_squares)(np.float32(1.0), placed).sum)
+        by_leaf = functools.partial(adamw_sum_of_squares, per_leaf=True)
+        sums = jax.jit(by_leaf)(np.float32(1.0), placed).sum
+        np.testing.assert_array_equal(np.isfinite(sums), [False, True])
+
+
+def padding_has_no_norm() -> None:
+    """Of 7 rows on 4 devices the last has one, and one of 1 row none on three."""
+    mesh = mesh_of()
+    where = NamedSharding(mesh, P("x"))
+    x = np.arange(1.0, 25.0, dtype=np.float32).reshape(8, 3)
+
+    def f(x: jax.Array) -> Any:
+        cut = [jax.lax.with_sharding_constraint(x[:n] + 1, where) for n in (7, 1)]
+        return adamw_sum_of_squares(jnp.float32(1.0), cut)
+
+    compiled = jax.jit(f).lower(jax.device_put(x, where)).compile()
+    assert "f32[2,3]" in compiled.as_text()
+    found = compiled(jax.device_put(x, where))
+    assert found.sum == ((x[:7] + 1) ** 2).sum() + ((x[:1] + 1) ** 2).sum()  # whole numbers
+
+
+def norms_that_no_partitioner_is_asked_for() -> None:
+    """A batch, an exported program, the older partitioner: XLA's own partition of StableHLO."""
+    mesh = mesh_of()
+    x = np.arange(24.0, dtype=np.float32).reshape(8, 3)
+    placed = jax.device_put(x, NamedSharding(mesh, P("x")))
+
+    def f(x: jax.Array) -> jax.Array:
+        return adamw_sum_of_squares(jnp.float32(1.0), [x]).sum
+
+    assert partitioned_norm.TARGET_NAME in jax.jit(f).lower(placed).as_text()
+    assert partitioned_norm.TARGET_NAME not in jax.export.export(jax.jit(f))(placed).mlir_module()
+    np.testing.assert_array_equal(jax.jit(jax.vmap(f))(placed), (x**2).sum(1))
+    jax.config.update("jax_use_shardy_partitioner", False)
+    try:
+        assert jax.jit(f)(placed) == (x**2).sum()
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", True)
+
+
+def gradients_do_not_say_where_states_lie() -> None:
+    """A gradient that XLA cuts, of a param that it does not: nothing but it is gathered."""
+    mesh = mesh_of()
+    whole = NamedSharding(mesh, P())
+    state = jax.device_put([np.ones((64, 8), np.float32)], whole)
+    x = jax.device_put(np.ones((64, 16), np.float32), NamedSharding(mesh, P("x")))
+
+    def step(h: Any, p: Any, x: jax.Array) -> Any:
+        grads = [x @ jnp.ones((16, 8))]  # rows are cut
+        return adamw_update(h, p, grads, p, p)
+
+    text = jax.jit(step, out_shardings=whole).lower(hyper(), state, x).compile().as_text()
+    assert len(re.findall(r" all-gather(?:-start)?\(", text)) == 1, text
+
+
 def lowers_for_an_abstract_mesh() -> None:
     mesh = AbstractMesh((4,), ("x",), (AxisType.Auto,))
     struct = jax.ShapeDtypeStruct((8,), np.float32, sharding=NamedSharding(mesh, P("x")))
@@ -232,6 +328,11 @@ CHECKS = {
         gradients_follow_their_params,
         in_place_where_donated,
         what_cannot_be_partitioned_is_refused,
+        norms_are_one_sum,
+        norms_see_what_is_not_finite,
+        padding_has_no_norm,
+        norms_that_no_partitioner_is_asked_for,
+        gradients_do_not_say_where_states_lie,
         lowers_for_an_abstract_mesh,
     )
 }

@@ -52,6 +52,26 @@ def test_primitive_names_the_operand(changed: Any, fragments: list[str]) -> None
     assert all(fragment in str(caught.value) for fragment in fragments), str(caught.value)
 
 
+THERE = jax.device_put(jnp.ones((2, 3)), jax.memory.Space.Host)
+
+
+@pytest.mark.parametrize(
+    ("changed", "fragments"),
+    [
+        ({"m": [X, THERE]}, ["m[1]", "host memory", "offload=True"]),
+        ({"params": [THERE, X]}, ["params[0]", "host memory", "jax.device_put"]),
+        ({"grads": [X, THERE], "offload": True}, ["grads[1]", "host memory"]),
+        ({"hyper": jax.device_put(jnp.ones((1, NUM_SLOTS)), jax.memory.Space.Host)}, ["hyper"]),
+        ({kind: [THERE, THERE] for kind in ("params", "grads", "m", "v")}, ["params[0]"]),
+    ],
+    ids=lambda x: str(list(x))[:40],
+)
+def test_primitive_names_what_lies_in_host_memory(changed: Any, fragments: list[str]) -> None:
+    with pytest.raises(TypeError) as caught:
+        bind(**changed)
+    assert all(fragment in str(caught.value) for fragment in fragments), str(caught.value)
+
+
 def test_float64_needs_float64_hyper() -> None:
     narrow = jnp.ones((1, NUM_SLOTS), jnp.float32)
     with jax.enable_x64(True):

@@ -20,6 +20,7 @@ from jax.extend.mlir.dialects import func
 from jax.interpreters import ad
 from jax.interpreters import partial_eval as pe
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxlib import xla_client
 import numpy as np
@@ -76,6 +77,34 @@ def test_varying_like() -> None:
     assert product.mat.varying == {"x"}
     constant = jax.typeof(np.ones((), np.float32))  # of no mesh
     assert private.varying_like(constant, [constant, varying]) == product
+
+
+@surface(
+    "ShapedArray.memory_space",
+    "a jax.memory.Space, Host for what a sharding says is in pinned_host",
+    "primitive.py, norms.py",
+    "refusing operands that lie in host memory",
+)
+def test_is_on_host() -> None:
+    there = jax.device_put(np.ones(3), jax.memory.Space.Host)
+    place = NamedSharding(jax.make_mesh((1,), ("x",)), P(), memory_kind="pinned_host")
+    struct = jax.ShapeDtypeStruct((3,), np.float32, sharding=place)
+    seen = []
+    jax.jit(lambda *xs: seen.extend(map(jax.typeof, xs))).trace(there, struct, np.ones(3))
+    assert list(map(private.is_on_host, seen)) == [True, True, False]
+
+
+@surface(
+    "ShapedArray.update",
+    "taking memory_space",
+    "primitive.py",
+    "the types of a state that is offloaded",
+)
+def test_on_host() -> None:
+    one = aval((8, 3), "x")
+    moved = private.on_host(one)
+    assert private.is_on_host(moved)
+    assert moved.update(memory_space=jax.memory.Space.Device) == one
 
 
 @surface(

@@ -6,18 +6,14 @@ results are sharded, and gets the program that each device runs on its shards, w
 same equation on smaller leaves. Each leaf's state and gradient follow whichever of its
 results is cut the smallest; if all are cut alike, nothing is moved.
 
-``jax.experimental.custom_partitioning`` offers the same, but its primitive must stand in
-the jaxpr, where only ours does, and programs that have it cannot be lowered for an
-abstract mesh.
 """
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import functools
 import json
 import math
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 from jax.extend.core import Primitive
@@ -27,21 +23,14 @@ from jax.interpreters import mlir
 import numpy as np
 
 from .. import stablehlo
-from .._jax_private import (
-    HloSharding,
-    partitions_automatically,
-    platforms_of,
-    register_partitioner,
-    uses_shardy,
-)
+from .._jax_private import HloSharding, partitions_automatically, platforms_of, uses_shardy
 from ..contract import UPDATE_NAME, UpdateSpec, aliases, split_leaves, split_operands
 from ..errors import logger
+from . import called_back, placing
+from .called_back import Shardings, factor
 
 TARGET_NAME = "adamw_xla_partitioned_update"
 """The custom call in lowered programs, until XLA partitions them."""
-
-Shardings: TypeAlias = Sequence[Any]
-"""``HloSharding``, one per operand or result; None where it is not known yet."""
 
 
 def refusal(ctx: mlir.LoweringRuleContext, spec: UpdateSpec) -> str | None:
@@ -55,32 +44,34 @@ def refusal(ctx: mlir.LoweringRuleContext, spec: UpdateSpec) -> str | None:
     return None
 
 
+def gradients_beside_state(
+    ctx: mlir.LoweringRuleContext, operands: Sequence[ir.Value], spec: UpdateSpec
+) -> list[ir.Value]:
+    """The operands of an update, each gradient sharded as its first moment is.
+
+    Shardings pass from a gradient to all that is made of it. Where its param and state are cut
+    otherwise, as small leaves are that every device has, three results would be gathered for
+    one gradient.
+    """
+    tied = list(operands)
+    n = spec.num_leaves
+    for grad in range(spec.num_scalars + n, spec.num_scalars + 2 * n):
+        # A value has one sharding, and the gradient is its producer's.
+        tied[grad] = hlo.reshape(operands[grad].type, operands[grad])
+        placing.tie(ctx, tied[grad], operands[grad + n])
+    return tied
+
+
 def lower(
     ctx: mlir.LoweringRuleContext, *operands: ir.Value, spec: UpdateSpec
 ) -> Sequence[ir.Value]:
     """Lowers the whole tree to a call that the partitioner replaces."""
-    _ask_xla_to_call_back()
     (platform,) = platforms_of(ctx)
     config = json.dumps({"platform": platform, **dataclasses.asdict(spec)})
-    call = hlo.CustomCallOp(
-        [_tensor(aval) for aval in ctx.avals_out],
-        list(operands),
-        call_target_name=ir.StringAttr.get(TARGET_NAME),
-        has_side_effect=ir.BoolAttr.get(False),
-        api_version=mlir.i32_attr(2),
-        called_computations=ir.ArrayAttr.get([]),
-        backend_config=ir.StringAttr.get(config),
-        operand_layouts=None,
-        result_layouts=None,
-    )
     rule = _sharding_rule(spec, ctx.avals_in)
-    call.attributes["sdy.sharding_rule"] = ir.Attribute.parse(rule)
+    results = called_back.call(ctx, TARGET_NAME, _partition, operands, rule, config)
     logger.debug("%s: %d leaves, to be partitioned by XLA", UPDATE_NAME, spec.num_leaves)
-    return stablehlo.with_shardings(ctx, list(call.results), ctx.avals_out)
-
-
-def _tensor(aval: Any) -> ir.Type:
-    return ir.RankedTensorType.get(aval.shape, mlir.dtype_to_ir_type(aval.dtype))
+    return stablehlo.with_shardings(ctx, results, ctx.avals_out)
 
 
 def _sharding_rule(spec: UpdateSpec, avals: Sequence[Any]) -> str:
@@ -90,31 +81,21 @@ def _sharding_rule(spec: UpdateSpec, avals: Sequence[Any]) -> str:
     def factors(aval: Any) -> str:
         first = len(sizes)
         sizes.extend(aval.shape)
-        return f"[{', '.join(_factor(k) for k in range(first, len(sizes)))}]"
+        return f"[{', '.join(factor(k) for k in range(first, len(sizes)))}]"
 
     scalars = [factors(aval) for aval in avals[: spec.num_scalars]]
-    whole = ", ".join(_factor(k) for k in range(len(sizes)))
+    whole = ", ".join(factor(k) for k in range(len(sizes)))
     leaves = [factors(row[0]) for row in split_operands(spec, avals).leaves]
     operands = ", ".join([*scalars, *leaves * len(spec.operand_kinds)])
     results = ", ".join(leaves * len(spec.result_kinds))
-    extents = ", ".join(f"{_factor(k)}={size}" for k, size in enumerate(sizes))
+    extents = ", ".join(f"{factor(k)}={size}" for k, size in enumerate(sizes))
     return (
         f"#sdy.op_sharding_rule<({operands})->({results}) {{{extents}}} "
         f"need_replication={{{whole}}}>"
     )
 
 
-def _factor(index: int) -> str:
-    """By the dialect's grammar: i, j, ... z, z_1, z_2, ..."""
-    return chr(ord("i") + index) if index < 18 else f"z_{index - 17}"
-
-
-# ------------------------------------------------------------------- XLA's callbacks
-
-
-@functools.cache
-def _ask_xla_to_call_back() -> None:
-    register_partitioner(TARGET_NAME, _partition)
+# ------------------------------------------------------------------- XLA's callback
 
 
 def _decode(config: bytes) -> tuple[UpdateSpec, str]:
@@ -145,24 +126,15 @@ def _partition(
 
 
 def _program(spec: UpdateSpec, platform: str, operands: Sequence[Any]) -> bytes:
-    """The equation on these operands and one device, as MLIR bytecode.
+    """The equation on these operands and one device, as MLIR bytecode."""
 
-    XLA calls back on the thread of whoever compiles (up to jax 0.10 on one of its own), whose
-    mesh and precision are those of the whole program, and who may be tracing another. A
-    new thread has none of these.
-    """
-    with ThreadPoolExecutor(1) as alone:
-        return alone.submit(_lowered, spec, platform, operands).result()
-
-
-def _lowered(spec: UpdateSpec, platform: str, operands: Sequence[Any]) -> bytes:
-    with jax.enable_x64(True):  # dtypes are as given
+    def traced() -> Any:
         bind = functools.partial(_bind, spec=spec)
         written = tuple(aliases(spec, operands, jax.eval_shape(bind, *operands)))
         # It is put into the whole program, which knows whose arrays these are.
-        traced = jax.jit(bind, donate_argnums=written).trace(*operands)
-        module = traced.lower(lowering_platforms=(platform,)).compiler_ir("stablehlo")
-    return mlir.module_to_bytecode(module)
+        return jax.jit(bind, donate_argnums=written).trace(*operands)
+
+    return called_back.program(traced, platform)
 
 
 _primitives: list[Primitive] = []

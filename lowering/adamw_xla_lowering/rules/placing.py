@@ -56,13 +56,18 @@ def _lower_apart(ctx: mlir.LoweringRuleContext, x: ir.Value) -> Sequence[ir.Valu
 
 
 def _lower_alike(ctx: mlir.LoweringRuleContext, x: ir.Value, like: ir.Value) -> Sequence[ir.Value]:
+    tie(ctx, x, like)
+    return [x]
+
+
+def tie(ctx: mlir.LoweringRuleContext, *values: ir.Value) -> None:
+    """Has Shardy shard values of one shape alike."""
     if uses_shardy():
         module, _ = functions_of(ctx)
         # Numbered anew in each module: the same program is the same text, and cached as such.
         group = next(_groups.setdefault(module, itertools.count(_FIRST_GROUP)))
-        for value in (x, like):
+        for value in values:
             sdy.ShardingGroupOp(value, group)
-    return [x]
 
 
 # ------------------------------------------------------------------------ registration

@@ -1,0 +1,72 @@
+"""Explicit axes: gradients and state lie as their params do, or are made to where it is free."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from adamw_xla._check.leaves import sharded_like, summed
+from adamw_xla._check.words import Words
+
+_GRADS = (
+    "jax.tree.map(lambda g, p: jax.sharding.reshard(g, jax.typeof(p).sharding), grads, params) "
+    "moves them"
+)
+_STATE = (
+    "jax.device_put({0}, adamw_xla.sharding.state_shardings(params, config)), outside of jit, "
+    "moves it"
+)
+
+
+def grads_like_params(
+    params_tree: Any, leaves: Sequence[Any], grads: Sequence[Any], live: Collection[int]
+) -> list[Any]:
+    """The gradients, sharded as their params are.
+
+    A gradient that is cut no smaller than its param is cut further, which moves nothing: XLA
+    would do the same in the update.
+
+    Raises:
+      ValueError: another would have to be moved between devices; names it.
+    """
+    aligned = list(grads)
+    for i in live:
+        g, p = grads[i], leaves[i]
+        summed("grads", params_tree, i, g)
+        if _cuts_further(_spec(p), _spec(g)):
+            aligned[i] = jax.sharding.reshard(g, jax.typeof(p).sharding)  # type: ignore[no-untyped-call]
+        else:
+            sharded_like("grads", params_tree, i, g, p, _GRADS)
+    return aligned
+
+
+def check_state(
+    params_tree: Any,
+    leaves: Sequence[Any],
+    columns: Mapping[str, Sequence[Any]],
+    live: Collection[int],
+    words: Words,
+) -> None:
+    """Refuses a state that is not sharded as its params are.
+
+    Raises:
+      ValueError: names the leaf.
+    """
+    advice = _STATE.format(words.state)
+    if words.placed:
+        advice = f"{words.placed} takes it as it is; or {advice}"
+    for field, column in columns.items():
+        for i in live:
+            argument = words.of_state(field)
+            sharded_like(argument, params_tree, i, column[i], leaves[i], advice)
+
+
+def _spec(x: Any) -> tuple[tuple[Any, ...], ...]:
+    """For each dimension the axes that cut it, major first."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return tuple(e if isinstance(e, tuple) else () if e is None else (e,) for e in spec)
+
+
+def _cuts_further(finer: Any, coarser: Any) -> bool:
+    """Whether the first cuts each piece of the second, and not across its edges."""
+    return finer != coarser and all(a[: len(b)] == b for a, b in zip(finer, coarser, strict=True))

@@ -1,0 +1,158 @@
+"""A state that lies in host memory: a few leaves at a time are on the device.
+
+The equation is still one. It is lowered to equations of runs of leaves, between copies of
+their state to the device and back; which of the copies run beside which updates is XLA's
+choice. XLA:GPU chooses well. XLA:TPU copies all that it can before the first update, until
+the whole state is on the device, whatever stands between (it forgets optimization barriers
+before it orders operations). So there each run is the body of a loop of one round, which
+XLA enters when the one before is done: copies overlap inside of a run.
+"""
+
+from collections.abc import Iterator, Sequence
+import dataclasses
+import functools
+import math
+from typing import Any, TypeAlias
+
+import jax
+from jax.extend.core import Primitive
+from jax.extend.mlir import ir
+from jax.interpreters import mlir
+import jax.numpy as jnp
+import numpy as np
+
+from .._jax_private import platforms_of, varying_axes
+from ..contract import (
+    NUM_BESIDE_STATE,
+    UpdateSpec,
+    compute_dtype,
+    join_leaves,
+    split_leaves,
+    split_operands,
+)
+
+Row: TypeAlias = tuple[jax.Array, ...]
+"""What belongs to one leaf."""
+
+MIN_RUN_BYTES = 16 << 20
+"""Smaller leaves travel together: a copy has to pay for its start."""
+
+
+def lower(
+    ctx: mlir.LoweringRuleContext, *operands: ir.Value, spec: UpdateSpec
+) -> Sequence[ir.Value]:
+    """Lowers the whole tree, run after run."""
+    in_turn = platforms_of(ctx) == ("tpu",)
+    function = functools.partial(_streamed, spec=spec, in_turn=in_turn)
+    results: Sequence[ir.Value] = mlir.lower_fun(function, True)(ctx, *operands)
+    return results
+
+
+def _streamed(*operands: jax.Array, spec: UpdateSpec, in_turn: bool) -> list[jax.Array]:
+    leaves = split_operands(spec, operands).leaves
+    sizes = [sum(map(_bytes, row[NUM_BESIDE_STATE:])) for row in leaves]
+    # The largest leaf passes whole. In loops, where each run waits for the one before, as
+    # much goes along with every other.
+    bound = max(*sizes, MIN_RUN_BYTES) if in_turn else MIN_RUN_BYTES
+    runs = list(_runs(sizes, bound))
+    if not in_turn or len(runs) == 1:
+        rows = [row for run in runs for row in _updated(operands, spec, run)]
+        return join_leaves(rows)
+    # What XLA does not know to be 0: it would dissolve a loop whose rounds it can count.
+    turn = jax.lax.optimization_barrier(jnp.zeros(2, np.int32))[0]
+    rows = []
+    for number, run in enumerate(runs):
+        turn, new = _in_turn(turn, number, operands, spec, run)
+        rows += new
+    return join_leaves(rows)
+
+
+def _bytes(x: jax.Array) -> int:
+    return math.prod(x.shape) * int(x.dtype.itemsize)
+
+
+def _runs(sizes: Sequence[int], bound: int) -> Iterator[list[int]]:
+    """Neighbours in the tree, of at most ``bound`` bytes together where one is not more."""
+    run: list[int] = []
+    filled = 0
+    for leaf, size in enumerate(sizes):
+        if run and filled + size > bound:
+            yield run
+            run, filled = [], 0
+        run.append(leaf)
+        filled += size
+    yield run
+
+
+def _in_turn(
+    turn: jax.Array, number: int, operands: Sequence[jax.Array], spec: UpdateSpec, run: list[int]
+) -> tuple[jax.Array, list[Row]]:
+    """The run's results, made in place once ``turn`` is its number; and the next turn."""
+    places = _places(spec)
+
+    def update(carry: tuple[jax.Array, list[Row]]) -> tuple[jax.Array, list[Row]]:
+        given = list(operands)
+        for leaf, row in zip(run, carry[1], strict=True):
+            for place, x in list(zip(places, row, strict=True))[spec.delta :]:
+                given[place + leaf] = x
+        return carry[0] + 1, _updated(given, spec, run)
+
+    rows = []
+    for leaf in run:
+        first, *state = (operands[place + leaf] for place in places)
+        if spec.delta:
+            first = jnp.zeros_like(first, compute_dtype(operands[spec.num_scalars + leaf].dtype))
+        rows.append((first, *map(_to_host, state)))
+    after: Any = jax.eval_shape(update, (turn, rows))
+    carry = jax.tree.map(_varying, (turn, rows), after)
+    made: tuple[jax.Array, list[Row]] = jax.lax.while_loop(
+        lambda carry: carry[0] == number, update, carry
+    )
+    return made
+
+
+def _places(spec: UpdateSpec) -> list[int]:
+    """For each result of leaf 0 the operand that it replaces."""
+    kinds = [spec.operand_kinds.index(kind) for kind in spec.replaced_kinds]
+    return [spec.num_scalars + kind * spec.num_leaves for kind in kinds]
+
+
+def _varying(x: jax.Array, after: Any) -> jax.Array:
+    """In ``shard_map``, what a loop carries varies from the first round on."""
+    missing = tuple(varying_axes(after) - varying_axes(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def _updated(operands: Sequence[jax.Array], spec: UpdateSpec, run: list[int]) -> list[Row]:
+    """The results for the leaves of a run."""
+    values = split_operands(spec, operands)
+    own = dataclasses.replace(spec.of_leaves(run), offload=False)
+    here = [[_to_device(x) for x in values.leaves[i][NUM_BESIDE_STATE:]] for i in run]
+    # Leaves that read the same numbers would be merged to one kernel, and wait for each other.
+    hyper, here = jax.lax.optimization_barrier((values.hyper, here))
+    scalars = [hyper]
+    if values.leaf_scale is not None:
+        bounds = (run[0], run[-1] + 1)
+        scalars.append(jax.lax.slice_in_dim(values.leaf_scale, *bounds, axis=spec.batch_rank))
+    rows = [
+        (*values.leaves[i][:NUM_BESIDE_STATE], *state) for i, state in zip(run, here, strict=True)
+    ]
+    (primitive,) = _primitives
+    results = split_leaves(primitive.bind(*scalars, *join_leaves(rows), spec=own), len(run))
+    return [(first, *map(_to_host, state)) for first, *state in results]
+
+
+def _to_device(x: jax.Array) -> jax.Array:
+    return jax.device_put(x, jax.memory.Space.Device)
+
+
+def _to_host(x: jax.Array) -> jax.Array:
+    return jax.device_put(x, jax.memory.Space.Host)
+
+
+_primitives: list[Primitive] = []
+
+
+def register(primitive: Primitive) -> None:
+    """Says whose equation each run is."""
+    _primitives.append(primitive)

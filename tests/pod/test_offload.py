@@ -1,0 +1,284 @@
+"""A state in host memory: the same numbers, the same places, and where the bytes are.
+
+On CPUs "pinned_host" is a name alone, so what is in whose memory is asked of the compilers of a
+TPU pod and a GPU that are not there. Run one by hand: ``PYTHONPATH=tests/helpers
+XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/pod/test_offload.py NAME``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from comparing import ATOL, RTOL, close, same
+from cpu_oracle import require_native
+from eight_devices import main, report
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+import shapes
+
+import adamw_xla as ax
+from adamw_xla_lowering import NUM_SLOTS, adamw_update
+from adamw_xla_lowering.rules import streamed
+
+HOST = jax.memory.Space.Host
+SHAPES = {"w": (16, 8), "u": (24, 16), "b": (8,), "s": ()}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "global": {"global_clipnorm": 0.1, "skip_nonfinite": True},
+    "leaf": {"clipnorm": 0.1, "amsgrad": True, "use_ema": True},
+    "mask": {"weight_decay_mask": lambda params: {k: x.ndim > 1 for k, x in params.items()}},
+}
+
+
+def tree(seed: int) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    return {k: rng.standard_normal(s).astype(np.float32) for k, s in SHAPES.items()}
+
+
+def placed(kind: AxisType) -> tuple[Any, dict[str, Any]]:
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(kind,))
+    specs = {k: P("x") if s and s[0] % 8 == 0 else P() for k, s in SHAPES.items()}
+    return mesh, {k: NamedSharding(mesh, spec) for k, spec in specs.items()}
+
+
+# ------------------------------------------------------------------------------ on eight devices
+
+
+def as_on_the_device() -> None:
+    """Under each option, with automatic and with explicit axes, three donated steps.
+
+    XLA:CPU rounds the product and the sum of a multiply-add once or twice, as its loops fall.
+    """
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh, shardings = placed(kind)
+        for options in OPTIONS.values():
+            with jax.set_mesh(mesh):
+                found = [trained(ax.AdamW(**options), shardings, x) for x in (False, True)]
+            close(*found, rtol=3 * RTOL, atol=3 * ATOL)
+
+
+def same_bits_by_the_kernel() -> None:
+    """On one device, where the arithmetic is the CPU kernel's and nobody contracts it."""
+    require_native()
+    here = dict.fromkeys(SHAPES, SingleDeviceSharding(jax.devices()[0]))
+    for options in OPTIONS.values():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(streamed, "MIN_RUN_BYTES", 1)  # each leaf by itself
+            same(*(trained(ax.AdamW(**options), here, x, "native") for x in (False, True)))
+
+
+def trained(config: ax.AdamW, shardings: Any, offload: bool, implementation: Any = None) -> Any:
+    params = jax.device_put(tree(0), shardings)
+    kind = "pinned_host" if offload else None
+    places = ax.sharding.state_shardings(shardings, config, memory_kind=kind)
+    state = jax.device_put(ax.adamw_init(params, config), places)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 2))
+    def step(params: Any, grads: Any, state: Any) -> Any:
+        return ax.adamw_step(
+            params, grads, state, config, offload=offload, implementation=implementation
+        )
+
+    for seed in (1, 2, 3):
+        params, state = step(params, jax.device_put(tree(seed), shardings), state)
+    lies = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, places)
+    assert all(jax.tree.leaves(lies))
+    for x in jax.tree.leaves((state.m, state.v)):
+        assert x.sharding.memory_kind == (kind or "device")
+    return params, state
+
+
+def zero1_is_streamed_too() -> None:
+    mesh, _ = placed(AxisType.Auto)
+    params = jax.device_put(tree(0), NamedSharding(mesh, P()))
+    config = ax.AdamW(global_clipnorm=0.1)
+    cut = ax.sharding.zero1(mesh, "x", params, min_size=1, strict=False)
+    found = []
+    for kind in (None, "pinned_host"):
+        places = ax.sharding.state_shardings(cut, config, memory_kind=kind)
+        state = jax.device_put(ax.adamw_init(params, config), places)
+        step = jax.jit(
+            functools.partial(
+                ax.adamw_step, config=config, state_shardings=places, offload=kind is not None
+            )
+        )
+        found.append(step(params, jax.device_put(tree(1), NamedSharding(mesh, P())), state))
+        assert found[-1][1].m["u"].sharding == places.m["u"]
+    close(*found)
+
+
+def one_equation_for_the_tree() -> None:
+    params = jax.device_put(tree(0))
+    config = ax.AdamW()
+    state = jax.device_put(ax.adamw_init(params, config), HOST)
+    step = functools.partial(ax.adamw_step, config=config, offload=True)
+    assert str(jax.make_jaxpr(step)(params, params, state)).count("adamw_update[") == 1
+
+
+def in_turn_is_the_same() -> None:
+    """The loops that a TPU runs, here: bits, and what varies over which axes of ``shard_map``."""
+    state: dict[str, Any] = {
+        kind: [np.abs(x) for x in tree(k).values()]
+        for k, kind in enumerate(("params", "grads", "m", "v"))
+    }
+    state["leaf_scale"] = np.linspace(0.5, 1.0, len(SHAPES), dtype=np.float32)
+    hyper = np.linspace(0.1, 0.9, NUM_SLOTS, dtype=np.float32)[None]
+    plain = jax.jit(adamw_update)(hyper, **state)
+    lower = streamed.lower
+
+    def looped(ctx: Any, *operands: Any, spec: Any) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(streamed, "platforms_of", lambda ctx: ("tpu",))
+            patch.setattr(streamed, "MIN_RUN_BYTES", 1)
+            return lower(ctx, *operands, spec=spec)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streamed, "lower", looped)
+        update = functools.partial(adamw_update, offload=True)
+        text = jax.jit(update).lower(hyper, **state).as_text()
+        assert text.count("stablehlo.while") == 3  # "w" and "u", which is the largest, and the rest
+        got = jax.jit(update)(hyper, **state)
+        mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+        varying = jax.shard_map(
+            lambda h, s: update(h * (1 + 0 * jax.lax.axis_index("x")), **s).params[0][None],
+            mesh=mesh, in_specs=(P(), P()), out_specs=P("x"),
+        )  # fmt: skip
+        many = jax.jit(varying)(hyper, state)
+    close(plain, got)
+    np.testing.assert_allclose(many, np.stack([plain.params[0]] * 8), rtol=1e-6)
+
+
+def what_lies_elsewhere_is_refused() -> None:
+    params = jax.tree.map(jnp.asarray, tree(0))
+    config = ax.AdamW()
+    state = ax.adamw_init(params, config)
+    there = jax.device_put(state, HOST)
+    summing = dataclasses.replace(config, gradient_accumulation_steps=2)
+    cases: list[tuple[Any, Any, Any, dict[str, Any], list[str]]] = [
+        (params, params, there, {},
+         ["state.m['b']", "host memory", "offload=True", "jax.memory.Space.Device"]),
+        (params, params, dataclasses.replace(state, count=there.count), {}, ["state.count"]),
+        (params, params, dataclasses.replace(state, v=there.v), {}, ["state.v['b']"]),
+        (jax.device_put(params, HOST), params, state, {}, ["params['b']", "Space.Device"]),
+        (params, jax.device_put(params, HOST), there, {"offload": True}, ["grads['b']"]),
+        (params, params, state, {"offload": True},
+         ["state.m['b']", "device memory", "pinned_host"]),
+        (params, params, there, {"offload": "pinned_host"}, ["offload", "True or False"]),
+        (params, params, ax.adamw_init(params, summing), {"offload": True, "config": summing},
+         ["gradient_accumulation_steps", "lax.scan"]),
+    ]  # fmt: skip
+    for p, g, s, options, fragments in cases:
+        with pytest.raises((TypeError, ValueError)) as caught:
+            jax.jit(functools.partial(ax.adamw_step, **{"config": config} | options))(p, g, s)
+        text = str(caught.value)
+        assert all(fragment in text for fragment in fragments), text
+
+
+# ------------------------------------------------------------------------ whose memory it is
+
+
+def checked(name: str) -> Any:
+    """The target; skips without its compiler."""
+    from inspection import aot
+
+    found = aot.TARGETS[name]
+    try:
+        aot.check(found)
+    except aot.UnavailableError as error:
+        if os.environ.get("ADAMW_XLA_REQUIRE_COMPILERS"):
+            raise
+        pytest.skip(str(error))
+    aot.prepare()
+    return found
+
+
+MODEL = {name: math.prod(shape) * 4 for name, shape in shapes.llama_1b().items()}
+LARGEST, STATE = 2 * max(MODEL.values()), 2 * sum(MODEL.values())
+"""Bytes of m and v: of the largest leaf, and of all."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fsdp", "zero1"])
+def test_memory_of_a_pod(how: str) -> None:
+    """Llama 3.2 1B on 64 chips: what each of them holds of the state, and where."""
+    checked("v5e")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:8x8").devices
+    mesh = Mesh(np.array(devices), ("x",))
+    whole = {
+        k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
+        for k, x in shapes.structs(shapes.llama_1b()).items()
+    }
+    config = ax.AdamW(global_clipnorm=1.0)
+    cut = ax.sharding.zero1(mesh, "x", whole)
+    params = whole
+    if how == "fsdp":
+        params = {k: x.update(sharding=cut[k]) for k, x in whole.items()}
+    places = ax.sharding.state_shardings(cut, config, memory_kind="pinned_host")
+    state = ax.sharding.abstract_state(params, config, state_shardings=places)
+    step = functools.partial(ax.adamw_step, config=config, offload=True)
+    if how == "zero1":
+        step = functools.partial(step, state_shardings=places)
+    jitted = jax.jit(step, donate_argnums=(0, 2))
+    compiled = jitted.trace(params, params, state).lower(lowering_platforms=("tpu",)).compile()
+    memory = compiled.memory_analysis()
+    for there in (memory.host_argument_size_in_bytes, memory.host_alias_size_in_bytes):
+        assert abs(there / (STATE / 64) - 1) < 0.05
+    beside = memory.argument_size_in_bytes / (2 * sum(MODEL.values()))  # params and gradients
+    assert abs(beside * (64 if how == "fsdp" else 1) - 1) < 0.05
+    if how == "fsdp":  # the largest leaf's old and new m and v
+        assert memory.temp_size_in_bytes <= 2.25 * LARGEST / 64
+
+
+@pytest.mark.slow
+def test_memory_of_a_gpu() -> None:
+    """The same on one H100, which holds two leaves at a time while their copies overlap."""
+    from inspection import aot
+
+    device = aot.device(checked("h100"))
+    here, there = (SingleDeviceSharding(device, memory_kind=kind) for kind in (None, "pinned_host"))
+    structs = list(shapes.structs(shapes.llama_1b()).values())
+    hyper = jax.ShapeDtypeStruct((1, NUM_SLOTS), np.float32, sharding=here)
+    params, state = (
+        [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for x in structs]
+        for where in (here, there)
+    )
+    # JAX cannot describe a GPU's memories ahead of time, so the types say nothing of them.
+    update = functools.partial(adamw_update, offload=True)
+    traced = jax.jit(update, donate_argnums=(1, 3, 4)).trace(hyper, params, params, state, state)
+    memory = traced.lower(lowering_platforms=("cuda",)).compile().memory_analysis()
+    assert memory.host_argument_size_in_bytes == memory.host_alias_size_in_bytes == STATE
+    assert memory.temp_size_in_bytes <= 2.01 * LARGEST
+
+
+CHECKS = {
+    f.__name__: f
+    for f in (
+        as_on_the_device,
+        same_bits_by_the_kernel,
+        zero1_is_streamed_too,
+        one_equation_for_the_tree,
+        in_turn_is_the_same,
+        what_lies_elsewhere_is_refused,
+    )
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_eight_devices(check: str) -> None:
+    printed = report(Path(__file__))
+    assert f"passed {check}\n" in printed, printed
+
+
+if __name__ == "__main__":
+    main(CHECKS)
