@@ -6,7 +6,6 @@ from adamw_xla import reference as reference
 from adamw_xla import sharding as sharding
 from adamw_xla._adapt import adapt_state as adapt_state
 from adamw_xla._config import AdamW as AdamW
-from adamw_xla._processes import check_same_config as check_same_config
 from adamw_xla._state import AdamWState as AdamWState
 from adamw_xla._state import adamw_init as adamw_init
 from adamw_xla._step import adamw_finalize as adamw_finalize

@@ -13,6 +13,14 @@ from adamw_xla._check import calls, restored, trees
 from adamw_xla._check.leaves import float_leaf, path
 from adamw_xla._check.words import NATIVE, misplaced, not_a_state
 from adamw_xla._config import AdamW, check_config
+from adamw_xla._placement import (
+    fixed_places,
+    moved_beside,
+    of_scalars,
+    placed_at,
+    scalar_zero,
+    zeros_like,
+)
 from adamw_xla._state import COLUMNS, COUNTERS, AdamWState, optional_fields
 
 _ADAPT = dataclasses.replace(NATIVE, call="adapt_state(state, params, config)")
@@ -143,7 +151,7 @@ class _Leaf:
         begins: dict[str, Callable[[], jax.Array]] = {
             "v_max": lambda: _copy(v, v),
             "ema": lambda: _copy(self.param, v),
-            "accumulated": lambda: _beside(v, jnp.zeros_like(v)),
+            "accumulated": lambda: zeros_like([v], [v.dtype])[0],
         }
         used = _used(self.config)
         new = {x: begin() for x, begin in begins.items() if used[x] and x not in kept}
@@ -157,28 +165,22 @@ class _Leaf:
 
 def _copy(x: Any, like: Any) -> jax.Array:
     """A copy with the dtype and sharding of ``like``: it may be donated beside what it is of."""
-    return jnp.array(_beside(like, x), like.dtype, copy=True)
-
-
-def _beside(like: Any, x: Any) -> Any:
-    """``x`` with the sharding of ``like``, where that has one."""
-    if isinstance(like, jax.core.Tracer) or not isinstance(like, jax.Array):
-        return x
-    return jax.device_put(x, like.sharding)
+    return jnp.array(moved_beside(x, like), like.dtype, copy=True)
 
 
 def _counters(old: Mapping[str, Any], used: Mapping[str, bool]) -> dict[str, Any]:
     """The counters; a checkpoint may have returned them as numbers."""
     count = old["count"]
     if type(count) is int:
-        count = jnp.int32(count)
+        place = of_scalars(fixed_places(jax.tree.leaves(old["m"])))
+        count = scalar_zero(place) + count
     trees.counter(_ADAPT.of_state("count"), count)
     found = {"count": count}
     for name in COUNTERS[1:]:
         if used[name]:
             value = old[name]
             if value is None or type(value) is int:
-                value = _beside(count, jnp.int32(value or 0))
+                value = scalar_zero(placed_at(count)) + (value or 0)
             trees.counter(_ADAPT.of_state(name), value)
             found[name] = value
     return found

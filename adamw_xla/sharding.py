@@ -3,7 +3,7 @@
 The state takes the shardings of its params, so data parallelism, FSDP and tensor parallelism need
 nothing of this. It is for states that are not there yet (``abstract_state``), for jitted functions
 that name the shardings of their arguments (``state_shardings``), and for a state that is cut
-smaller than its params (``zero1``).
+smaller than its params (``zero1``). ``check_same_config`` is for several processes.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from adamw_xla._check import calls, places, trees
 from adamw_xla._check.words import misplaced
 from adamw_xla._config import AdamW, check_config
 from adamw_xla._inside.placed import columns_of
+from adamw_xla._inside.processes import check_same_config as check_same_config
 from adamw_xla._placement import fixed_places, of_scalars, placed_at
 from adamw_xla._state import AdamWState, adamw_init, built
 
