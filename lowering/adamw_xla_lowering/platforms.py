@@ -25,12 +25,14 @@ Lowering = Callable[..., Any]
 class Platform:
     """How the two primitives are lowered: ``(ctx, *operands, spec) -> results``.
 
-    ``calls_back`` says whether XLA's partitioner asks there what a call is to become.
+    ``calls_back`` says whether XLA's partitioner asks there what a call is to become, and
+    ``fetches_all`` whether XLA, where it may, fetches all of what lies in host memory at once.
     """
 
     update: Lowering
     norm: Lowering
     calls_back: bool = False
+    fetches_all: bool = False
 
 
 def _no_kernel(lower: Lowering, ctx: Any, *operands: Any, spec: UpdateSpec) -> Any:
@@ -42,10 +44,12 @@ def _no_kernel(lower: Lowering, ctx: Any, *operands: Any, spec: UpdateSpec) -> A
 _by_leaf = functools.partial(_no_kernel, stablehlo.lower)
 
 PLATFORMS: dict[str | None, Platform] = {
-    "cpu": Platform(cpu.lower, norm_stablehlo.lower_in_turn, True),
-    "cuda": Platform(cuda.lower, gpu_norm.lower, True),
-    "rocm": Platform(functools.partial(_no_kernel, merge.lower), gpu_norm.lower_merged, True),
-    "tpu": Platform(_by_leaf, norm_stablehlo.lower_added),
+    "cpu": Platform(cpu.lower, norm_stablehlo.lower_in_turn, calls_back=True),
+    "cuda": Platform(cuda.lower, gpu_norm.lower, calls_back=True),
+    "rocm": Platform(
+        functools.partial(_no_kernel, merge.lower), gpu_norm.lower_merged, calls_back=True
+    ),
+    "tpu": Platform(_by_leaf, norm_stablehlo.lower_added, fetches_all=True),
     None: Platform(_by_leaf, norm_stablehlo.lower_by_leaf),  # whatever comes
 }
 
@@ -55,7 +59,8 @@ def _lower(ctx: mlir.LoweringRuleContext, *operands: Any, spec: UpdateSpec) -> A
     if spec.implementation is None:
         spec = dataclasses.replace(spec, implementation=default_implementation())
     if spec.offload:
-        return streamed.lower(ctx, *operands, spec=spec)
+        in_turn = _platform(ctx).fetches_all
+        return streamed.lower(ctx, *operands, spec=spec, in_turn=in_turn)
     if partitions_automatically(ctx) and spec.batch_rank == 0:
         operands = (*partitioned.gradients_beside_state(ctx, operands, spec),)
     return _platform(ctx).update(ctx, *operands, spec=spec)

@@ -41,6 +41,7 @@ def test_without_jit(options: dict[str, Any]) -> None:
 
 
 def test_eager_accumulation_compiles_nothing_anew(caplog: pytest.LogCaptureFixture) -> None:
+    jax.clear_caches()  # of what other tests have compiled
     config = ax.AdamW(gradient_accumulation_steps=2)
     params, grads, state = problem(config)
     calls = []

@@ -21,7 +21,7 @@ from jax.interpreters import mlir
 import jax.numpy as jnp
 import numpy as np
 
-from .._jax_private import platforms_of, varying_axes
+from .._jax_private import varying_axes
 from ..contract import (
     NUM_BESIDE_STATE,
     UpdateSpec,
@@ -39,10 +39,9 @@ MIN_RUN_BYTES = 16 << 20
 
 
 def lower(
-    ctx: mlir.LoweringRuleContext, *operands: ir.Value, spec: UpdateSpec
+    ctx: mlir.LoweringRuleContext, *operands: ir.Value, spec: UpdateSpec, in_turn: bool
 ) -> Sequence[ir.Value]:
-    """Lowers the whole tree, run after run."""
-    in_turn = platforms_of(ctx) == ("tpu",)
+    """Lowers the whole tree, run after run; ``in_turn`` each waits for the one before."""
     function = functools.partial(_streamed, spec=spec, in_turn=in_turn)
     results: Sequence[ir.Value] = mlir.lower_fun(function, True)(ctx, *operands)
     return results
