@@ -30,7 +30,7 @@ SPECS = {
 SETS = {(8,): 1, (4, 2): 3}
 """How many sets of axes, one axis at least, the leaves lie over."""
 
-STEPS = 20
+STEPS = 50
 RATE = 0.01
 
 OPTIONS: dict[str, dict[str, Any]] = {
