@@ -58,6 +58,8 @@ def by_names(params_tree: Any, tree: Any) -> list[Any] | None:
 
 
 def _names(path: Any) -> tuple[str, ...]:
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]  # Flax' variables hold a leaf each, and its optimizer takes them off
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 

@@ -7,9 +7,9 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from adamw_xla._check import calls, options, restored
-from adamw_xla._check.leaves import path, structure
-from adamw_xla._check.trees import by_names, is_known_bool
+from adamw_xla._check import calls, options, places, restored
+from adamw_xla._check.leaves import kind, path, structure
+from adamw_xla._check.trees import by_names, is_known_bool, of_each_leaf
 from adamw_xla._check.words import Words, is_state, misplaced, not_a_state
 from adamw_xla_lowering import check_implementation
 
@@ -39,6 +39,7 @@ WORDS = Words(
     adapt="adamw_xla.optax.from_optax_state(opt_state, init(params))",
     fields={"m": "mu", "v": "nu", "v_max": "nu_max"},
 )
+PLACES = "state_shardings"
 CLIP = dataclasses.replace(WORDS, options="clip_by_global_norm")
 INIT = dataclasses.replace(WORDS, call="init(params)")
 LACKING = {
@@ -61,6 +62,7 @@ def arguments(
     mask: Any,
     updates_like_grads: Any,
     implementation: Any,
+    state_shardings: Any,
 ) -> None:
     """Checks what ``adamw_xla.optax`` has names of its own for."""
     numbers = (learning_rate, b1, b2, eps, eps_root, weight_decay)
@@ -72,6 +74,35 @@ def arguments(
     )
     options.flag("updates_like_grads", updates_like_grads)
     check_implementation(implementation)
+    if state_shardings is not None:
+        _shardings(state_shardings)
+
+
+def _shardings(tree: Any) -> None:
+    if is_state(tree) or (type(tree) is tuple and any(map(is_state, tree))):
+        raise TypeError(
+            f"{PLACES}: must be a tree of jax.sharding.Sharding like the params, got "
+            f"{kind(tree)}; give what adamw_xla.sharding.zero1(mesh, axis, params) returns, and "
+            "init makes the state's of it."
+        )
+    places.of_tree(PLACES, tree, jax.tree.leaves(tree))
+
+
+def shardings_like(params: Any, shardings: Any) -> Any:
+    """For each param where its state lies, in the params' own containers.
+
+    Flax' NNX gives ``init`` its variables and ``update`` what they hold, and wrappers of optax
+    leave params out.
+    """
+    try:
+        found = of_each_leaf(PLACES, params, shardings)
+    except ValueError:
+        by_name = by_names(params, shardings)
+        if by_name is None:
+            raise
+        found = by_name
+    treedef: Any = jax.tree.structure(params)
+    return treedef.unflatten(found)
 
 
 def _mask(mask: Any, is_injected: bool) -> None:

@@ -112,7 +112,8 @@ def adamw(
         kernel that returns updates: XLA makes the update and the sum in one loop, and
         "native" is an error.
       state_shardings: where the state lies, if not beside its params: a tree of
-        ``jax.sharding.Sharding`` like the params, as ``adamw_xla.sharding.zero1`` returns.
+        ``jax.sharding.Sharding`` like the params, as ``adamw_xla.sharding.zero1`` returns, or a
+        prefix of it.
         ``init`` puts it there, and the updates come back where the params lie.
 
     Returns:
@@ -145,6 +146,7 @@ def adamw(
         mask=mask,
         updates_like_grads=updates_like_grads,
         implementation=implementation,
+        state_shardings=state_shardings,
     )
     config = AdamW(
         learning_rate=learning_rate,
@@ -173,7 +175,7 @@ def adamw(
         None if mu_dtype is None else options.state_dtype(mu_dtype, "mu_dtype"),
         updates_like_grads,
         implementation,
-        None if state_shardings is None else of_tree("state_shardings", state_shardings, config),
+        state_shardings,
     )
     return optax.GradientTransformationExtraArgs(transform.init, transform.update)
 
@@ -188,19 +190,27 @@ class _Transform:
     mu_dtype: DTypeLike | None
     updates_like_grads: bool
     implementation: Implementation | None
-    state_shardings: AdamWState | None
+    state_shardings: Any
 
     @calls.explained("init", aliases={}, is_method=True)
     def init(self, params: Any) -> AdamWOptState:
         """The state before the first update."""
         misplaced(_check.INIT, params=params)
-        if self.state_shardings is None:
+        places = self._places(params)
+        if places is None:
             return self._made(params)
-        columns_of(self.state_shardings, params, jax.tree.structure(params), self.config)
-        there = AdamWOptState.of(self.state_shardings)
+        columns_of(places, params, jax.tree.structure(params), self.config)
+        there = AdamWOptState.of(places)
         if any(isinstance(p, jax.core.Tracer) for p in jax.tree.leaves(params)):
             return jax.tree.map(moved_to, self._made(params), there)
         return jax.jit(self._made, out_shardings=there)(params)  # is whole nowhere
+
+    def _places(self, params: Any) -> AdamWState | None:
+        """Where the state of these params lies, which Flax and wrappers hold in their own trees."""
+        if self.state_shardings is None:
+            return None
+        found = _check.shardings_like(params, self.state_shardings)
+        return of_tree(_check.PLACES, found, self.config)
 
     def _made(self, params: Any) -> AdamWOptState:
         return AdamWOptState.of(self._with_mu(adamw_init(params, self.config)))
@@ -230,7 +240,7 @@ class _Transform:
             learning_rate=None,
             weight_decay=None,
             backend=Backend(update),
-            state_shardings=self.state_shardings,
+            state_shardings=self._places(params),
             delta=True,
             any_dtype_of_m=True,
             words=_check.WORDS,

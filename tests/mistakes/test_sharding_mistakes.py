@@ -182,7 +182,12 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "another tree for the drop-in": (
         lambda: axo.adamw(0.1, state_shardings={"layer": {"w": WHOLE}}).init(PARAMS),
         ValueError,
-        "lacks ['layer']['b'] | the tree structure of params",
+        "state_shardings: lacks ['layer']['b'] | the tree structure of params",
+    ),
+    "a state's for the drop-in": (
+        lambda: axo.adamw(0.1, state_shardings=PLACES),
+        TypeError,
+        "state_shardings: must be a tree | like the params | got adamw_xla.AdamWState | zero1(mesh",
     ),
 }
 

@@ -235,3 +235,30 @@ def test_the_state_of_an_optimizer_of_flax(name: str, way: str) -> None:
         step(twin, other)
     for a, b in zip(*(jax.tree.leaves(nnx.state(m)) for m in (model, twin)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["variables", "what they hold"])
+def test_nnx_with_state_shardings(form: str) -> None:
+    """``nnx.Optimizer`` takes the variables off between init and update."""
+    nnx = pytest.importorskip("flax.nnx")
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    params = nnx.state(model, nnx.Param)
+    given = params if form == "variables" else nnx.to_pure_dict(params)
+    cut = ax.sharding.zero1(mesh, "data", given, min_size=0)
+    optimizer = nnx.Optimizer(model, axo.adamw(LR, state_shardings=cut), wrt=nnx.Param)
+    for _ in range(2):
+        moment = optimizer.opt_state.mu["kernel"][...]
+        assert moment.sharding.spec == jax.sharding.PartitionSpec("data")
+        optimizer.update(model, params)
+    assert np.any(moment)
+
+
+def test_a_mask_with_state_shardings() -> None:
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    params = {"kept": jnp.ones((4, 3)), "left": jnp.ones((4, 3))}
+    cut = ax.sharding.zero1(mesh, "data", params, min_size=0)
+    masked = optax.masked(axo.adamw(LR, state_shardings=cut), {"kept": True, "left": False})
+    updates, state = masked.update(params, masked.init(params), params)
+    assert state.inner_state.mu["kept"].sharding == cut["kept"]
+    assert updates["left"] is params["left"]
