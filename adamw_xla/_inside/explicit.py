@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from adamw_xla._check.leaves import sharded_like, summed
 from adamw_xla._check.words import Words
@@ -59,6 +60,22 @@ def check_state(
         for i in live:
             argument = words.of_state(field)
             sharded_like(argument, params_tree, i, column[i], leaves[i], advice)
+
+
+def on_one_mesh(parts: Sequence[Any]) -> list[Any]:
+    """Operands of one operation, also those that lie nowhere, on the mesh of the others.
+
+    Of a batch over explicit axes JAX 0.10 to 0.12 refuse to concatenate them otherwise.
+    """
+    meshes = [jax.typeof(x).sharding.mesh for x in parts]
+    mesh = next((m for m in meshes if AxisType.Explicit in m.axis_types), None)
+    if mesh is None:
+        return [*parts]
+    whole = NamedSharding(mesh, PartitionSpec())  # type: ignore[no-untyped-call]
+    return [
+        x if m == mesh else jax.sharding.reshard(x, whole)  # type: ignore[no-untyped-call]
+        for x, m in zip(parts, meshes, strict=True)
+    ]
 
 
 def _spec(x: Any) -> tuple[tuple[Any, ...], ...]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from adamw_xla._check import options
 from adamw_xla._config import AdamW, ScalarOrSchedule, known_decay
-from adamw_xla._inside import decay
+from adamw_xla._inside import decay, explicit
 from adamw_xla._inside.decay import Decay
 from adamw_xla_lowering import NUM_SLOTS, Slot
 
@@ -171,7 +171,7 @@ def _pack(slots: Mapping[Slot, Scalar], dtype: DTypeLike) -> jax.Array:
             parts.append(np.array([list(run)], dtype))
         else:
             parts.extend(lax.reshape(_array(x, dtype), (1, 1)) for x in run)
-    return lax.concatenate(parts, 1)
+    return lax.concatenate(explicit.on_one_mesh(parts), 1)
 
 
 def _array(value: Scalar, dtype: DTypeLike) -> jax.Array | np.ndarray[Any, Any]:

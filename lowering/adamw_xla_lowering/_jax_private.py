@@ -96,15 +96,19 @@ def spec_of(aval: Any) -> tuple[Any, ...]:
     return spec + (None,) * (len(aval.shape) - len(spec))
 
 
-def with_shape_and_spec(aval: Any, shape: tuple[int, ...], spec: tuple[Any, ...]) -> Any:
-    """``aval`` with another shape and explicit-mode partition.
+def with_shape_and_spec(
+    aval: Any, shape: tuple[int, ...], spec: tuple[Any, ...], members: Iterable[Any] = ()
+) -> Any:
+    """``aval`` with another shape and explicit-mode partition, over the mesh of ``members``.
 
     ``ShapedArray.update`` keeps the memory space and the varying axes, which its
     public constructor would drop.
     """
     if shape == aval.shape:
         return aval
-    sharding = aval.sharding.update(spec=type(aval.sharding.spec)(*spec))
+    meshes = (x.sharding.mesh for x in (aval, *members))
+    mesh = next((mesh for mesh in meshes if not mesh.empty), aval.sharding.mesh)
+    sharding = aval.sharding.update(mesh=mesh, spec=type(aval.sharding.spec)(*spec))
     return aval.update(shape=shape, sharding=sharding)
 
 

@@ -114,7 +114,7 @@ def _abstract_eval(scale: Any, *leaves: Any, spec: NormSpec) -> list[Any]:
     batch = np.broadcast_shapes(*(x.shape[:r] for x in members)) if r else ()
     tail = (len(leaves),) if spec.per_leaf else ()
     partition = (*batch_spec(batch, members), *(None for _ in tail))
-    aval = with_shape_and_spec(scale, (*batch, *tail), partition)
+    aval = with_shape_and_spec(scale, (*batch, *tail), partition, members)
     return [varying_like(aval.update(weak_type=False), members)] * 2
 
 

@@ -7,6 +7,8 @@ python tests/pod/test_placement.py NAME``.
 from __future__ import annotations
 
 from collections.abc import Callable
+import contextlib
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -158,6 +160,29 @@ def under_other_transformations() -> None:
 # ------------------------------------------------------------------------- what it is for
 
 
+def a_population_over_explicit_axes() -> None:
+    """Constants of the step lie nowhere, and the members' numbers on the mesh."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(EXPLICIT,))
+    many = jax.tree.map(lambda x: np.stack([x * (1 + i) for i in range(8)]), numbers())
+    once = dataclasses.replace(FULL, gradient_accumulation_steps=None)
+    for config in (ax.AdamW(clipnorm=0.1), ax.AdamW(global_clipnorm=0.1), once):
+        step = jax.jit(jax.vmap(functools.partial(ax.adamw_step, config=config)))
+        state = jax.vmap(init_of(config))(many)
+        want = trained_on(step, many, state)
+        for enter in (contextlib.nullcontext, jax.set_mesh):  # which sets it when it is called
+            with enter(mesh):
+                there = jax.device_put((many, state), NamedSharding(mesh, P("data")))
+                got = trained_on(step, *there)
+            assert all(x.sharding.spec[0] == "data" for x in jax.tree.leaves(got))
+            near(got, want)
+
+
+def trained_on(step: Any, params: Any, state: Any) -> Any:
+    for _ in range(2):
+        params, state = step(params, params, state)
+    return params, state
+
+
 def a_train_step_is_compiled_once() -> None:
     for kind in (AUTO, EXPLICIT):
         for layout, axes in MESHES.items():
@@ -304,6 +329,7 @@ SLOW: dict[str, Callable[[], None]] = {
         an_eager_state_lies_beside_its_params,
         a_jitted_state_lies_beside_its_params,
         under_other_transformations,
+        a_population_over_explicit_axes,
         a_train_step_is_compiled_once,
         so_is_that_of_the_drop_in,
         its_own_shardings_are_in_shardings,
