@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
+import numpy as np
 
 from adamw_xla._check import calls, places, trees
 from adamw_xla._check.words import misplaced
@@ -174,6 +175,9 @@ def zero1(
       (None, 'data')
     """
     axes = places.axes_of("zero1", mesh, axis)
+    size: Any = min_size
+    if not isinstance(size, int | float | np.number):
+        raise TypeError(f"zero1: min_size must be a number of elements, got {min_size!r}.")
     treedef: Any
     leaves, treedef = jax.tree.flatten(params)
     trees.params(params, leaves, needs_values=False)

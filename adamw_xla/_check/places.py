@@ -92,6 +92,8 @@ def axes_of(function: str, mesh: Any, axis: Any) -> tuple[str, ...]:
             f"{function}: axis must be the name of one, or several in a tuple, got {kind(axis)}."
         )
     axes = (axis,) if isinstance(axis, str) else tuple(axis)
+    if not axes or len({*axes}) < len(axes):
+        raise ValueError(f"{function}: axis must name one, or several and each once, got {axis!r}.")
     for name in axes:
         if name not in mesh.axis_names:
             near = difflib.get_close_matches(str(name), map(str, mesh.axis_names), 1)

@@ -66,6 +66,21 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "zero1 | axis must be the name of one, or several | got int",
     ),
+    "no axis": (
+        lambda: place.zero1(MESH, (), SHAPES),
+        ValueError,
+        "zero1 | axis must name one, or several and each once | got ()",
+    ),
+    "an axis twice": (
+        lambda: place.zero1(MESH, ("data", "data"), SHAPES),
+        ValueError,
+        "zero1 | axis must name one, or several and each once | got ('data', 'data')",
+    ),
+    "a size in words": (
+        lambda: place.zero1(MESH, "data", SHAPES, min_size="1MB"),
+        TypeError,
+        "zero1 | min_size must be a number of elements | got '1MB'",
+    ),
     "no params": (lambda: place.zero1(MESH, "data"), TypeError, "zero1: lacks params"),
     "a leaf that the axis does not divide": (
         lambda: place.zero1(MESH, "data", structs(w=(5001, 7), b=(3,))),
