@@ -27,11 +27,11 @@ class CheckError(AssertionError):
 class Wanted:
     """What a program is to be; see ``Report.check``."""
 
-    donated: bool
-    no_gather_of_state: bool
-    state_sharded_over: str | None
-    in_host_memory: bool
-    kernels_at_most: int | None
+    donated: bool = False
+    no_gather_of_state: bool = False
+    state_sharded_over: str | None = None
+    in_host_memory: bool = False
+    kernels_at_most: int | None = None
 
     def violations(
         self,
@@ -58,6 +58,10 @@ class Wanted:
                 "the state was not found among the arguments: their paths must end as "
                 "state.m['w'] and state.v['w'] do (or mu and nu), or this package update them"
             )
+        used = {name for x in inputs for names in x.axes or () for name in names}
+        if axis is not None and used and axis not in used:
+            yield f"no argument is cut over {axis!r}; they are over {', '.join(sorted(used))}"
+            axis = None
         if self.donated:
             yield from _kept(inputs, leaves)
         if self.no_gather_of_state:

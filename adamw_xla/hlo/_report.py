@@ -166,6 +166,7 @@ class Report:
           kernels_at_most: so many launches of the whole program are allowed.
 
         Raises:
+          TypeError: nothing is asked.
           CheckError: it is not so; lists each violation with the argument's path. It is an
             ``AssertionError``.
 
@@ -181,6 +182,8 @@ class Report:
         wanted = Wanted(
             donated, no_gather_of_state, state_sharded_over, in_host_memory, kernels_at_most
         )
+        if wanted == Wanted():
+            raise TypeError("check: nothing was asked of the program; name what it is to be.")
         parts = (self.program.count, self.inputs, self.leaves, self.collectives)
         if found := list(wanted.violations(*parts)):
             head = f"{self.name}, compiled for {self.platform}, is not what it was to be:"

@@ -248,6 +248,11 @@ def test_refuses_other_arguments():
         report(text, donated=[True])
 
 
+def test_a_check_of_nothing():
+    with pytest.raises(TypeError, match="nothing was asked of the program"):
+        report(golden("cpu.step")).check()
+
+
 def test_donation_may_be_said():
     found = report(golden("cpu.step"), donated=[True] * 21)
     assert {x.name for x in found.undonated} == {f"grads['{key}']" for key in STEP}

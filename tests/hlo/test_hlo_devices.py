@@ -217,6 +217,9 @@ def other_mistakes() -> None:
     wrong = check(text, state_sharded_over="x")
     assert all("a text does not say how it is cut; pass the compiled" in line for line in wrong)
     assert len(wrong) == 4, wrong
+    assert check(found, state_sharded_over="dta") == [
+        "  no argument is cut over 'dta'; they are over x"
+    ]
     sine = ax.hlo.report(jax.jit(jnp.sin).lower(1.0).compile())
     (line,) = check(sine, donated=True)
     assert "the state was not found among the arguments" in line
