@@ -212,6 +212,31 @@ def an_exported_step() -> None:
         assert texts[0] == texts[1]
 
 
+def exported_steps_of_several_models() -> None:
+    """Each says which of its own values lie alike, and nothing of the others'."""
+    config = ax.AdamW()
+    with mesh_of(AUTO, data=8) as mesh:
+        models = [jax.device_put({"w": jnp.ones((8, n))}, NamedSharding(mesh, P())) for n in (8, 9)]
+        places = [places_of(mesh, params, config) for params in models]
+        states = [state_at(p, config, at) for p, at in zip(models, places, strict=True)]
+
+        def step(places: Any, params: Any, state: Any) -> Any:
+            kwargs: Any = {"state_shardings": places, "implementation": "xla"}
+            return ax.adamw_step(params, jax.tree.map(jnp.cos, params), state, config, **kwargs)
+
+        steps = [jax.jit(functools.partial(step, at)) for at in places]
+        pairs = list(zip(models, states, strict=True))
+        want = [f(*pair) for f, pair in zip(steps, pairs, strict=True)]
+        first, second = (export.export(f)(*x).call for f, x in zip(steps, pairs, strict=True))
+
+        def both(x: Any, y: Any, inner: Any) -> Any:
+            return first(*x), inner(*y), first(*x)
+
+        for inner in (second, steps[1]):
+            got = jax.jit(functools.partial(both, inner=inner))(*pairs)
+            near(got, [*want, want[0]])
+
+
 def outside_of_jit() -> None:
     config = ax.AdamW(global_clipnorm=0.1)
     with mesh_of(AUTO, data=8) as mesh:
@@ -272,6 +297,7 @@ SLOW: dict[str, Callable[[], None]] = {
         a_state_in_host_memory,
         a_population,
         an_exported_step,
+        exported_steps_of_several_models,
         outside_of_jit,
         the_drop_in,
     )

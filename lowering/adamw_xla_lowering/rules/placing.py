@@ -6,6 +6,7 @@ for "another than that one", and JAX no public functions for them (up to 0.10 it
 """
 
 from collections.abc import Iterator, Sequence
+import hashlib
 import itertools
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,7 +22,8 @@ from . import autodiff
 from .batching import to_front
 
 _NEITHER_WAY = 0  # sdy.PropagationDirection.NONE
-_FIRST_GROUP = 1 << 40  # out of the way of others that count from 0
+_GROUPS_OF_ALL = 1 << 62
+_GROUPS_OF_ONE = 1 << 20
 _groups: WeakKeyDictionary[Any, Iterator[int]] = WeakKeyDictionary()
 
 
@@ -64,10 +66,25 @@ def tie(ctx: mlir.LoweringRuleContext, *values: ir.Value) -> None:
     """Has Shardy shard values of one shape alike."""
     if uses_shardy():
         module, _ = functions_of(ctx)
-        # Numbered anew in each module: the same program is the same text, and cached as such.
-        group = next(_groups.setdefault(module, itertools.count(_FIRST_GROUP)))
+        if module not in _groups:
+            _groups[module] = itertools.count(_first_group(ctx))
+        group = next(_groups[module])
         for value in values:
             sdy.ShardingGroupOp(value, group)
+
+
+def _first_group(ctx: mlir.LoweringRuleContext) -> int:
+    """Where a module's groups are numbered from.
+
+    The same program is the same text, and cached as such. An exported one may be called in a
+    program that has groups of its own, or others' (JAX's count from 0): so not all from one.
+    """
+    _, symbols = functions_of(ctx)
+    main = symbols["main"].attributes if "main" in symbols else {}
+    text = "".join(str(main[x]) for x in ("function_type", "arg_attrs") if x in main)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    runs = _GROUPS_OF_ALL // _GROUPS_OF_ONE
+    return (1 + int.from_bytes(digest) % (runs - 1)) * _GROUPS_OF_ONE
 
 
 # ------------------------------------------------------------------------ registration
