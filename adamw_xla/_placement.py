@@ -95,12 +95,13 @@ def moved_beside(x: Any, other: Any) -> jax.Array:
     """``x`` where another array of its shape lies, also where only the compiler knows that."""
     if not isinstance(x, jax.core.Tracer):
         (fixed,) = fixed_places([other])
-        if fixed is None and isinstance(x.sharding, NamedSharding):
-            fixed = of_scalars([x.sharding])  # as jit takes what it is free to move
+        if fixed is None and isinstance(place := placed_at(x), NamedSharding):
+            # As jit takes what it is free to move; what is NumPy's lies nowhere.
+            fixed = of_scalars([place]) if isinstance(other, jax.Array) else place
         return x if fixed is None else jax.device_put(x, fixed)
-    x, place = apart(x), jax.typeof(other).sharding
-    if AxisType.Explicit in place.mesh.axis_types:
-        x = _constrained(x, place, AxisType.Explicit)
+    x, type_of = apart(x), jax.typeof(other)
+    if AxisType.Explicit in type_of.sharding.mesh.axis_types:
+        x = _constrained(x, type_of.sharding, AxisType.Explicit)
     return shard_alike(x, other)
 
 

@@ -77,7 +77,7 @@ def known(names: Iterable[str], manual: Collection[str], mesh: Sequence[str]) ->
         if name in mesh:
             raise ValueError(
                 f"axis_names: {name!r} is an axis of the mesh that is not manual here, and XLA "
-                f"sums over it by itself; leave it out. Manual is {_spoken(manual)}."
+                f"sums over it by itself; leave it out. Manual is {_spoken(manual) or 'none'}."
             )
         if _is_of_a_batch(name):
             raise ValueError(

@@ -6,7 +6,7 @@ import difflib
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec, Sharding
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec, Sharding
 
 from adamw_xla._check.leaves import kind, path
 from adamw_xla._check.words import NATIVE, Words
@@ -47,23 +47,16 @@ def of_leaf(argument: str, tree: Any, index: int, leaf: Any) -> Sharding:
 
 
 def not_manual(argument: str, tree: Any, found: Sequence[Sharding | None]) -> None:
-    """Refuses shardings over axes that are manual where this is traced."""
-    here = jax.sharding.get_abstract_mesh()
-    kinds = dict(zip(here.axis_names, here.axis_types, strict=True))
-    manual = {name for name, kind in kinds.items() if kind == AxisType.Manual}
+    """Refuses shardings where axes are manual, also of others: XLA aborts on what that needs."""
+    manual = sorted(jax.sharding.get_abstract_mesh().manual_axes)
     for i, place in enumerate(found if manual else ()):
-        if names := _named(place) & manual:
+        if place is not None:
             raise ValueError(
-                f"{argument}{path(tree, i)}: inside of jax.shard_map the axes {sorted(names)} are "
-                "manual, and each device updates the part that it is given; leave state_shardings "
-                "out. (To cut the state there, give it in_specs of its own, and the gradients and "
-                "params of its part: jax.lax.psum_scatter, and jax.lax.all_gather of new params.)"
+                f"{argument}{path(tree, i)}: inside of jax.shard_map the axes {manual} are manual, "
+                "and each device updates the part that it is given; leave state_shardings out. (To "
+                "cut the state there, give it in_specs of its own, and the gradients and params of "
+                "its part: jax.lax.psum_scatter, and jax.lax.all_gather of new params.)"
             )
-
-
-def _named(place: Any) -> set[str]:
-    entries = getattr(place, "spec", ())
-    return {name for x in entries for name in (x if isinstance(x, tuple) else (x,)) if name}
 
 
 def not_of_a_state(argument: str, value: Any) -> TypeError:

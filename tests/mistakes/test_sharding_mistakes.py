@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
@@ -213,15 +213,17 @@ def test_calls(refused: Any, case: Any) -> None:
     refused(call, error, *parts.split(" | "), kept=(PARAMS, STATE))
 
 
-def test_manual_axes(refused: Any) -> None:
-    mesh = jax.make_mesh((1,), ("data",))
-    places = place.state_shardings(spread(NamedSharding(mesh, P("data"))), CONFIG)
+@pytest.mark.parametrize("axis", ["data", "model", None])
+def test_manual_axes(refused: Any, axis: str | None) -> None:
+    """Also a state that is cut over the others: XLA would abort."""
+    mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    places = place.state_shardings(spread(NamedSharding(mesh, P(axis))), CONFIG)
 
     def mapped(params: Any) -> Any:
         state = ax.adamw_init(params, CONFIG)
         return ax.adamw_step(params, params, state, CONFIG, state_shardings=places)[0]
 
-    inside = jax.shard_map(mapped, mesh=mesh, in_specs=P(), out_specs=P())
+    inside = jax.shard_map(mapped, mesh=mesh, axis_names={"data"}, in_specs=P(), out_specs=P())
     refused(
         lambda: jax.jit(inside)(PARAMS),
         ValueError,

@@ -114,6 +114,18 @@ def test_under_jit_it_is_the_same() -> None:
     )
 
 
+@pytest.mark.parametrize("of", ["the state", "the params", "both"])
+def test_arrays_of_numpy_are_taken(of: str) -> None:
+    """As a checkpoint returns them that is not told of devices."""
+    params, state = trained()
+    adapted = ax.adapt_state(state, params, FULL)
+    params_, state_ = jax.tree.map(np.asarray, (params, state))
+    given = {"the state": (state_, params), "the params": (state, params_)}.get(
+        of, (state_, params_)
+    )
+    same(ax.adapt_state(*given, FULL), adapted)
+
+
 def test_first_moments_are_cast() -> None:
     params, state = trained(FULL)
     narrow = ax.adapt_state(state, params, dataclasses.replace(FULL, state_dtype=jnp.bfloat16))

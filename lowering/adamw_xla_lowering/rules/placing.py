@@ -17,7 +17,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import sdy
 from jax.interpreters import batching, mlir
 
-from .._jax_private import functions_of, uses_shardy
+from .._jax_private import functions_of, partitions_automatically, uses_shardy
 from . import autodiff
 from .batching import to_front
 
@@ -63,8 +63,11 @@ def _lower_alike(ctx: mlir.LoweringRuleContext, x: ir.Value, like: ir.Value) -> 
 
 
 def tie(ctx: mlir.LoweringRuleContext, *values: ir.Value) -> None:
-    """Has Shardy shard values of one shape alike."""
-    if uses_shardy():
+    """Has Shardy shard values of one shape alike; nothing where some axes are manual.
+
+    There (jaxlib 0.10 to 0.12) XLA aborts on groups of which one is cut over manual axes outside.
+    """
+    if uses_shardy() and partitions_automatically(ctx):
         module, _ = functions_of(ctx)
         if module not in _groups:
             _groups[module] = itertools.count(_first_group(ctx))
