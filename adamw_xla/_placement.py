@@ -81,14 +81,14 @@ def moved_to(x: Any, place: Sharding) -> jax.Array:
     """``x`` at another place; where it is traced, the compiler is told so."""
     if not isinstance(x, jax.core.Tracer):
         return jax.device_put(x, place)
-    if not _in_device_memory(x) or _is_host(place):
+    if not _in_device_memory(x) or is_host(place):
         return jax.device_put(x, place)
     return _constrained(x, place) if isinstance(place, NamedSharding) else x
 
 
 def in_device_memory(place: Sharding) -> Sharding:
     """The same place, but for what computes there: its devices' own memory."""
-    return place.with_memory_kind("device") if _is_host(place) else place
+    return place.with_memory_kind("device") if is_host(place) else place
 
 
 def moved_beside(x: Any, other: Any) -> jax.Array:
@@ -130,5 +130,6 @@ def _of_kind(kind: AxisType, mesh: Any, entry: Any) -> Any:
     return kept[0] if len(kept) == 1 else kept or None
 
 
-def _is_host(place: Sharding) -> bool:
+def is_host(place: Sharding) -> bool:
+    """Whether this is a place in the host's memory."""
     return "host" in (place.memory_kind or "")

@@ -7,10 +7,12 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Sharding
 
-from adamw_xla._check.leaves import in_device_memory, in_host_memory
+from adamw_xla._check.leaves import in_device_memory, in_host_memory, path
 from adamw_xla._check.words import Words
 from adamw_xla._config import AdamW
+from adamw_xla._placement import is_host
 from adamw_xla._state import COUNTERS, AdamWState
 from adamw_xla_lowering import is_on_host
 
@@ -71,6 +73,23 @@ def check_memory(
     for name in () if offload else COUNTERS:
         if (counter := getattr(state, name)) is not None:
             in_device_memory(words.of_state(name), counter, None, counter, advice)
+
+
+def check_places(params_tree: Any, places: Mapping[str, Sequence[Sharding | None]]) -> None:
+    """Refuses, of a state that is streamed, new places outside of the host's memory.
+
+    Raises:
+      ValueError: names the leaf.
+    """
+    for field, column in places.items():
+        for i, place in enumerate(column):
+            if place is not None and not is_host(place):
+                raise ValueError(
+                    f"state_shardings.{field}{path(params_tree, i)}: is in the device's memory, "
+                    "and offload=True keeps the state in the host's; build them with "
+                    'adamw_xla.sharding.state_shardings(..., memory_kind="pinned_host"), or leave '
+                    "offload out."
+                )
 
 
 def _check_offload(offload: Any, config: AdamW) -> None:

@@ -16,7 +16,7 @@ from adamw_xla._config import AdamW, ScalarOrSchedule, check_config, needs_norm
 from adamw_xla._inside import clipping, explicit
 from adamw_xla._inside.across import Across, axes_of_leaves
 from adamw_xla._inside.hyper import Scalar, as_scalar, evaluate, increment
-from adamw_xla._inside.offload import as_before, check_memory, to_device
+from adamw_xla._inside.offload import as_before, check_memory, check_places, to_device
 from adamw_xla._inside.placed import Placement, columns_of
 from adamw_xla._inside.update import (
     Backend,
@@ -99,6 +99,8 @@ def run_step(
         flat = explicit.grads_like_params(params, leaves, flat, live)
     else:
         spots = columns_of(state_shardings, params, treedef, config)
+        if offload:
+            check_places(params, spots)
     held = [i for i, x in enumerate(columns["m"]) if x is not None]
     trained = _trained(params, treedef, leaves, held)
     mask = trees.mask(trained, len(held), config.weight_decay_mask, words.mask)

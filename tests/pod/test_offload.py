@@ -176,6 +176,9 @@ def what_lies_elsewhere_is_refused() -> None:
         (params, params, there, {"offload": "pinned_host"}, ["offload", "True or False"]),
         (params, params, ax.adamw_init(params, summing), {"offload": True, "config": summing},
          ["gradient_accumulation_steps", "lax.scan"]),
+        (params, params, there,
+         {"offload": True, "state_shardings": ax.sharding.state_shardings(params, config)},
+         ["state_shardings.m['b']", "device's memory", "pinned_host", "leave offload out"]),
     ]  # fmt: skip
     for p, g, s, options, fragments in cases:
         with pytest.raises((TypeError, ValueError)) as caught:

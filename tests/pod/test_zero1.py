@@ -194,6 +194,7 @@ def a_population() -> None:
         got = jax.jit(many)(params, state, rates)
         near(got, jax.jit(jax.vmap(step, in_axes=(None, None, 0)))(params, state, rates))
         assert got[1].m["in"].sharding.spec[-1] == "data"
+        assert all(p.sharding.is_fully_replicated for p in jax.tree.leaves(got[0]))
 
 
 def an_exported_step() -> None:
