@@ -181,6 +181,7 @@ def pod() -> Sequence[Any]:
 def test_on_a_pod(how: str, options: dict[str, Any]) -> None:
     """XLA:TPU joins the sums over the same devices: one for each way to cut leaves."""
     model, found = kinds(sent_by_the_model(pod(), how)), kinds(sent(pod(), how, **options))
+    assert model["all-reduce"], model  # or nothing was read
     sums = {"data": 0, "zero1": 1, "fsdp": 1, "tensor": 3}[how] if options else 0
     gathers = len(CUT) if how == "zero1" else 0
     assert found["all-reduce"] - model["all-reduce"] <= sums
