@@ -55,7 +55,7 @@ def check_same_config(config: AdamW) -> None:
     if jax.process_count() == 1:
         return
     names = [field.name for field in dataclasses.fields(config) if field.name != "name"]
-    texts = [_text(getattr(config, name)) for name in names]
+    texts = [_text(name, getattr(config, name)) for name in names]
     mine = np.frombuffer(b"".join(map(_packed, texts)), np.uint8)
     everyone = np.asarray(multihost_utils.process_allgather(mine))
     rows = everyone.reshape(jax.process_count(), len(names), _DIGEST + _TEXT)
@@ -67,12 +67,14 @@ def check_same_config(config: AdamW) -> None:
         )
 
 
-def _text(value: Any) -> str:
-    """A value as a text that is equal where the values are."""
+def _text(option: str, value: Any) -> str:
+    """An option's value as a text that is equal where the values are."""
     if is_mask_function(value):
+        if option == "weight_decay_mask":  # is called with params, which are not here
+            return "a function"
         try:
             values = [float(np.asarray(called(value, np.int32(k)))) for k in _COUNTS]
-        except Exception:  # a function from params, or a schedule that is not to be called here
+        except Exception:  # a schedule that is not to be called here
             return "a function"
         return f"a schedule: {', '.join(map(repr, values))}"
     if isinstance(value, jax.Array | np.ndarray | np.generic) and np.ndim(value) == 0:

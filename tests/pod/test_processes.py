@@ -60,6 +60,7 @@ SAID = {
     "a schedule, late": "learning_rate is a schedule: 0.0, 0.0015",
     "a choice": "nesterov is False on process 0 and True on process 1",
     "a mask": "weight_decay_mask is None on process 0 and [False, True, False, True] in",
+    "a function for a mask": "weight_decay_mask is None on process 0 and a function on process 1",
 }
 
 

@@ -162,6 +162,9 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
     "a choice": {"nesterov": True},
     "a mask": {"weight_decay_mask": [{"w": True, "b": False}] * 2},
+    "a function for a mask": {
+        "weight_decay_mask": lambda params: jax.tree.map(lambda p: np.ndim(p) > 1, params)
+    },
 }
 """What the last process has otherwise."""
 
