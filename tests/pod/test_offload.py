@@ -115,6 +115,10 @@ def zero1_is_streamed_too() -> None:
         found.append(step(params, jax.device_put(tree(1), NamedSharding(mesh, P())), state))
         assert found[-1][1].m["u"].sharding == places.m["u"]
     close(*found)
+    inside = jax.make_jaxpr(step)(params, params, state).eqns[0].params["jaxpr"].eqns
+    (update,) = [x for x in inside if x.primitive.name == "adamw_update"]
+    given = [x.aval.memory_space for x in update.invars]
+    assert given.count(HOST) == 2 * len(SHAPES)  # all of m and v: nothing was fetched before
 
 
 def one_equation_for_the_tree() -> None:
