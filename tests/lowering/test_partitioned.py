@@ -306,6 +306,19 @@ def gradients_do_not_say_where_states_lie() -> None:
     assert len(re.findall(r" all-gather(?:-start)?\(", text)) == 1, text
 
 
+def exported_programs_of_several_models() -> None:
+    """Each says which of its own values lie alike, and nothing of another's in one program."""
+    mesh, bound = mesh_of(), functools.partial(adamw_update, implementation="xla")
+    step = jax.jit(lambda h, tree: bound(h, **tree))
+    trees = [leaves([(8, n)]) for n in (8, 9)]
+    (h, first), (_, second) = (place(mesh, hyper(), tree, [P("x")]) for tree in trees)
+    one, two = (jax.export.export(step)(h, tree).call for tree in (first, second))
+    for inner in (two, step):
+        f = jax.jit(lambda x, y, inner=inner: (one(h, x), inner(h, y), one(h, x)))
+        for got, tree in zip(f(first, second), (trees[0], trees[1], trees[0]), strict=True):
+            check(got, hyper(), tree)
+
+
 def lowers_for_an_abstract_mesh() -> None:
     mesh = AbstractMesh((4,), ("x",), (AxisType.Auto,))
     struct = jax.ShapeDtypeStruct((8,), np.float32, sharding=NamedSharding(mesh, P("x")))
@@ -333,6 +346,7 @@ CHECKS = {
         padding_has_no_norm,
         norms_that_no_partitioner_is_asked_for,
         gradients_do_not_say_where_states_lie,
+        exported_programs_of_several_models,
         lowers_for_an_abstract_mesh,
     )
 }
