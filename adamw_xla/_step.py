@@ -92,10 +92,10 @@ def adamw_step(
       TypeError: a leaf's dtype or kind does not fit; the message names its path. Or a rate, or
         what its schedule returns, is no real number.
       ValueError: a tree or shape does not fit, or the state is another config's, or
-        ``state_shardings`` are, or name axes that are manual here; inside of ``jax.shard_map``,
-        ``config.axis_names`` does not say whose norm it is, or says what types contradict; a rate
-        is no scalar, or negative; ``implementation``, or when the program is lowered
-        ``ADAMW_XLA_IMPLEMENTATION``, is neither "xla" nor "native".
+        ``state_shardings`` are, or are in the device's memory beside ``offload``, or are given
+        inside of ``jax.shard_map``; there ``config.axis_names`` does not say whose norm it is, or
+        says what types contradict; a rate is no scalar, or negative; ``implementation``, or when
+        the program is lowered ``ADAMW_XLA_IMPLEMENTATION``, is neither "xla" nor "native".
       adamw_xla.lowering.NativeUnavailableError: when the program is lowered, "native" was asked
         for and there is no kernel; says why.
       adamw_xla.lowering.UpdateNotDifferentiableError: a derivative through the step was asked
