@@ -77,8 +77,8 @@ def _of_mapping(tree: Mapping[Any, Any], where: str) -> Restored | None:
     shared = {name: len({*fields} & {*tree}) for name, fields in FIELDS.items()}
     name = max(shared, key=lambda name: (shared[name], -len(FIELDS[name])))
     fields = FIELDS[name]
-    has_moments = any(tree.get(x) is not None for x in fields[1:3])
-    if not has_moments or ("count" not in tree and shared[name] < 4):
+    moments = [x for x in fields[1:3] if tree.get(x) is not None]
+    if not moments or ("count" not in tree and len(moments) < 2 and shared[name] < 4):
         return None
     if name == STOCK_STATE and tree.keys() > {*fields}:
         name = OPTAX_STATE

@@ -220,6 +220,11 @@ STEPS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "got dict | state must be | It looks like one | lacks 'v' | restore it from a checkpoint",
     ),
+    "moments alone": (
+        {"state": {"m": STATE.m, "v": STATE.v}},
+        TypeError,
+        "got dict | state must be | It looks like one | lacks 'count' | restore it from a checkpoint",
+    ),
     "the class": ({"config": ax.AdamW}, TypeError, "the class AdamW | config | call it"),
     "no config": ({"config": None}, TypeError, "got NoneType | config | AdamW(...)"),
     "a dict of options": (
