@@ -6,6 +6,7 @@ Counts are taken a second time in the manner of ``grep``, and bytes by hand.
 from __future__ import annotations
 
 from collections import Counter
+import inspect
 import json
 import math
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import NamedTuple
 
 import pytest
 
-from adamw_xla.hlo import report
+from adamw_xla import sharding
+from adamw_xla.hlo import _check, report
 
 GOLDENS = Path(__file__).parent / "goldens"
 NAMES = sorted(path.stem for path in GOLDENS.glob("*.hlo"))
@@ -246,6 +248,11 @@ def test_refuses_other_arguments():
         report(text, platform="gpu")
     with pytest.raises(ValueError, match="donated has 1 entries, and the program has 21"):
         report(text, donated=[True])
+
+
+def test_what_zero1_keeps_whole_may_be_whole():
+    smallest = inspect.signature(sharding.zero1).parameters["min_size"].default
+    assert smallest == _check.SMALL
 
 
 def test_a_check_of_nothing():
