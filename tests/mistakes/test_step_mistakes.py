@@ -223,7 +223,7 @@ STEPS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "moments alone": (
         {"state": {"m": STATE.m, "v": STATE.v}},
         TypeError,
-        "got dict | state must be | It looks like one | lacks 'count' | restore it from a checkpoint",
+        "state must be | It looks like one | lacks 'count' | restore it from a checkpoint",
     ),
     "the class": ({"config": ax.AdamW}, TypeError, "the class AdamW | config | call it"),
     "no config": ({"config": None}, TypeError, "got NoneType | config | AdamW(...)"),
