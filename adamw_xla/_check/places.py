@@ -46,6 +46,21 @@ def of_leaf(argument: str, tree: Any, index: int, leaf: Any) -> Sharding:
     raise TypeError(f"{argument}{path(tree, index)}: {what}; {advice}.")
 
 
+def fit(argument: str, tree: Any, leaves: Sequence[Any], found: Sequence[Sharding | None]) -> None:
+    """Refuses a sharding that cannot be a leaf's, of whose shape its state is."""
+    for i, (leaf, place) in enumerate(zip(leaves, found, strict=True)):
+        if place is None:
+            continue
+        shape = tuple(leaf.shape)
+        try:
+            place.shard_shape(shape)
+        except (IndexError, ValueError):
+            raise ValueError(
+                f"{argument}{path(tree, i)}: {place} cannot cut params{path(tree, i)}, of shape "
+                f"{shape}; name no more dimensions than that, and axes that divide them."
+            ) from None
+
+
 def not_manual(argument: str, tree: Any, found: Sequence[Sharding | None]) -> None:
     """Refuses shardings where axes are manual, also of others: XLA aborts on what that needs."""
     manual = sorted(jax.sharding.get_abstract_mesh().manual_axes)

@@ -48,6 +48,7 @@ def columns_of(
             columns[field] = [
                 None if x is None else places.of_leaf(argument, params, i, x) for i, x in found
             ]
+            places.fit(argument, params, jax.tree.leaves(params), columns[field])
             places.not_manual(argument, params, columns[field])
     return columns
 

@@ -167,6 +167,11 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "state_shardings.v['layer']['b'] | is a PartitionSpec | NamedSharding(mesh, P('data'",
     ),
+    "of a dimension that is not there": (
+        lambda: step(place.state_shardings(spread(b=NamedSharding(MESH, P(None, "data"))), CONFIG)),
+        ValueError,
+        "state_shardings.m['layer']['b'] | cannot cut params['layer']['b'], of shape",
+    ),
     "the state that is traced": (
         lambda: jax.jit(
             lambda s: ax.adamw_step(PARAMS, PARAMS, s, CONFIG, state_shardings=s)[1].count
