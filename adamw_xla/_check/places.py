@@ -51,7 +51,7 @@ def fit(argument: str, tree: Any, leaves: Sequence[Any], found: Sequence[Shardin
     for i, (leaf, place) in enumerate(zip(leaves, found, strict=True)):
         if place is None:
             continue
-        shape = tuple(leaf.shape)
+        shape = tuple(getattr(leaf, "shape", ()))
         try:
             place.shard_shape(shape)
         except (IndexError, ValueError):
