@@ -100,10 +100,15 @@ def adamw_init(params: Any, config: AdamW) -> AdamWState:
     """
     misplaced(_INIT, params=params, config=config)
     check_config(config, _INIT.call)
+    _check_values(params)
+    return begin(params, config)
+
+
+def begin(params: Any, config: AdamW) -> AdamWState:
+    """What ``adamw_init`` does; of shapes without values it makes real zeros, as optax does."""
     treedef: Any
     leaves, treedef = jax.tree.flatten(params)
-    _check_values(params, leaves)
-    trees.params(params, leaves)
+    trees.params(params, leaves, needs_values=config.use_ema)
     place = of_scalars(fixed_places(leaves))
 
     def column(field: str) -> Any:
@@ -118,9 +123,9 @@ def adamw_init(params: Any, config: AdamW) -> AdamWState:
     return built(config, column, lambda: scalar_zero(place))
 
 
-def _check_values(params: Any, leaves: Sequence[Any]) -> None:
+def _check_values(params: Any) -> None:
     """Refuses shapes without values, of which real zeros would be made."""
-    for i, leaf in enumerate(leaves):
+    for i, leaf in enumerate(jax.tree.leaves(params)):
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise TypeError(
                 f"params{path(params, i)}: is a jax.ShapeDtypeStruct, a shape without values; "

@@ -20,7 +20,7 @@ from adamw_xla._inside.placed import columns_of
 from adamw_xla._inside.run import run_step
 from adamw_xla._inside.update import Backend
 from adamw_xla._placement import moved_to
-from adamw_xla._state import AdamWState, adamw_init
+from adamw_xla._state import AdamWState, begin
 from adamw_xla.optax import _check
 from adamw_xla.optax._state import AdamWOptState
 from adamw_xla.sharding import of_tree
@@ -213,7 +213,7 @@ class _Transform:
         return of_tree(_check.PLACES, found, self.config)
 
     def _made(self, params: Any) -> AdamWOptState:
-        return AdamWOptState.of(self._with_mu(adamw_init(params, self.config)))
+        return AdamWOptState.of(self._with_mu(begin(params, self.config)))
 
     def _with_mu(self, state: AdamWState) -> AdamWState:
         """The state with ``m`` in ``mu_dtype``, whatever it was in: as in optax."""

@@ -189,10 +189,10 @@ CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "params['layer']['b'] | a shape without values | adamw_xla.sharding.abstract_state",
     ),
-    "shapes for the drop-in's init": (
-        lambda: axo.adamw(0.1).init(SHAPES),
+    "shapes for the drop-in's init, with an average": (
+        lambda: axo.adamw(0.1, use_ema=True).init(SHAPES),
         TypeError,
-        "params['layer']['b'] | a shape without values | jax.eval_shape",
+        "params['layer']['b'] | ShapeDtypeStruct",
     ),
     "specs for the drop-in": (
         lambda: axo.adamw(0.1, state_shardings=spread(P())),
