@@ -34,8 +34,11 @@ def grads_like_params(
     for i in live:
         g, p = grads[i], leaves[i]
         summed("grads", params_tree, i, g)
-        if _cuts_further(_spec(p), _spec(g)):
-            aligned[i] = jax.sharding.reshard(g, jax.typeof(p).sharding)  # type: ignore[no-untyped-call]
+        wanted, found = jax.typeof(p).sharding, jax.typeof(g).sharding
+        if found.spec == wanted.spec:
+            continue
+        if _cuts_further(_cuts(wanted.spec), _cuts(found.spec)):
+            aligned[i] = jax.sharding.reshard(g, wanted)  # type: ignore[no-untyped-call]
         else:
             sharded_like("grads", params_tree, i, g, p, _GRADS)
     return aligned
@@ -56,10 +59,12 @@ def check_state(
     advice = _STATE.format(words.state)
     if words.placed:
         advice = f"{words.placed} takes it as it is; or {advice}"
+    wanted = {i: jax.typeof(leaves[i]).sharding.spec for i in live}
     for field, column in columns.items():
+        argument = words.of_state(field)
         for i in live:
-            argument = words.of_state(field)
-            sharded_like(argument, params_tree, i, column[i], leaves[i], advice)
+            if jax.typeof(column[i]).sharding.spec != wanted[i]:
+                sharded_like(argument, params_tree, i, column[i], leaves[i], advice)
 
 
 def on_one_mesh(parts: Sequence[Any]) -> list[Any]:
@@ -78,9 +83,8 @@ def on_one_mesh(parts: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _spec(x: Any) -> tuple[tuple[Any, ...], ...]:
+def _cuts(spec: PartitionSpec) -> tuple[tuple[Any, ...], ...]:
     """For each dimension the axes that cut it, major first."""
-    spec = tuple(jax.typeof(x).sharding.spec)
     return tuple(e if isinstance(e, tuple) else () if e is None else (e,) for e in spec)
 
 

@@ -119,7 +119,8 @@ def run_step(
         words,
     )
     if over is not None:
-        lying = tuple(names for i, names in zip(held, over, strict=True) if i in {*live})
+        names_of = dict(zip(held, over, strict=True))
+        lying = tuple(names_of[i] for i in live)
         backend = backend._replace(sum_of_squares=Across(backend.sum_of_squares, lying))
     decays = dict(zip(held, mask, strict=True))
     groups, kinds = groups_of([decays[i] for i in live])
@@ -162,7 +163,8 @@ def _trained(params: Any, treedef: Any, leaves: Sequence[Any], held: Sequence[in
     """The params, with None where there is no state: what masks and specs are written for."""
     if len(held) == len(leaves):
         return params
-    return treedef.unflatten(p if i in {*held} else None for i, p in enumerate(leaves))
+    kept = {*held}
+    return treedef.unflatten(p if i in kept else None for i, p in enumerate(leaves))
 
 
 def _calls(counters: Mapping[str, jax.Array], config: AdamW) -> jax.Array:

@@ -20,7 +20,15 @@ from adamw_xla.hlo import _traffic
 from adamw_xla.hlo._check import CheckError
 from adamw_xla.hlo._collectives import Collective, collectives_of, devices_of
 from adamw_xla.hlo._inputs import Input, arguments_of, inputs_of
-from adamw_xla.hlo._kernels import NORM, UPDATE, Kernel, Platform, kernels_of, platform_of
+from adamw_xla.hlo._kernels import (
+    NORM,
+    UPDATE,
+    Kernel,
+    Platform,
+    kernels_of,
+    platform_of,
+    schedules_of,
+)
 from adamw_xla.hlo._leaves import Leaf, leaves_of
 from adamw_xla.hlo._report import Part, Report, size
 from adamw_xla.hlo._syntax.text import HloSyntaxError, parse
@@ -67,7 +75,8 @@ def report(
             f"{len(module.entry.parameters)} parameters (arguments it does not use are left out)"
         )
     platform = platform or platform_of(module, text)
-    kernels = kernels_of(module, platform)
+    schedules = schedules_of(module, platform)
+    kernels = kernels_of(module, platform, schedules)
     parts = {part: [kernel for kernel in kernels if kernel.part == part] for part in (UPDATE, NORM)}
     inputs = inputs_of(module, arguments_of(compiled, module), donated)
     temporary, peak = _memory(compiled)
@@ -79,7 +88,7 @@ def report(
         norm=Part(tuple(parts[NORM]), _traffic.least(module, parts[NORM])),
         inputs=tuple(inputs),
         devices=devices_of(module),
-        collectives=tuple(collectives_of(module, platform)),
+        collectives=tuple(collectives_of(module, schedules)),
         leaves=tuple(leaves_of(module, parts[UPDATE], kernels, inputs)),
         temporary_bytes=temporary,
         peak_bytes=peak,

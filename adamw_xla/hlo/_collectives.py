@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import math
 import re
 
 from adamw_xla.hlo._bytes import result_shape
-from adamw_xla.hlo._kernels import (
-    NORM,
-    OTHER,
-    UPDATE,
-    Platform,
-    named_part,
-    part_of_maker,
-    parts_of,
-    scheduled,
-)
+from adamw_xla.hlo._kernels import NORM, OTHER, UPDATE, Schedule, named_part, part_of_maker
 from adamw_xla.hlo._syntax.flow import entry_parameter, origin, results_of
 from adamw_xla.hlo._syntax.opcodes import CALLS_ONE, MOVES, VIEWS, is_collective
 from adamw_xla.hlo._syntax.shapes import arrays
@@ -61,16 +52,16 @@ def devices_of(module: Module) -> int:
     return math.prod(map(int, found))
 
 
-def collectives_of(module: Module, platform: Platform) -> list[Collective]:
+def collectives_of(module: Module, schedules: Sequence[Schedule]) -> list[Collective]:
     """All of them, in the order of the schedule; each once, in however many steps it is made."""
     found: dict[str, Collective] = {}
-    for computation, times in scheduled(module, module.entry, 1, platform):
-        parts = parts_of(module, computation)
+    outputs = results_of(module)
+    for computation, times, parts in schedules:
         for instruction in computation.instructions:
             for one in _Found(module, parts, ((computation, instruction),)).inside():
                 channel = one.instruction.attributes.get("channel_id", one.instruction.name)
                 if channel not in found:
-                    found[channel] = one.described(times)
+                    found[channel] = one.described(times, outputs)
     return list(found.values())
 
 
@@ -79,7 +70,7 @@ class _Found:
     """A collective, and the instructions that hold it, each in its computation: from outside in."""
 
     module: Module
-    parts: dict[str, str]
+    parts: Mapping[str, str]
     chain: tuple[tuple[Computation, Instruction], ...]
 
     @property
@@ -97,7 +88,7 @@ class _Found:
                     chain = (*self.chain, (called, inner))
                     yield from dataclasses.replace(self, chain=chain).inside()
 
-    def described(self, times: int | None) -> Collective:
+    def described(self, times: int | None, outputs: Mapping[str, Sequence[int]]) -> Collective:
         (schedule, caller), (holder, instruction) = self.chain[0], self.chain[-1]
         shapes = [holder.by_name[name].shape for name in instruction.operands]
         given = [sum(x.bytes for x in arrays(shape)) for shape in shapes]
@@ -119,7 +110,7 @@ class _Found:
             bytes_of=bytes_of,
             devices=_group(self.module, instruction),
             inputs=tuple(numbers),
-            outputs=results_of(self.module, caller.name) if in_entry else (),
+            outputs=tuple(outputs.get(caller.name, ())) if in_entry else (),
             computation=schedule.name,
             line=instruction.line,
             times=times,

@@ -22,10 +22,10 @@ length of the loop is known, except on TPUs: XLA's runtimes for GPUs and CPUs th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import re
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from adamw_xla.hlo._bytes import reads, writes
 from adamw_xla.hlo._syntax.flow import entry_parameter, origin
@@ -72,6 +72,14 @@ class Kernel:
     estimated_cycles: int | None
 
 
+class Schedule(NamedTuple):
+    """A computation that runs, how often (None: not known), and whose each instruction is."""
+
+    computation: Computation
+    times: int | None
+    parts: Mapping[str, str]
+
+
 def platform_of(module: Module, text: str) -> Platform:
     """The platform, from marks that each compiler leaves in its text."""
     if re.search(r"entry_computation_layout=.*?\{[\d,]*:T\(", module.header):
@@ -81,11 +89,18 @@ def platform_of(module: Module, text: str) -> Platform:
     return "cpu"
 
 
-def kernels_of(module: Module, platform: Platform) -> list[Kernel]:
-    """All launches, in the order of the schedule; what is called stands after its call."""
+def schedules_of(module: Module, platform: Platform) -> list[Schedule]:
+    """The computations that run as schedules of their own; what is called stands after its call."""
+    return [
+        Schedule(computation, times, parts_of(module, computation))
+        for computation, times in scheduled(module, module.entry, 1, platform)
+    ]
+
+
+def kernels_of(module: Module, platform: Platform, schedules: Sequence[Schedule]) -> list[Kernel]:
+    """All launches, in the order of the schedules."""
     found: list[Kernel] = []
-    for computation, times in scheduled(module, module.entry, 1, platform):
-        parts = parts_of(module, computation)
+    for computation, times, parts in schedules:
         for instruction in computation.instructions:
             kind = kind_of(instruction, platform)
             if kind is None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from typing import Any, NamedTuple
 
-from inspection import aot, inspect_cases
+from elsewhere import target
+from inspection import inspect_cases
 from inspection.inspect_cases import OURS, Case, Inspected
 import jax
 from jax.flatten_util import ravel_pytree
@@ -57,18 +57,6 @@ and the update of the last. Optax has 156 to 444 kernels and 39 kB to 552 MB of 
 
 MAX_CYCLES = {"none": 12_500_000, "global": 14_000_000}
 """The TPU compiler's estimate for the same; optax: 12,652,745 and 14,363,586."""
-
-
-def target(name: str) -> aot.Target:
-    """The target; skips the test where its compiler is neither installed nor required."""
-    found = aot.TARGETS[name]
-    try:
-        aot.check(found)
-    except aot.UnavailableError as error:
-        if os.environ.get("ADAMW_XLA_REQUIRE_COMPILERS"):
-            raise
-        pytest.skip(str(error))
-    return found
 
 
 def step(who: str, model: str, clip: str, accumulate: int | None = None) -> Case:

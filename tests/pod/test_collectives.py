@@ -11,14 +11,13 @@ from collections import Counter
 from collections.abc import Sequence
 import functools
 import math
-import os
 from pathlib import Path
 import re
 from typing import Any
 
 from eight_devices import main, report
+from elsewhere import target
 import jax
-from jax.experimental import topologies
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -164,15 +163,7 @@ def pod() -> Sequence[Any]:
     """The chips' descriptions; skips without their compiler."""
     from inspection import aot
 
-    try:
-        aot.check(aot.TARGETS["v5e"])
-    except aot.UnavailableError as error:
-        if os.environ.get("ADAMW_XLA_REQUIRE_COMPILERS"):
-            raise
-        pytest.skip(str(error))
-    aot.prepare()
-    found = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4")
-    return tuple(found.devices)
+    return aot.devices(target("v5e"), 16)
 
 
 @pytest.mark.slow

@@ -10,15 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from comparing import ATOL, RTOL, close, same
 from cpu_oracle import require_native
 from eight_devices import main, report
+from elsewhere import target
 import jax
-from jax.experimental import topologies
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
@@ -194,21 +193,6 @@ def what_lies_elsewhere_is_refused() -> None:
 # ------------------------------------------------------------------------ whose memory it is
 
 
-def checked(name: str) -> Any:
-    """The target; skips without its compiler."""
-    from inspection import aot
-
-    found = aot.TARGETS[name]
-    try:
-        aot.check(found)
-    except aot.UnavailableError as error:
-        if os.environ.get("ADAMW_XLA_REQUIRE_COMPILERS"):
-            raise
-        pytest.skip(str(error))
-    aot.prepare()
-    return found
-
-
 MODEL = {name: math.prod(shape) * 4 for name, shape in shapes.llama_1b().items()}
 LARGEST, STATE = 2 * max(MODEL.values()), 2 * sum(MODEL.values())
 """Bytes of m and v: of the largest leaf, and of all."""
@@ -218,8 +202,9 @@ LARGEST, STATE = 2 * max(MODEL.values()), 2 * sum(MODEL.values())
 @pytest.mark.parametrize("how", ["fsdp", "zero1"])
 def test_memory_of_a_pod(how: str) -> None:
     """Llama 3.2 1B on 64 chips: what each of them holds of the state, and where."""
-    checked("v5e")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:8x8").devices
+    from inspection import aot
+
+    devices = aot.devices(target("v5e"), 64)
     mesh = Mesh(np.array(devices), ("x",))
     whole = {
         k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P()))
@@ -251,7 +236,7 @@ def test_memory_of_a_gpu() -> None:
     """The same on one H100, which holds two leaves at a time while their copies overlap."""
     from inspection import aot
 
-    device = aot.device(checked("h100"))
+    device = aot.device(target("h100"))
     here, there = (SingleDeviceSharding(device, memory_kind=kind) for kind in (None, "pinned_host"))
     structs = list(shapes.structs(shapes.llama_1b()).values())
     hyper = jax.ShapeDtypeStruct((1, NUM_SLOTS), np.float32, sharding=here)

@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 import functools
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 from eight_devices import main, report
+from elsewhere import target
 from inspection import aot
 import jax
 from jax import export
-from jax.experimental import topologies
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -358,14 +357,7 @@ def test_params_that_lie_nowhere_count_as_whole() -> None:
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_llama_1b_on_64_chips(clip: float | None) -> None:
     """The state's bytes on each chip are those of the whole divided by 64, within 5 %."""
-    try:
-        aot.check(aot.TARGETS["v5e"])
-    except aot.UnavailableError as error:
-        if os.environ.get("ADAMW_XLA_REQUIRE_COMPILERS"):
-            raise
-        pytest.skip(str(error))
-    aot.prepare()
-    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:8x8").devices
+    chips = aot.devices(target("v5e"), 64)
     mesh = Mesh(np.array(chips), ("data",), axis_types=(AUTO,))
     config, model = ax.AdamW(global_clipnorm=clip), shapes.llama_1b()
     whole = NamedSharding(mesh, P())

@@ -47,12 +47,13 @@ def origin(module: Module, computation: Computation, name: str) -> Instruction:
             return instruction
 
 
-def results_of(module: Module, name: str) -> tuple[int, ...]:
-    """The results of the program that an instruction of its entry made."""
+def results_of(module: Module) -> dict[str, list[int]]:
+    """For each instruction of the entry that made some the results of the program that it made."""
     root = module.entry.root
-    results = root.operands if root.opcode == "tuple" else (root.name,)
-    made = (origin(module, module.entry, result).name for result in results)
-    return tuple(number for number, maker in enumerate(made) if maker == name)
+    found: dict[str, list[int]] = {}
+    for number, result in enumerate(root.operands if root.opcode == "tuple" else (root.name,)):
+        found.setdefault(origin(module, module.entry, result).name, []).append(number)
+    return found
 
 
 def makers_of(module: Module, number: int) -> tuple[str, ...]:
