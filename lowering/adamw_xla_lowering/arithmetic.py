@@ -5,32 +5,22 @@ this one description, the first with the StableHLO dialect itself as ``ops``.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 from .contract import Slot, UpdateSpec
-
-
-class Ops(Protocol):
-    """Makers of elementwise operations on values of one shape and dtype."""
-
-    def add(self, a: Any, b: Any, /) -> Any: ...  # noqa: D102
-    def subtract(self, a: Any, b: Any, /) -> Any: ...  # noqa: D102
-    def multiply(self, a: Any, b: Any, /) -> Any: ...  # noqa: D102
-    def divide(self, a: Any, b: Any, /) -> Any: ...  # noqa: D102
-    def maximum(self, a: Any, b: Any, /) -> Any: ...  # noqa: D102
-    def negate(self, x: Any, /) -> Any: ...  # noqa: D102
-    def sqrt(self, x: Any, /) -> Any: ...  # noqa: D102
-    def clamp(self, low: Any, x: Any, high: Any, /) -> Any: ...  # noqa: D102
-    def select(self, condition: Any, yes: Any, no: Any, /) -> Any: ...  # noqa: D102
+from .formats import narrow, word
+from .formats.ops import BitOps
 
 
 def update(
-    ops: Ops,
+    ops: BitOps,
     spec: UpdateSpec,
     slot: Callable[[Slot], Any],
     is_set: Callable[[Any], Any],
     x: dict[str, Any],
     scales: Iterable[Any],
+    *,
+    is_narrow: bool,
 ) -> dict[str, Any]:
     """One leaf's new values, line by line.
 
@@ -41,18 +31,28 @@ def update(
       is_set: whether such a value is not 0.
       x: the leaf's operands by kind, in the compute dtype.
       scales: further factors on the gradient.
+      is_narrow: the param is bfloat16.
 
     Returns:
       A value for each of ``spec.result_kinds`` (and perhaps more), in the compute dtype.
     """
-    p, g = x["params"], ops.multiply(x["grads"], slot(Slot.GRAD_SCALE))
+    p, m, v = x["params"], x.get("m"), x.get("v")
+    rounds = is_narrow and (spec.stochastic or spec.split_master)
+    if spec.split_master and is_narrow:
+        p = narrow.join(ops, p, x["remainder"])
+    random = None
+    if spec.words or (spec.stochastic and is_narrow):
+        random = word.random_bits(ops, x["grads"], p, slot(Slot.SALT))
+    if spec.words:
+        m, v = word.decode(ops, x["words"])
+    g = ops.multiply(x["grads"], slot(Slot.GRAD_SCALE))
     for scale in scales:
         g = ops.multiply(g, scale)
     if spec.clip_value:
         bound = slot(Slot.CLIP_VALUE)
         g = ops.clamp(ops.negate(bound), g, bound)
-    m = _mix(ops, slot(Slot.BETA_1), x["m"], slot(Slot.ONE_MINUS_BETA_1), g)
-    v = _mix(ops, slot(Slot.BETA_2), x["v"], slot(Slot.ONE_MINUS_BETA_2), ops.multiply(g, g))
+    m = _mix(ops, slot(Slot.BETA_1), m, slot(Slot.ONE_MINUS_BETA_1), g)
+    v = _mix(ops, slot(Slot.BETA_2), v, slot(Slot.ONE_MINUS_BETA_2), ops.multiply(g, g))
     w = ops.maximum(x["v_max"], v) if spec.amsgrad else v
     square = ops.add(w, slot(Slot.EPSILON_ROOT)) if spec.epsilon_root else w
     root = ops.multiply(ops.sqrt(square), slot(Slot.V_CORRECTION))
@@ -62,7 +62,10 @@ def update(
     step = ops.divide(step, ops.add(root, slot(Slot.EPSILON)))
     change = ops.add(ops.multiply(slot(Slot.DECAY_RATE), p), step)
     new = {"m": m, "v": v, "v_max": w}
-    if not spec.delta:
+    if spec.words:
+        new["words"] = word.encode(ops, m, v, random)
+    by_change = spec.delta and not rounds
+    if not by_change:
         new["params"] = ops.subtract(p, change)
     else:
         new["updates"] = ops.negate(change)
@@ -74,11 +77,20 @@ def update(
         if spec.ema_overwrite:
             overwrite = is_set(slot(Slot.EMA_OVERWRITE))
             kind, there = "params", average
-            if spec.delta:
+            if by_change:
                 kind, there = "updates", ops.subtract(average, p)
             new[kind] = ops.select(overwrite, there, new[kind])
+    if spec.split_master:
+        new["remainder"] = x["remainder"]
+    if rounds:
+        if spec.split_master:
+            new["params"], new["remainder"] = narrow.split(ops, new["params"])
+        else:
+            new["params"] = narrow.stochastic(ops, new["params"], random)
+        if spec.delta:
+            new["updates"] = ops.subtract(new["params"], x["params"])
     return new
 
 
-def _mix(ops: Ops, a: Any, x: Any, b: Any, y: Any) -> Any:
+def _mix(ops: BitOps, a: Any, x: Any, b: Any, y: Any) -> Any:
     return ops.add(ops.multiply(a, x), ops.multiply(b, y))

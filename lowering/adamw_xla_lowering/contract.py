@@ -16,6 +16,9 @@ params, float32 for all others), written with the slots of ``hyper`` in capitals
     all results <- what they replace where APPLY == 0            (skip)
     the first result is p's change, in the compute dtype         (delta; else p)
 
+With ``words`` m and v come from one word of 16 bits, and go back into one, rounded; with
+``stochastic`` and ``split_master`` the new p is rounded, or cut in two: ``word.py`` says how.
+
 The complements have slots of their own because ``1 - float32(0.999)`` is wrong in
 the fifth digit. The decay is a rate that is subtracted and not a factor
 ``1 - lr*wd``: in float32 that factor rounds to 1 below lr*wd = 3e-8, and is off by
@@ -81,6 +84,7 @@ class Slot(enum.IntEnum):
     APPLY = 13
     EPSILON_ROOT = 14
     GRAD_STEP_SIZE = 15
+    SALT = 16
 
 
 NUM_SLOTS = len(Slot)
@@ -102,6 +106,11 @@ class UpdateSpec:
       skip: the APPLY slot is looked at.
       epsilon_root: the EPSILON_ROOT slot is looked at.
       nesterov: the GRAD_STEP_SIZE slot is looked at.
+      words: one word of 16 bits stands in place of each element's m and v, and the SALT slot
+        is looked at.
+      stochastic: new bfloat16 params are rounded stochastically; the SALT slot is looked at.
+      split_master: an int16 ``remainder`` operand and result exist for each leaf; with a
+        bfloat16 param it is the param's float32 master.
       delta: the first result is what to add to the param, not the new param.
       leaf_scale: an operand ``leaf_scale`` of shape [leaves] follows ``hyper``.
       offload: m, v, v_max and ema may lie in host memory, and their results do.
@@ -118,6 +127,9 @@ class UpdateSpec:
     skip: bool = False
     epsilon_root: bool = False
     nesterov: bool = False
+    words: bool = False
+    stochastic: bool = False
+    split_master: bool = False
     delta: bool = False
     leaf_scale: bool = False
     offload: bool = False
@@ -137,25 +149,28 @@ class UpdateSpec:
     @property
     def operand_kinds(self) -> tuple[str, ...]:
         """What each leaf brings, in operand order."""
-        return ("params", "grads", "m", "v", *self._optional)
+        return ("params", "grads", *self.state_kinds)
 
     @property
     def result_kinds(self) -> tuple[str, ...]:
         """What each leaf gets back, in result order."""
-        return ("updates" if self.delta else "params", "m", "v", *self._optional)
+        return ("updates" if self.delta else "params", *self.state_kinds)
 
     @property
     def replaced_kinds(self) -> tuple[str, ...]:
         """What each result takes the place of: of its shape, and but for updates its dtype."""
-        return ("grads" if self.delta else "params", "m", "v", *self._optional)
+        return ("grads" if self.delta else "params", *self.state_kinds)
+
+    @property
+    def state_kinds(self) -> tuple[str, ...]:
+        """What each leaf keeps from step to step, beside its param."""
+        moments = ("words",) if self.words else ("m", "v")
+        others = {"v_max": self.amsgrad, "ema": self.ema, "remainder": self.split_master}
+        return (*moments, *(kind for kind, is_there in others.items() if is_there))
 
     def of_leaves(self, leaves: Sequence[int]) -> "UpdateSpec":
         """The same kind of update, of some of the leaves."""
         return dataclasses.replace(self, groups=tuple(self.groups[i] for i in leaves))
-
-    @property
-    def _optional(self) -> tuple[str, ...]:
-        return ("v_max",) * self.amsgrad + ("ema",) * self.ema
 
     def options(self) -> dict[str, bool]:
         """The choices that a reader of a dump wants to see: what is computed, not where."""

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import JaxprEqn, Primitive
+import jax.numpy as jnp
 import numpy as np
 
 from . import platforms
@@ -39,31 +40,36 @@ Leaves = Sequence[jax.Array]
 
 
 class UpdateResult(NamedTuple):
-    """What ``adamw_update`` returns: a list per kind, one entry per leaf."""
+    """What ``adamw_update`` returns: a list per kind, one entry per leaf, or None."""
 
     params: list[jax.Array]
-    m: list[jax.Array]
-    v: list[jax.Array]
-    v_max: list[jax.Array] | None
-    ema: list[jax.Array] | None
+    m: list[jax.Array] | None = None
+    v: list[jax.Array] | None = None
+    v_max: list[jax.Array] | None = None
+    ema: list[jax.Array] | None = None
+    words: list[jax.Array] | None = None
+    remainder: list[jax.Array] | None = None
 
 
 def adamw_update(
     hyper: jax.Array,
     params: Leaves,
     grads: Leaves,
-    m: Leaves,
-    v: Leaves,
+    m: Leaves | None = None,
+    v: Leaves | None = None,
     v_max: Leaves | None = None,
     ema: Leaves | None = None,
     leaf_scale: jax.Array | None = None,
     *,
+    words: Leaves | None = None,
+    remainder: Leaves | None = None,
     groups: Sequence[int] | None = None,
     ema_overwrite: bool = False,
     clip_value: bool = False,
     skip: bool = False,
     epsilon_root: bool = False,
     nesterov: bool = False,
+    stochastic: bool = False,
     delta: bool = False,
     offload: bool = False,
     implementation: Implementation | None = None,
@@ -74,17 +80,22 @@ def adamw_update(
       hyper: float32 [groups, NUM_SLOTS], float64 if a param is: the step's numbers.
       params: leaves of any shape, bfloat16, float16, float32 or float64.
       grads: one per param, of its shape; any of those dtypes.
-      m: first moments, of the params' shapes.
-      v: second moments, of the params' shapes.
+      m: first moments, of the params' shapes; None where there are words.
+      v: second moments, of the params' shapes; None where there are words.
       v_max: running maxima of ``v``; given, the update is AMSGrad's.
       ema: moving averages of the params; given, they are updated too.
       leaf_scale: [leaves], dtype of ``hyper``: one more factor on each gradient.
+      words: m and v of each element in one bfloat16 (``formats/word.py``), of the params' shapes,
+        for params that are not float64; the SALT slot is looked at.
+      remainder: int16, of the params' shapes: with a bfloat16 param it is a float32 master
+        (``formats/narrow.py``), and stays as it is beside another; not for float16.
       groups: for each leaf the row of ``hyper`` that it reads; None: row 0.
       ema_overwrite: look at the EMA_OVERWRITE slot.
       clip_value: look at the CLIP_VALUE slot.
       skip: look at the APPLY slot.
       epsilon_root: look at the EPSILON_ROOT slot.
       nesterov: look at the GRAD_STEP_SIZE slot.
+      stochastic: round new bfloat16 params at random, and look at the SALT slot.
       delta: return the params' changes, unrounded, instead of the new params.
       offload: m, v, v_max and ema lie in host memory and come to the device a few leaves at
         a time; what replaces them lies in host memory, wherever they did.
@@ -96,13 +107,15 @@ def adamw_update(
 
     Raises:
       TypeError: an operand's shape, dtype or memory does not fit; the message names it.
-      ValueError: an unknown ``implementation``, a count of leaves that differs, or a group
-        below 0.
+      ValueError: an unknown ``implementation``, a count of leaves that differs, a group
+        below 0, or operands that exclude or lack each other.
       NativeUnavailableError: at lowering, where "native" was asked for and cannot run.
       UpdateNotDifferentiableError: where a derivative is asked for.
     """
     check_implementation(implementation)
-    columns = {"params": params, "grads": grads, "m": m, "v": v, "v_max": v_max, "ema": ema}
+    state = {"m": m, "v": v, "words": words, "v_max": v_max, "ema": ema, "remainder": remainder}
+    _check_formats(state, stochastic)
+    columns = {"params": params, "grads": grads, **state}
     given = {kind: list(column) for kind, column in columns.items() if column is not None}
     n = len(given["params"])
     for kind, column in given.items():
@@ -117,6 +130,9 @@ def adamw_update(
         skip=skip,
         epsilon_root=epsilon_root,
         nesterov=nesterov,
+        words=words is not None,
+        stochastic=stochastic,
+        split_master=remainder is not None,
         delta=delta,
         offload=offload,
         leaf_scale=leaf_scale is not None,
@@ -134,8 +150,19 @@ def adamw_update(
         # argument lies in host memory, it takes all memory for the device's.
         results[n:] = [jax.device_put(x, jax.memory.Space.Host) for x in results[n:]]
     first, *rest = (list(results[i * n : (i + 1) * n]) for i in range(len(spec.result_kinds)))
-    lists = dict(zip(spec.result_kinds[1:], rest, strict=True))
-    return UpdateResult(first, lists["m"], lists["v"], lists.get("v_max"), lists.get("ema"))
+    return UpdateResult(first, **dict(zip(spec.state_kinds, rest, strict=True)))
+
+
+def _check_formats(state: dict[str, Leaves | None], stochastic: bool) -> None:
+    """Refuses operands that do not go together."""
+    there = {kind for kind, column in state.items() if column is not None}
+    if "words" in there:
+        if both := sorted(there & {"m", "v", "v_max"}):
+            raise ValueError(f"words stand in place of m and v; leave out {both[0]}")
+    elif lacking := sorted({"m", "v"} - there):
+        raise ValueError(f"{lacking[0]} is missing; without words, m and v are needed")
+    if stochastic and "remainder" in there:
+        raise ValueError("stochastic: nothing is rounded where a remainder holds the rest")
 
 
 # ----------------------------------------------------------------- abstract evaluation
@@ -175,8 +202,8 @@ def _check_leaf(spec: UpdateSpec, leaf: int, row: Sequence[Any]) -> None:
     r, own = spec.batch_rank, row[0]
     for kind, aval in enumerate(row):
         index = spec.num_scalars + kind * spec.num_leaves + leaf
-        if aval.dtype not in PARAM_DTYPES:
-            raise _fail(spec, index, f"dtype {aval.dtype}", dtype_names())
+        if problem := _wrong_dtype(spec, spec.operand_kinds[kind], aval.dtype):
+            raise _fail(spec, index, f"dtype {aval.dtype}", problem)
         if axes := reduced_axes(aval):
             raise _fail(spec, index, f"a sum pending over {sorted(axes)}", "a value that is summed")
         if aval.shape[r:] != own.shape[r:] or len(aval.shape) != len(own.shape):
@@ -189,6 +216,20 @@ def _check_leaf(spec: UpdateSpec, leaf: int, row: Sequence[Any]) -> None:
                 f"sharding {spec_of(aval)[r:]}",
                 f"params[{leaf}]'s, {spec_of(own)[r:]} (see jax.sharding.reshard)",
             )
+
+
+def _wrong_dtype(spec: UpdateSpec, kind: str, dtype: Any) -> str | None:
+    """What an operand of this kind is to have in place of this dtype; None if it may."""
+    exact = {"words": np.dtype(jnp.bfloat16), "remainder": np.dtype(np.int16)}.get(kind)
+    if exact is not None:
+        return None if dtype == exact else str(exact)
+    if dtype not in PARAM_DTYPES:
+        return dtype_names()
+    if kind == "params" and spec.words and dtype == np.float64:
+        return "a dtype whose arithmetic is float32, as that of words is"
+    if kind == "params" and spec.split_master and dtype == np.float16:
+        return "a dtype that a remainder can complete: bfloat16"
+    return None
 
 
 def _leaf_results(spec: UpdateSpec, leaf: int, scalars: Sequence[Any], row: Any) -> list[Any]:

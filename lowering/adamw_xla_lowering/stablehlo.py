@@ -14,7 +14,7 @@ from jax.extend.mlir import ir, lower_with_sharding_in_types
 from jax.extend.mlir.dialects import func
 from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
-import numpy as np
+import jax.numpy as jnp
 
 from . import arithmetic
 from ._jax_private import functions_of
@@ -28,6 +28,7 @@ from .contract import (
     split_leaves,
     split_operands,
 )
+from .formats.hlo_ops import HloOps
 
 
 def lower(
@@ -114,7 +115,8 @@ class Tree:
                 ir.RankedTensorType.get(shape, mlir.dtype_to_ir_type(aval.dtype)) for aval in outs
             ]
             dtype = mlir.dtype_to_ir_type(compute_dtype(self.avals.leaves[leaf][0].dtype))
-            loop = _Loop(shape, dtype, rank)
+            is_narrow = self.avals.leaves[leaf][0].dtype == jnp.bfloat16
+            loop = _Loop(shape, dtype, rank, is_narrow)
             function = _decomposition(self.ctx, self.spec, loop, types, results)
             self._functions[shape, types] = function
         return self._functions[shape, types]
@@ -148,14 +150,17 @@ class _Loop:
     shape: tuple[int, ...]
     dtype: ir.Type
     batch_rank: int
+    is_narrow: bool
 
-    @property
-    def type(self) -> ir.RankedTensorType:
-        return ir.RankedTensorType.get(self.shape, self.dtype)
+    @functools.cached_property
+    def ops(self) -> HloOps:
+        return HloOps(self.shape, self.dtype, lambda x: self._spread(x, []))
 
     def operand(self, x: ir.Value) -> ir.Value:
-        """A leaf operand, in the compute dtype and with the whole batch."""
-        return self._spread(_convert(x, self.dtype), range(len(self.shape)))
+        """A leaf operand, in the arithmetic's dtype and with the whole batch."""
+        is_integer = isinstance(ir.RankedTensorType(x.type).element_type, ir.IntegerType)
+        dtype = ir.IntegerType.get_signless(32) if is_integer else self.dtype
+        return self._spread(_convert(x, dtype), range(len(self.shape)))
 
     def scalar(self, row: ir.Value, slot: int) -> ir.Value:
         """Column ``slot`` of ``row`` [*batch, ..., slots], for every element."""
@@ -164,19 +169,12 @@ class _Loop:
         value = hlo.reshape(ir.RankedTensorType.get(batch, self.dtype), value)
         return self._spread(value, range(self.batch_rank))
 
-    def constant(self, number: float) -> ir.Value:
-        array = np.full((), number, np.float64 if self.is_wide else np.float32)
-        attr = ir.DenseElementsAttr.get(array, type=self.dtype, shape=[])
-        return self._spread(hlo.constant(attr), [])
-
-    @property
-    def is_wide(self) -> bool:
-        return self.dtype == ir.F64Type.get()
-
     def _spread(self, x: ir.Value, dims: Sequence[int]) -> ir.Value:
-        if tuple(ir.RankedTensorType(x.type).shape) == self.shape:
+        kind = ir.RankedTensorType(x.type)
+        if tuple(kind.shape) == self.shape:
             return x
-        return hlo.broadcast_in_dim(self.type, x, mlir.dense_int_array(list(dims)))
+        whole = ir.RankedTensorType.get(self.shape, kind.element_type)
+        return hlo.broadcast_in_dim(whole, x, mlir.dense_int_array(list(dims)))
 
 
 def _decomposition(
@@ -214,12 +212,13 @@ def _update(
     operands: dict[str, ir.Value],
 ) -> dict[str, ir.Value]:
     return arithmetic.update(
-        hlo,
+        loop.ops,
         spec,
         functools.partial(loop.scalar, row),
-        functools.partial(_is_set, loop),
+        loop.ops.is_set,
         {kind: loop.operand(value) for kind, value in operands.items()},
         (loop.scalar(scale, 0) for scale in scales),
+        is_narrow=loop.is_narrow,
     )
 
 
@@ -231,20 +230,16 @@ def _skip(
     operands: dict[str, ir.Value],
 ) -> list[ir.Value]:
     """Keeps what was there, bit for bit, where the APPLY slot is 0."""
-    apply = _is_set(loop, loop.scalar(row, Slot.APPLY))
+    apply = loop.ops.is_set(loop.scalar(row, Slot.APPLY))
     kept = []
     for kind, new in zip(spec.result_kinds, stored, strict=True):
-        old = loop.constant(0.0) if kind == "updates" else operands[kind]
+        old = loop.ops.number(0.0) if kind == "updates" else operands[kind]
         shape = ir.RankedTensorType(new.type).shape
         if ir.RankedTensorType(old.type).shape != shape:
             dims = mlir.dense_int_array(list(range(len(shape))))
             old = hlo.broadcast_in_dim(new.type, old, dims)
         kept.append(hlo.select(apply, new, old))
     return kept
-
-
-def _is_set(loop: _Loop, flag: ir.Value) -> ir.Value:
-    return hlo.compare(flag, loop.constant(0.0), hlo.ComparisonDirectionAttr.get("NE"))
 
 
 def _convert(x: ir.Value, dtype: ir.Type) -> ir.Value:

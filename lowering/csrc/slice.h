@@ -15,7 +15,7 @@ namespace adamw {
   X(GRAD_SCALE) X(STEP_SIZE) X(V_CORRECTION) X(DECAY_RATE) X(BETA_1)            \
   X(ONE_MINUS_BETA_1) X(BETA_2) X(ONE_MINUS_BETA_2) X(EPSILON) X(CLIP_VALUE)    \
   X(EMA_MOMENTUM) X(ONE_MINUS_EMA_MOMENTUM) X(EMA_OVERWRITE) X(APPLY)           \
-  X(EPSILON_ROOT) X(GRAD_STEP_SIZE)
+  X(EPSILON_ROOT) X(GRAD_STEP_SIZE) X(SALT)
 
 #define ADAMW_ENUMERATOR(name) name,
 enum Slot { ADAMW_SLOTS(ADAMW_ENUMERATOR) kNumSlots };
@@ -24,7 +24,7 @@ enum Slot { ADAMW_SLOTS(ADAMW_ENUMERATOR) kNumSlots };
 // What kind of update it is, in the order of contract.UpdateSpec; likewise.
 #define ADAMW_OPTIONS(X)                                                        \
   X(amsgrad) X(ema) X(ema_overwrite) X(clip_value) X(skip) X(epsilon_root)      \
-  X(nesterov) X(delta) X(leaf_scale)
+  X(nesterov) X(words) X(stochastic) X(split_master) X(delta) X(leaf_scale)
 
 #define ADAMW_FIELD(name) bool name;
 struct Options { ADAMW_OPTIONS(ADAMW_FIELD) };

@@ -97,9 +97,9 @@ Buffers MakeLeaf(const Case& which, Int64 size, unsigned seed) {
 std::vector<float> MakeHyper(Int64 rows) {
   std::vector<float> hyper(rows * kNumSlots);
   for (Int64 row = 0; row < rows; ++row) {
-    static_assert(kNumSlots == 16, "a number for each slot");
+    static_assert(kNumSlots == 17, "a number for each slot");
     const double slots[kNumSlots] = {0.7, 0.02, 1.3, 3e-3, 0.88, 0.12, 0.95,
-                                     0.05, 1e-3, 0.5, 0.9, 0.1, 1.0, 1.0, 1e-4, 5e-3};
+                                     0.05, 1e-3, 0.5, 0.9, 0.1, 1.0, 1.0, 1e-4, 5e-3, 7.0};
     for (int s = 0; s < kNumSlots; ++s) {
       hyper[row * kNumSlots + s] = static_cast<float>(slots[s] * (1 + 0.01 * row));
     }

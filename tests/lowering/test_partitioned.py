@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from adamw_xla_lowering import NativeUnavailableError, adamw_sum_of_squares, adamw_update
+from adamw_xla_lowering import NUM_SLOTS, NativeUnavailableError, adamw_sum_of_squares, adamw_update
 from adamw_xla_lowering.rules import partitioned, partitioned_norm
 
 GATHERS = re.compile(r"all-gather|all-to-all|collective-permute")
@@ -325,7 +325,8 @@ def lowers_for_an_abstract_mesh() -> None:
     tree = {kind: [struct] for kind in ("params", "grads", "m", "v")}
     text = jax.jit(update).trace(hyper(), tree).lower(lowering_platforms=("cuda",)).as_text()
     assert f"stablehlo.custom_call @{partitioned.TARGET_NAME}" in text
-    rule = "<([i, j], [k], [k], [k], [k])->([k], [k], [k]) {i=1, j=16, k=8}"
+    sizes = f"{{i=1, j={NUM_SLOTS}, k=8}}"
+    rule = f"<([i, j], [k], [k], [k], [k])->([k], [k], [k]) {sizes}"
     assert f"{rule} need_replication={{i, j}}" in text, text
 
 

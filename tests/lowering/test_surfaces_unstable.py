@@ -32,7 +32,7 @@ from surfaces import (
 )
 
 import adamw_xla as ax
-from adamw_xla_lowering import UpdateSpec
+from adamw_xla_lowering import NUM_SLOTS, UpdateSpec
 from adamw_xla_lowering.cpu import library
 from adamw_xla_lowering.gpu import call as gpu_call
 from adamw_xla_lowering.rules import partitioned
@@ -124,7 +124,7 @@ def test_lower_with_sharding_in_types() -> None:
 )
 def test_sharding_rule() -> None:
     spec = UpdateSpec(groups=(0,) * 9, leaf_scale=True)
-    scalars = [jax.ShapeDtypeStruct(s, np.float32) for s in ((1, 16), (9,))]
+    scalars = [jax.ShapeDtypeStruct(s, np.float32) for s in ((1, NUM_SLOTS), (9,))]
     leaves = [jax.ShapeDtypeStruct((2, 3), np.float32)] * (4 * 9)
     text = partitioned._sharding_rule(spec, [*scalars, *leaves])
     with mlir.make_ir_context():

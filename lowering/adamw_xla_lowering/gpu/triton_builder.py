@@ -8,6 +8,7 @@ from typing import Any
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, scf
 from jax.interpreters import mlir
+import jax.numpy as jnp
 import numpy as np
 
 from .. import arithmetic
@@ -101,7 +102,10 @@ class _Update:
         row = arith.muli(row, constant(self.shapes[0][-1], row.type))
         slot = _Slots(ops, self.scalars[0], row)
         x = {name: ops.convert(value) for name, value in stored.items()}
-        new = arithmetic.update(ops, spec, slot, ops.is_set, x, self._scales(ops, work, member))
+        is_narrow = kind.operands[0] == jnp.bfloat16
+        new = arithmetic.update(
+            ops, spec, slot, ops.is_set, x, self._scales(ops, work, member), is_narrow=is_narrow
+        )
         for i, name in enumerate(spec.result_kinds):
             value = convert(new[name], mlir.dtype_to_ir_type(kind.results[i]))
             if spec.skip:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 import adamw_xla_lowering
-from adamw_xla_lowering import adamw_update
+from adamw_xla_lowering import NUM_SLOTS, adamw_update
 
 PACKAGE = Path(adamw_xla_lowering.__file__).parent
 EXPLICIT = AbstractMesh((2,), ("x",), (AxisType.Explicit,))
@@ -101,5 +101,5 @@ def lower_kernel() -> Any:
         tree = {kind: [x] for kind in ("params", "grads", "m", "v")}
         return adamw_update(h, **tree, implementation="native")
 
-    traced = jax.jit(step).trace(np.ones((1, 16), np.float32), np.ones(40, np.float32))
+    traced = jax.jit(step).trace(np.ones((1, NUM_SLOTS), np.float32), np.ones(40, np.float32))
     return traced.lower(lowering_platforms=("cuda",))

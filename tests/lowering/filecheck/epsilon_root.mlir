@@ -1,13 +1,13 @@
 // A constant under the root.
 
 // CHECK-LABEL: func.func public @main(
-// CHECK: %{{[0-9]+}}:3 = stablehlo.composite "adamw_xla.update" {{.*}} {composite_attributes = {amsgrad = false, clip_value = false, delta = false, ema = false, ema_overwrite = false, epsilon_root = true, group = 0 : i64, leaf = 0 : i64, leaf_scale = false, nesterov = false, skip = false}, decomposition = @[[F:[a-z0-9_]+]]} :
-// CHECK: %{{[0-9]+}}:3 = stablehlo.composite "adamw_xla.update" {{.*}} {composite_attributes = {amsgrad = false, clip_value = false, delta = false, ema = false, ema_overwrite = false, epsilon_root = true, group = 0 : i64, leaf = 1 : i64, leaf_scale = false, nesterov = false, skip = false}, decomposition = @[[F]]} :
-// CHECK: %{{[0-9]+}}:3 = stablehlo.composite "adamw_xla.update" {{.*}} {composite_attributes = {amsgrad = false, clip_value = false, delta = false, ema = false, ema_overwrite = false, epsilon_root = true, group = 0 : i64, leaf = 2 : i64, leaf_scale = false, nesterov = false, skip = false}, decomposition = @[[H:[a-z0-9_]+]]} :
+// CHECK: %{{[0-9]+}}:3 = stablehlo.composite "adamw_xla.update" {{.*}} {composite_attributes = {amsgrad = false, clip_value = false, delta = false, ema = false, ema_overwrite = false, epsilon_root = true, group = 0 : i64, leaf = 0 : i64, leaf_scale = false, nesterov = false, skip = false, split_master = false, stochastic = false, words = false}, decomposition = @[[F:[a-z0-9_]+]]} :
+// CHECK: %{{[0-9]+}}:3 = stablehlo.composite "adamw_xla.update" {{.*}} {composite_attributes = {amsgrad = false, clip_value = false, delta = false, ema = false, ema_overwrite = false, epsilon_root = true, group = 0 : i64, leaf = 1 : i64, leaf_scale = false, nesterov = false, skip = false, split_master = false, stochastic = false, words = false}, decomposition = @[[F]]} :
+// CHECK: %{{[0-9]+}}:3 = stablehlo.composite "adamw_xla.update" {{.*}} {composite_attributes = {amsgrad = false, clip_value = false, delta = false, ema = false, ema_overwrite = false, epsilon_root = true, group = 0 : i64, leaf = 2 : i64, leaf_scale = false, nesterov = false, skip = false, split_master = false, stochastic = false, words = false}, decomposition = @[[H:[a-z0-9_]+]]} :
 // CHECK-NOT: stablehlo.composite
 
 // COM: one function for the two leaves that are alike
-// CHECK: func.func private @[[F]](%[[ROW:[a-z0-9_]+]]: tensor<1x16xf32>, %[[P:[a-z0-9_]+]]: tensor<2x3xf32>, %[[GRAD:[a-z0-9_]+]]: tensor<2x3xf32>, %[[M:[a-z0-9_]+]]: tensor<2x3xf32>, %[[V:[a-z0-9_]+]]: tensor<2x3xf32>)
+// CHECK: func.func private @[[F]](%[[ROW:[a-z0-9_]+]]: tensor<1x17xf32>, %[[P:[a-z0-9_]+]]: tensor<2x3xf32>, %[[GRAD:[a-z0-9_]+]]: tensor<2x3xf32>, %[[M:[a-z0-9_]+]]: tensor<2x3xf32>, %[[V:[a-z0-9_]+]]: tensor<2x3xf32>)
 
 // COM: g <- GRAD_SCALE * leaf_scale * g, clamped
 // CHECK: %[[SCALES:[a-z0-9_]+]] = stablehlo.slice %[[ROW]] [0:1, 0:1] :
