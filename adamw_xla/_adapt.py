@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamw_xla._check import calls, restored, trees
+from adamw_xla._check import calls, formats, restored, trees
 from adamw_xla._check.leaves import float_leaf, path
 from adamw_xla._check.words import NATIVE, misplaced, not_a_state
 from adamw_xla._config import AdamW, check_config
@@ -22,6 +22,7 @@ from adamw_xla._placement import (
     zeros_like,
 )
 from adamw_xla._state import COLUMNS, COUNTERS, AdamWState, optional_fields
+from adamw_xla_lowering import pack, unpack
 
 _ADAPT = dataclasses.replace(NATIVE, call="adapt_state(state, params, config)")
 
@@ -41,10 +42,12 @@ def adapt_state(state: Any, params: Any, config: AdamW) -> AdamWState:
     Works eagerly, and under ``jax.jit``: of a state in the host's memory give it ``out_shardings``.
 
     What the config newly asks for begins: ``v_max`` as ``v``, ``ema`` as the params,
-    ``accumulated``, ``micro_step`` and ``skipped`` as zeros, with the shardings of the state. What
+    ``remainder``, ``accumulated``, ``micro_step`` and ``skipped`` as zeros, with the shardings of
+    the state. Moments become words, rounded to the nearest, and words moments, exactly. What
     it no longer uses is dropped, and cannot come back: the average of the params
-    (``adamw_finalize`` returns it, before), the maxima, the gradients of an accumulation that is
-    not complete. What has another dtype than the config asks for is cast. All else is as it was.
+    (``adamw_finalize`` returns it, before), the maxima, the remainders (``master_params`` has the
+    params that they belong to), the gradients of an accumulation that is not complete. What has
+    another dtype than the config asks for is cast. All else is as it was.
 
     Args:
       state: an ``AdamWState``, or what a checkpoint returned for one without its class: a dict of
@@ -112,7 +115,7 @@ def _fields(value: Any) -> dict[str, Any]:
 
 def _column(field: str, params: Any, treedef: Any, tree: Any, count: int) -> list[Any]:
     """A field's value for each leaf of the params; None where there is none."""
-    if tree is None and field not in ("m", "v"):
+    if tree is None:
         return [None] * count
     try:
         return trees.like_params(_ADAPT.of_state(field), params, treedef, tree)
@@ -140,39 +143,49 @@ class _Leaf:
         for field, x in self.state.items():
             argument = _ADAPT.of_state(field)
             if x is not None:
-                trees.state_leaf(argument, self.params, self.index, x, self.param)
-            elif field in ("m", "v"):
+                pattern = formats.DTYPES.get(field)
+                trees.state_leaf(argument, self.params, self.index, x, self.param, pattern)
+            elif field in ("m", "v") and self.state["words"] is None:
                 raise ValueError(
                     f"{argument}{path(self.params, self.index)}: is None, and other fields of the "
                     "state have a leaf there; a param has all of its state, or none."
                 )
-        kept = {field: self._cast(field, x) for field, x in self.state.items() if x is not None}
-        v = kept["v"]
-        begins: dict[str, Callable[[], jax.Array]] = {
-            "v_max": lambda: _copy(v, v),
-            "ema": lambda: _copy(self.param, v),
-            "accumulated": lambda: zeros_like([v], [v.dtype])[0],
-        }
+        formats.check_params(self.params, {self.index: self.param}, (self.index,), self.config)
+        there = {field: x for field, x in self.state.items() if x is not None}
         used = _used(self.config)
+        if used["words"] and "words" not in there:
+            there["words"] = pack(there["m"], there["v"])
+        elif used["v"] and "v" not in there:
+            there["m"], there["v"] = unpack(there["words"])
+        kept = {field: self._cast(field, x) for field, x in there.items()}
+        first = next(kept[x] for x in ("v", "words") if used[x])
+        begins: dict[str, Callable[[], jax.Array]] = {
+            "v_max": lambda: _copy(first, self._dtype("v_max"), first),
+            "ema": lambda: _copy(self.param, self._dtype("ema"), first),
+            "remainder": lambda: zeros_like([first], [self._dtype("remainder")])[0],
+            "accumulated": lambda: zeros_like([first], [self._dtype("accumulated")])[0],
+        }
         new = {x: begin() for x, begin in begins.items() if used[x] and x not in kept}
         return dict.fromkeys(self.state) | kept | new
 
+    def _dtype(self, field: str) -> Any:
+        return self.config.dtype_of(field, self.param.dtype)
+
     def _cast(self, field: str, x: Any) -> Any:
-        c, dtype = self.config, self.param.dtype
-        wanted = c.dtype_of_m(dtype) if field == "m" else c.dtype_of_state(dtype)
+        wanted = self._dtype(field)
         return x if jax.dtypes.canonicalize_dtype(x.dtype) == wanted else x.astype(wanted)
 
 
-def _copy(x: Any, like: Any) -> jax.Array:
-    """A copy with the dtype and sharding of ``like``: it may be donated beside what it is of."""
-    return jnp.array(moved_beside(x, like), like.dtype, copy=True)
+def _copy(x: Any, dtype: Any, like: Any) -> jax.Array:
+    """A copy with the sharding of ``like``: it may be donated beside what it is of."""
+    return jnp.array(moved_beside(x, like), dtype, copy=True)
 
 
 def _counters(old: Mapping[str, Any], used: Mapping[str, bool]) -> dict[str, Any]:
     """The counters; a checkpoint may have returned them as numbers."""
     count = old["count"]
     if type(count) is int:
-        place = of_scalars(fixed_places(jax.tree.leaves(old["m"])))
+        place = of_scalars(fixed_places(jax.tree.leaves((old["m"], old["words"]))))
         count = scalar_zero(place) + count
     trees.counter(_ADAPT.of_state("count"), count)
     found = {"count": count}

@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 import dataclasses
 import functools
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import jax
 from jax import export
 from jax.typing import ArrayLike, DTypeLike
 import numpy as np
 
-from adamw_xla._check import axes, calls, options
+from adamw_xla._check import axes, calls, formats, options
 from adamw_xla._check.trees import is_mask_function
 from adamw_xla._check.words import NATIVE, not_a_config
 from adamw_xla._inside import decay
-from adamw_xla._static import Static, from_bytes, hashable, to_bytes
+from adamw_xla._saved.static import Static, from_bytes, hashable, to_bytes
 from adamw_xla_lowering import compute_dtype
 
 Schedule: TypeAlias = Callable[[jax.Array], ArrayLike] | Callable[[], ArrayLike]
 ScalarOrSchedule: TypeAlias = ArrayLike | Schedule
+StateFormat: TypeAlias = Literal["moments", "word16"]
+ParamsRounding: TypeAlias = Literal["nearest", "stochastic"]
+Master: TypeAlias = Literal["split"]
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -111,6 +114,16 @@ class AdamW:
       state_dtype: dtype of the optimizer's state; None: float32, or float64 for float64
         params. A 16-bit dtype is for ``m`` alone: a 16-bit ``v`` would never decay, since
         beta_2 = 0.999 moves it by less than half a unit in its last place.
+      state_format: "moments": ``m`` and ``v``, an array each. "word16": both in one bfloat16 for
+        each element, 2 bytes in place of 8, rounded at random by bits that follow from the
+        element's gradient and param and the count alone; ``adamw_xla_lowering.formats.word`` has
+        the format. What the step itself computes is float32 as ever. Not with ``amsgrad`` or
+        ``state_dtype``, nor for float64 params.
+      params_rounding: of bfloat16 params: "nearest", or "stochastic", so that steps below
+        half of their spacing are made on average. Others are rounded to the nearest.
+      master: "split": the state holds 16 bits more for each param, its ``remainder``: with it a
+        bfloat16 param is a float32 number, exactly; the param is that number rounded to nearest.
+        None: the params are what they are. Float32 and float64 params have no use for it.
       axis_names: inside of ``jax.shard_map`` (and only there; elsewhere XLA knows), over which
         manual mesh axes the norms of ``clipnorm`` and ``global_clipnorm`` are summed, and
         ``skip_nonfinite`` looks, so that all devices clip and skip alike. A tuple of names, as
@@ -170,6 +183,9 @@ class AdamW:
     epsilon_root: ArrayLike | None = None
     nesterov: bool = False
     state_dtype: DTypeLike | None = None
+    state_format: StateFormat = "moments"
+    params_rounding: ParamsRounding = "nearest"
+    master: Master | None = None
     axis_names: Any = None
 
     _NUMBERS: ClassVar[tuple[str, ...]] = (
@@ -195,6 +211,9 @@ class AdamW:
         "skip_nonfinite",
         "nesterov",
         "state_dtype",
+        "state_format",
+        "params_rounding",
+        "master",
     )
 
     def __post_init__(self) -> None:
@@ -260,18 +279,16 @@ class AdamW:
     def __hash__(self) -> int:
         return hash(self._key())
 
-    def dtype_of_m(self, param_dtype: Any) -> np.dtype[Any]:
-        """The dtype of ``m`` for a param of this dtype."""
+    def dtype_of(self, field: str, param_dtype: Any) -> np.dtype[Any]:
+        """The dtype of a field of the state for a param of this dtype."""
+        if field in formats.DTYPES:
+            return formats.DTYPES[field]
+        computed = compute_dtype(jax.dtypes.canonicalize_dtype(param_dtype))
         if self.state_dtype is None:
-            return compute_dtype(jax.dtypes.canonicalize_dtype(param_dtype))
-        return options.available("state_dtype", self.state_dtype)
-
-    def dtype_of_state(self, param_dtype: Any) -> np.dtype[Any]:
-        """The dtype of all other state: never below float32."""
-        dtype = self.dtype_of_m(param_dtype)
-        if dtype.itemsize >= 4:
-            return dtype
-        return compute_dtype(jax.dtypes.canonicalize_dtype(param_dtype))
+            return computed
+        dtype = options.available("state_dtype", self.state_dtype)
+        # All but m is never below float32.
+        return dtype if field == "m" or dtype.itemsize >= 4 else computed
 
 
 def _following(use_ema: bool) -> dict[str, tuple[str, ...]]:
@@ -317,6 +334,10 @@ def _check_fields(c: AdamW) -> None:
             options.scalar(name, getattr(c, name), lambda x: x > 0, "above 0, or None for none")
     for name in ("amsgrad", "use_ema", "epsilon_hat", "skip_nonfinite", "nesterov"):
         options.flag(name, getattr(c, name))
+    options.choice("state_format", c.state_format, ("moments", "word16"))
+    options.choice("params_rounding", c.params_rounding, ("nearest", "stochastic"))
+    options.choice("master", c.master, (None, "split"))
+    formats.check_options(c)
     options.mask("weight_decay_mask", c.weight_decay_mask)
     options.count("ema_overwrite_frequency", c.ema_overwrite_frequency, 1)
     options.count("gradient_accumulation_steps", c.gradient_accumulation_steps, 2)

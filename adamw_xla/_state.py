@@ -10,16 +10,16 @@ import jax
 from jax import export
 import jax.numpy as jnp
 
-from adamw_xla import _flax
-from adamw_xla._check import calls, trees
+from adamw_xla._check import calls, formats, trees
 from adamw_xla._check.leaves import float_leaf, path, same_dtype
 from adamw_xla._check.words import NATIVE, Words, misplaced, not_a_state, of_other_options
 from adamw_xla._config import AdamW, check_config
 from adamw_xla._placement import fixed_places, of_scalars, scalar_zero, zeros_like
+from adamw_xla._saved import flax
 
 Tree = TypeVar("Tree")
 
-COLUMNS = ("m", "v", "v_max", "ema", "accumulated")
+COLUMNS = ("m", "v", "words", "v_max", "ema", "remainder", "accumulated")
 """Fields that mirror the params."""
 
 COUNTERS = ("count", "micro_step", "skipped")
@@ -36,29 +36,34 @@ class AdamWState:
 
     Attributes:
       count: int32 scalar, updates done.
-      m: first moments (float32, or ``config.state_dtype``).
-      v: second moments (float32; float64 for float64 params).
+      m: first moments (float32, or ``config.state_dtype``); with ``state_format="word16"`` None.
+      v: second moments (float32; float64 for float64 params); likewise.
       v_max: with ``amsgrad``, the running maxima of ``v``.
       ema: with ``use_ema``, the average of the params; the params themselves at first.
       accumulated: with ``gradient_accumulation_steps``, the sum of the gradients so far.
       micro_step: with it too, int32 scalar: calls since the last update.
       skipped: with ``skip_nonfinite``, int32 scalar: calls that were skipped.
+      words: with ``state_format="word16"``, m and v of each element in one bfloat16;
+        ``adamw_xla.unpack_state`` makes moments of them.
+      remainder: with ``master="split"``, int16: the rest of each param's float32 master.
     """
 
     count: jax.Array
-    m: Any
-    v: Any
+    m: Any = None
+    v: Any = None
     v_max: Any = None
     ema: Any = None
     accumulated: Any = None
     micro_step: jax.Array | None = None
     skipped: jax.Array | None = None
+    words: Any = None
+    remainder: Any = None
 
     def __post_init__(self) -> None:
         """Makes the state known to Flax' checkpoints, where Flax is in use."""
         # With each state, not with this module: Flax may be imported after it.
         if "flax.serialization" in sys.modules:
-            _flax.register(type(self))
+            flax.register(type(self))
 
 
 # Lets `jax.export` write functions that take or return a state.
@@ -109,11 +114,11 @@ def begin(params: Any, config: AdamW) -> AdamWState:
     treedef: Any
     leaves, treedef = jax.tree.flatten(params)
     trees.params(params, leaves, needs_values=config.use_ema)
+    formats.check_params(params, leaves, range(len(leaves)), config)
     place = of_scalars(fixed_places(leaves))
 
     def column(field: str) -> Any:
-        dtype_of = config.dtype_of_m if field == "m" else config.dtype_of_state
-        dtypes = [dtype_of(p.dtype) for p in leaves]
+        dtypes = [config.dtype_of(field, p.dtype) for p in leaves]
         if field != "ema":
             return treedef.unflatten(zeros_like(leaves, dtypes))
         # A copy, so that params and state can be donated side by side.
@@ -142,25 +147,23 @@ def built(config: AdamW, column: Callable[[str], Any], counter: Callable[[], Any
       column: makes the tree of a field that mirrors the params.
       counter: makes one of the others.
     """
-    accumulates = config.gradient_accumulation_steps is not None
-    return AdamWState(
-        count=counter(),
-        m=column("m"),
-        v=column("v"),
-        v_max=column("v_max") if config.amsgrad else None,
-        ema=column("ema") if config.use_ema else None,
-        accumulated=column("accumulated") if accumulates else None,
-        micro_step=counter() if accumulates else None,
-        skipped=counter() if config.skip_nonfinite else None,
-    )
+    used = [x for x, (_, is_used) in optional_fields(config).items() if is_used]
+    fields = {x: counter() if x in COUNTERS else column(x) for x in ("count", *used)}
+    return AdamWState(**fields)
 
 
 def optional_fields(c: AdamW) -> dict[str, tuple[str, bool]]:
     """For each field that a state may lack the option that it is for, and whether that is set."""
+    is_in_words = c.state_format == "word16"
+    moments = f'state_format="{c.state_format}"', not is_in_words
     accumulates = "gradient_accumulation_steps", c.gradient_accumulation_steps is not None
     return {
+        "m": moments,
+        "v": moments,
+        "words": (moments[0], is_in_words),
         "v_max": ("amsgrad", c.amsgrad),
         "ema": ("use_ema", c.use_ema),
+        "remainder": ('master="split"', c.master == "split"),
         "accumulated": accumulates,
         "micro_step": accumulates,
         "skipped": ("skip_nonfinite", c.skip_nonfinite),
@@ -217,9 +220,10 @@ def check_state(
     columns = {
         field: trees.state_like_params(words, field, params_tree, treedef, tree)
         for field, tree in trees_of.items()
-        if tree is not None or field in ("m", "v")
+        if tree is not None
     }
-    dtype_of_m, dtype_of_state = functools.cache(c.dtype_of_m), functools.cache(c.dtype_of_state)
+    formats.check_params(params_tree, leaves, live, c)
+    dtype_of = functools.cache(c.dtype_of)
     for i, (p, *row) in enumerate(zip(leaves, *columns.values(), strict=True)):
         if i not in live and all(x is None for x in row):
             continue
@@ -227,8 +231,8 @@ def check_state(
         for field, x in zip(columns, row, strict=True):
             if x is None and i not in live:
                 continue
-            trees.state_leaf(words.of_state(field), params_tree, i, x, p)
-            if not (any_dtype_of_m and field == "m"):
-                dtype_of = dtype_of_m if field == "m" else dtype_of_state
-                same_dtype(words.of_state(field), params_tree, i, x, dtype_of(p.dtype))
+            pattern = formats.DTYPES.get(field)
+            trees.state_leaf(words.of_state(field), params_tree, i, x, p, pattern)
+            if pattern is None and not (any_dtype_of_m and field == "m"):
+                same_dtype(words.of_state(field), params_tree, i, x, dtype_of(field, p.dtype))
     return columns

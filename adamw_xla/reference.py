@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adamw_xla._check import calls
 from adamw_xla._config import AdamW, ScalarOrSchedule
@@ -17,7 +18,17 @@ from adamw_xla._inside.run import run_step
 from adamw_xla._inside.update import Backend, as_varying_as_after
 from adamw_xla._state import AdamWState
 from adamw_xla._step import ALIASES, LACKING
-from adamw_xla_lowering import Slot, Squares, UpdateResult, compute_dtype, small_unit
+from adamw_xla_lowering import (
+    Slot,
+    Squares,
+    UpdateResult,
+    compute_dtype,
+    join_params,
+    small_unit,
+    unpack,
+)
+from adamw_xla_lowering.formats import narrow, word
+from adamw_xla_lowering.formats.arrays import OPS
 
 Leaves = Sequence[jax.Array]
 
@@ -79,54 +90,110 @@ def adamw_update(
     hyper: jax.Array,
     params: Leaves,
     grads: Leaves,
-    m: Leaves,
-    v: Leaves,
+    m: Leaves | None = None,
+    v: Leaves | None = None,
     v_max: Leaves | None = None,
     ema: Leaves | None = None,
     leaf_scale: jax.Array | None = None,
     *,
+    words: Leaves | None = None,
+    remainder: Leaves | None = None,
     groups: Sequence[int] | None = None,
     ema_overwrite: bool = False,
     clip_value: bool = False,
     skip: bool = False,
     epsilon_root: bool = False,
     nesterov: bool = False,
+    stochastic: bool = False,
     delta: bool = False,
 ) -> UpdateResult:
-    """Updates all leaves; see ``adamw_xla_lowering.contract`` for the equations."""
+    """Updates all leaves; see ``adamw_xla_lowering.contract`` for the equations.
+
+    What is rounded at random has the derivative of what is rounded; words and remainders have none.
+    """
     n = len(params)
     nothing = [None] * n
-    columns = {"params": params, "m": m, "v": v, "v_max": v_max, "ema": ema}
+    state = {"m": m, "v": v, "words": words, "v_max": v_max, "ema": ema, "remainder": remainder}
+    columns = {"params": params, **state}
     new: dict[str, list[jax.Array]] = {k: [] for k, x in columns.items() if x is not None}
     for i in range(n):
         old = {kind: (column or nothing)[i] for kind, column in columns.items()}
         row = hyper[0 if groups is None else groups[i]]
         dtype = compute_dtype(params[i].dtype)
+        x = {k: x.astype(dtype) for k, x in old.items() if x is not None}
+        x["grads"] = grads[i].astype(dtype)
+        rounding = _Rounding(params[i].dtype, stochastic, remainder is not None, row)
         leaf = _update_leaf(
             row.astype(dtype),
-            grads[i],
             None if leaf_scale is None else leaf_scale[i],
-            {k: x.astype(dtype) for k, x in old.items() if x is not None},
+            rounding.read(old, x),
             clip_value=clip_value,
             ema_overwrite=ema_overwrite,
             epsilon_root=epsilon_root,
             nesterov=nesterov,
         )
+        leaf |= rounding.written(old, leaf)
         if delta:
-            before = params[i].astype(dtype)
-            leaf["params"] = leaf["params"] - before
-            old["params"] = jnp.zeros_like(before)
+            leaf["params"] = leaf["params"] - params[i].astype(dtype)
+            old["params"] = jnp.zeros_like(leaf["params"])
         for kind, column in new.items():
             kept = old[kind]
             assert kept is not None
             after = leaf[kind].astype(kept.dtype)
             column.append(jnp.where(row[Slot.APPLY] != 0, after, kept) if skip else after)
-    return UpdateResult(new["params"], new["m"], new["v"], new.get("v_max"), new.get("ema"))
+    return UpdateResult(**new)
+
+
+class _Rounding:
+    """What is stored of one leaf otherwise than it is computed with."""
+
+    def __init__(self, dtype: Any, stochastic: bool, is_split: bool, row: jax.Array) -> None:
+        is_narrow = dtype == jnp.bfloat16
+        self._is_split, self._is_stochastic = is_narrow and is_split, is_narrow and stochastic
+        self._salt = row[Slot.SALT].astype(np.float32)
+        self._random: Any = None
+
+    def read(self, old: dict[str, Any], x: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """The operands that are computed with, from those that are stored."""
+        if self._is_split:
+            joined = join_params(old["params"], old["remainder"])
+            x = x | {"params": _standing_for(joined, x["params"])}
+        if "words" in x or self._is_stochastic:
+            self._random = word.random_bits(OPS, x["grads"], x["params"], self._salt)
+        if "words" in x:
+            x = x | dict(zip("mv", unpack(old["words"]), strict=True))
+        return x
+
+    def written(self, old: dict[str, Any], new: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """What is stored, from what was computed."""
+        stored, p = {}, new["params"]
+        if old["words"] is not None:
+            kept = word.encode(OPS, new["m"], new["v"], self._random)
+            stored["words"] = jax.lax.stop_gradient(kept)
+        if old["remainder"] is not None:
+            stored["remainder"] = old["remainder"]
+        if self._is_split:
+            param, stored["remainder"] = narrow.split(OPS, p)
+            stored["params"] = _standing_for(param, p)
+        elif self._is_stochastic:
+            stored["params"] = _standing_for(narrow.stochastic(OPS, p, self._random), p)
+        return stored
+
+
+@jax.custom_jvp
+def _standing_for(value: jax.Array, x: jax.Array) -> jax.Array:
+    """``value``, with the derivative of ``x``."""
+    del x
+    return value
+
+
+@_standing_for.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return primals[0], tangents[1]
 
 
 def _update_leaf(
     row: jax.Array,
-    grad: jax.Array,
     scale: jax.Array | None,
     x: dict[str, jax.Array],
     *,
@@ -135,7 +202,7 @@ def _update_leaf(
     epsilon_root: bool,
     nesterov: bool,
 ) -> dict[str, jax.Array]:
-    g = grad.astype(row.dtype) * row[Slot.GRAD_SCALE]
+    g = x["grads"] * row[Slot.GRAD_SCALE]
     if scale is not None:
         g = g * scale.astype(row.dtype)
     if clip_value:

@@ -21,7 +21,7 @@ import optax
 import pytest
 
 import adamw_xla as ax
-from adamw_xla._static import from_bytes, to_bytes
+from adamw_xla._saved.static import from_bytes, to_bytes
 
 PARAMS = {"w": jnp.arange(6.0).reshape(2, 3), "layers": [jnp.ones(3), jnp.ones(2)]}
 FULL = ax.AdamW(

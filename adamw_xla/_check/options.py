@@ -168,6 +168,13 @@ def _static(name: str, value: Any) -> str:
     )
 
 
+def choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Refuses what is none of the choices."""
+    if not any(value is x or (isinstance(value, str) and value == x) for x in choices):
+        *some, last = map(repr, choices)
+        raise ValueError(f"AdamW: {name} must be {', '.join(some)} or {last}, got {value!r}.")
+
+
 def count(name: str, value: Any, least: int) -> None:
     """Refuses what is neither None nor an integer from ``least`` on."""
     if value is None:

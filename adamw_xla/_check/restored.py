@@ -13,9 +13,14 @@ NATIVE_STATE = "adamw_xla.AdamWState"
 OPTAX_STATE = "adamw_xla.optax.AdamWOptState"
 STOCK_STATE = "optax.ScaleByAdamState"
 
+_OPTIONAL = tuple(
+    (largest, "ema", "accumulated", "micro_step", "skipped") for largest in ("v_max", "nu_max")
+)
+_LATER = ("words", "remainder")
+
 FIELDS = {
-    NATIVE_STATE: ("count", "m", "v", "v_max", "ema", "accumulated", "micro_step", "skipped"),
-    OPTAX_STATE: ("count", "mu", "nu", "nu_max", "ema", "accumulated", "micro_step", "skipped"),
+    NATIVE_STATE: ("count", "m", "v", *_OPTIONAL[0], *_LATER),
+    OPTAX_STATE: ("count", "mu", "nu", *_OPTIONAL[1], *_LATER),
     STOCK_STATE: ("count", "mu", "nu"),
 }
 """The fields of each class that holds AdamW's state, in order; the first three are never None."""

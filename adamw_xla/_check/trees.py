@@ -76,14 +76,29 @@ def grads(params_tree: Any, leaves: Sequence[Any], flat: Sequence[Any]) -> None:
             same_shape("grads", params_tree, i, g, p)
 
 
-def state_leaf(argument: str, params_tree: Any, index: int, leaf: Any, param: Any) -> None:
-    """Checks what a param's state is."""
+def state_leaf(
+    argument: str,
+    params_tree: Any,
+    index: int,
+    leaf: Any,
+    param: Any,
+    pattern: np.dtype[Any] | None = None,
+) -> None:
+    """Checks what a param's state is; with ``pattern``, no number but bits, of this dtype."""
     if leaf is None:
         raise ValueError(
             f"{argument}{path(params_tree, index)}: lacks a leaf that grads has; give it state "
             "there, or give grads None there to leave the param as it is."
         )
-    float_leaf(argument, params_tree, index, leaf)
+    if getattr(leaf, "dtype", None) != pattern or not hasattr(leaf, "shape"):
+        if pattern is None or not hasattr(leaf, "dtype"):
+            float_leaf(argument, params_tree, index, leaf)
+        else:
+            raise TypeError(
+                f"{argument}{path(params_tree, index)}: has dtype {leaf.dtype}; must be {pattern}, "
+                "whose bits are the state, so a cast would lose it: restore it in the dtype that "
+                "it was saved in."
+            )
     same_shape(argument, params_tree, index, leaf, param)
 
 

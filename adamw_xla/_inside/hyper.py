@@ -93,12 +93,18 @@ def hyper_rows(
         Slot.ONE_MINUS_BETA_2: beta_2.complement,
         Slot.EPSILON: _at_least_tiny(as_scalar(config.epsilon, dtype), dtype),
         Slot.APPLY: apply,
+        **({Slot.SALT: t} if is_salted(config) else {}),
         **_step_slots(config, _array(learning_rate, dtype), t, beta_1, beta_2),
         **_clip_slots(config, dtype),
         **ema_slots(config, update, dtype),
     }
     rows = [_pack({**slots, Slot.DECAY_RATE: learning_rate * rate}, dtype) for rate in decay]
     return lax.concatenate(rows, 0) if len(rows) > 1 else rows[0]
+
+
+def is_salted(config: AdamW) -> bool:
+    """Whether something is rounded at random, anew at each update."""
+    return config.state_format == "word16" or config.params_rounding == "stochastic"
 
 
 def _at_least_tiny(epsilon: Scalar, dtype: DTypeLike) -> Scalar:

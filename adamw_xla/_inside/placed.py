@@ -12,7 +12,7 @@ from adamw_xla._config import AdamW
 from adamw_xla._inside.update import Backend
 from adamw_xla._placement import apart, in_device_memory, moved_beside, moved_to
 from adamw_xla._state import COUNTERS, AdamWState, built
-from adamw_xla_lowering import UpdateResult
+from adamw_xla_lowering import STATE_KINDS, UpdateResult
 
 NAME = "state_shardings"
 
@@ -63,9 +63,14 @@ class Placement:
 
     columns: Mapping[str, Sequence[Sharding | None]]
 
+    @property
+    def _first(self) -> Sequence[Sharding | None]:
+        """Where m lies, or what stands in place of it."""
+        return next(self.columns[x] for x in STATE_KINDS if x in self.columns)
+
     def fetched(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
         """State where the update is made: where ``m`` lies, in the device's memory."""
-        return _moved(xs, [place and in_device_memory(place) for place in self.columns["m"]])
+        return _moved(xs, [place and in_device_memory(place) for place in self._first])
 
     def parts_of(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
         """Params or gradients, which lie elsewhere, where the update is made."""
@@ -81,12 +86,10 @@ class Placement:
         Only params and gradients are moved: m and v never are, but between memories.
         """
 
-        def update(hyper: Any, params: Any, grads: Any, *rest: Any, **flags: Any) -> UpdateResult:
-            *state, leaf_scale = rest
-            parts = [None if xs is None else self.fetched(xs) for xs in (grads, *state)]
-            if inner.offload:
-                parts[1:] = state  # fetched a few leaves at a time
-            new = inner.update(hyper, self.parts_of(params), *parts, leaf_scale, **flags)
+        def update(hyper: Any, params: Any, grads: Any, **rest: Any) -> UpdateResult:
+            if not inner.offload:  # else fetched a few leaves at a time
+                rest |= {kind: self.fetched(rest[kind]) for kind in STATE_KINDS if kind in rest}
+            new = inner.update(hyper, self.parts_of(params), self.fetched(grads), **rest)
             kept = {k: self.kept(k, xs) for k, xs in new._asdict().items() if k in self.columns}
             whole = map(moved_beside, self.fetched(new.params), params)
             return new._replace(params=list(whole), **kept)

@@ -101,7 +101,8 @@ def run_step(
         spots = columns_of(state_shardings, params, treedef, config)
         if offload:
             check_places(params, spots)
-    held = [i for i, x in enumerate(columns["m"]) if x is not None]
+    first = next(iter(columns.values()))
+    held = [i for i, x in enumerate(first) if x is not None]
     trained = _trained(params, treedef, leaves, held)
     mask = trees.mask(trained, len(held), config.weight_decay_mask, words.mask)
     for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():

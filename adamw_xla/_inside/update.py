@@ -12,6 +12,7 @@ from adamw_xla._inside import clipping
 from adamw_xla._inside.clipping import SumOfSquares
 from adamw_xla._inside.hyper import Scalar, hyper_rows
 from adamw_xla_lowering import (
+    STATE_KINDS,
     UpdateResult,
     adamw_sum_of_squares,
     adamw_update,
@@ -147,7 +148,7 @@ def update_leaves(
 
     Args:
       config: the hyperparameters, but for the rates.
-      old: params, m, v, and where used v_max and ema: kind -> leaves.
+      old: params, and all state that mirrors them: kind -> leaves.
       grads: one per param.
       scale: the factor on every gradient, before clipping.
       count: int32 scalar, updates done before this one.
@@ -177,17 +178,15 @@ def update_leaves(
         hyper,
         old["params"],
         grads,
-        old["m"],
-        old["v"],
-        old["v_max"] if config.amsgrad else None,
-        old["ema"] if config.use_ema else None,
-        clip.per_leaf,
+        leaf_scale=clip.per_leaf,
+        **{kind: column for kind, column in old.items() if kind in STATE_KINDS},
         groups=groups,
         ema_overwrite=config.ema_overwrite_frequency is not None,
         clip_value=config.clipvalue is not None,
         skip=config.skip_nonfinite,
         epsilon_root=config.epsilon_root is not None,
         nesterov=config.nesterov,
+        stochastic=config.params_rounding == "stochastic",
         delta=delta,
     )
     return Updated(new, apply, cleared(grads, squares and squares.sum) if clear else None)

@@ -27,6 +27,8 @@ class AdamWOptState(NamedTuple):
       accumulated: with ``gradient_accumulation_steps``, the sum of the gradients so far.
       micro_step: with it too, int32 scalar: calls since the last update.
       skipped: with ``skip_nonfinite``, int32 scalar: calls that were skipped.
+      words: with ``state_format="word16"``, the moments of each element in one bfloat16.
+      remainder: with ``master="split"``, int16: the rest of each param's float32 master.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax
@@ -37,6 +39,8 @@ class AdamWOptState(NamedTuple):
     accumulated: Any = None
     micro_step: jax.Array | None = None
     skipped: jax.Array | None = None
+    words: Any = None
+    remainder: Any = None
 
     @classmethod
     def of(cls, state: AdamWState) -> AdamWOptState:

@@ -9,6 +9,7 @@ from .contract import COMPOSITE_NAME as COMPOSITE_NAME
 from .contract import NORM_NAME as NORM_NAME
 from .contract import NUM_SLOTS as NUM_SLOTS
 from .contract import PARAM_DTYPES as PARAM_DTYPES
+from .contract import STATE_KINDS as STATE_KINDS
 from .contract import UPDATE_NAME as UPDATE_NAME
 from .contract import Implementation as Implementation
 from .contract import Slot as Slot
@@ -19,6 +20,10 @@ from .contract import dtype_names as dtype_names
 from .contract import small_unit as small_unit
 from .cpu.library import native_available as native_available
 from .errors import NativeUnavailableError as NativeUnavailableError
+from .formats.arrays import join_params as join_params
+from .formats.arrays import pack as pack
+from .formats.arrays import split_params as split_params
+from .formats.arrays import unpack as unpack
 from .norms import Squares as Squares
 from .norms import adamw_sum_of_squares as adamw_sum_of_squares
 from .primitive import UpdateResult as UpdateResult

@@ -93,6 +93,10 @@ NUM_BESIDE_STATE = 2
 """A leaf's operands begin with its param and its gradient; the others are its state."""
 
 
+STATE_KINDS = ("m", "v", "words", "v_max", "ema", "remainder")
+"""What a leaf may keep from step to step beside its param, in operand order."""
+
+
 @dataclasses.dataclass(frozen=True)
 class UpdateSpec:
     """The static side of one update: what kind it is, never a number.
@@ -164,9 +168,9 @@ class UpdateSpec:
     @property
     def state_kinds(self) -> tuple[str, ...]:
         """What each leaf keeps from step to step, beside its param."""
-        moments = ("words",) if self.words else ("m", "v")
-        others = {"v_max": self.amsgrad, "ema": self.ema, "remainder": self.split_master}
-        return (*moments, *(kind for kind, is_there in others.items() if is_there))
+        moments, others = not self.words, (self.amsgrad, self.ema, self.split_master)
+        there = zip(STATE_KINDS, (moments, moments, self.words, *others), strict=True)
+        return tuple(kind for kind, is_there in there if is_there)
 
     def of_leaves(self, leaves: Sequence[int]) -> "UpdateSpec":
         """The same kind of update, of some of the leaves."""

@@ -75,6 +75,10 @@ def to_bytes(names: Sequence[str], static: Any) -> bytes:
     return json.dumps(fields).encode()
 
 
+NEWER = {"state_format": "moments", "params_rounding": "nearest", "master": None}
+"""Choices that files of 0.1.0 do not have, and what they stood for."""
+
+
 def from_bytes(names: Sequence[str], data: bytes) -> Any:
     """What ``to_bytes`` wrote."""
     fields = json.loads(data)
@@ -82,7 +86,7 @@ def from_bytes(names: Sequence[str], data: bytes) -> Any:
     axis_names = Static.of(_from_json(fields.pop("axis_names", None)))  # files of 0.1.0 have none
     if fields["state_dtype"] is not None:
         fields["state_dtype"] = jnp.dtype(fields["state_dtype"])
-    return (), tuple(fields[name] for name in names), mask, axis_names
+    return (), tuple(fields.get(name, NEWER.get(name)) for name in names), mask, axis_names
 
 
 def _to_json(tree: Any) -> Any:

@@ -20,10 +20,15 @@ def _to_dict(value: Any) -> dict[str, Any]:
     return {f.name: to_state_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
 
 
+NEWER = ("words", "remainder")
+"""Fields that files of 0.1.0 do not have, and did not need."""
+
+
 def _from_dict(template: Any, found: Mapping[str, Any]) -> Any:
     """``template`` with the fields of ``found``, which must have the same."""
     from_state_dict = sys.modules["flax.serialization"].from_state_dict
     names = [f.name for f in dataclasses.fields(template)]
+    found = dict.fromkeys(NEWER) | dict(found)
     if set(names) != set(found):
         raise ValueError(
             f"{type(template).__name__}: what is restored has the fields {sorted(found)}; must "

@@ -1,0 +1,57 @@
+"""Checks of what is stored otherwise than it is computed with, and what does not go with it."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from adamw_xla._check.leaves import path
+
+DTYPES = {"words": np.dtype(jnp.bfloat16), "remainder": np.dtype(np.int16)}
+"""Of fields whose dtype no option changes."""
+
+
+def check_options(c: Any) -> None:
+    """Refuses options of a config that contradict each other."""
+    if c.state_format == "word16" and c.amsgrad:
+        raise ValueError(
+            'AdamW: amsgrad does not go with state_format="word16": v is rounded at random there, '
+            "and the largest of its values so far would be the largest of the errors; use "
+            'state_format="moments".'
+        )
+    if c.state_format == "word16" and c.state_dtype is not None:
+        raise ValueError(
+            f'AdamW: state_dtype={c.state_dtype} does not go with state_format="word16", whose '
+            "words are bfloat16 and all other state float32; leave state_dtype out."
+        )
+    if c.master == "split" and c.params_rounding == "stochastic":
+        raise ValueError(
+            'AdamW: params_rounding="stochastic" does not go with master="split", where nothing '
+            "is lost that it could make up for; leave one of them out."
+        )
+
+
+def check_params(
+    params_tree: Any, leaves: Sequence[Any] | Mapping[int, Any], live: Collection[int], config: Any
+) -> None:
+    """Refuses params that cannot have the formats of the config.
+
+    Raises:
+      TypeError: names the leaf.
+    """
+    for i in live:
+        dtype = leaves[i].dtype
+        if config.state_format == "word16" and dtype == np.float64:
+            raise TypeError(
+                f"params{path(params_tree, i)}: is float64, and words hold float32 moments; use "
+                'AdamW(state_format="moments"), or float32 params.'
+            )
+        needs = {"master": config.master == "split"}
+        needs["params_rounding"] = config.params_rounding == "stochastic"
+        for option in (name for name, is_set in needs.items() if is_set and dtype == np.float16):
+            raise TypeError(
+                f"params{path(params_tree, i)}: is float16, and {option}="
+                f"{getattr(config, option)!r} is for bfloat16 params; cast it to bfloat16, or "
+                f"leave {option} out."
+            )

@@ -1,0 +1,118 @@
+"""States in words and states of moments, and the params that remainders complete."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adamw_xla._check import calls, trees
+from adamw_xla._check.words import NATIVE, misplaced
+from adamw_xla._state import AdamWState, check_kind
+from adamw_xla_lowering import join_params, pack, unpack
+
+_STATE = {"state": "from adamw_init(params, config) or the last step"}
+
+
+@calls.explained("unpack_state", aliases={"opt_state": "state"}, lacking=_STATE)
+def unpack_state(state: AdamWState) -> AdamWState:
+    """The state of moments that a state in words stands for, exactly.
+
+    For reading them, and for going on with ``AdamW(state_format="moments")``, with optax or with
+    Keras. (``adapt_state`` does it on the way to a config that asks for it.)
+
+    Args:
+      state: one with ``words``; any other is returned as it is.
+
+    Returns:
+      One with float32 ``m`` and ``v`` in place of words, shaped and sharded like them.
+
+    Raises:
+      TypeError: ``state`` is no ``AdamWState``.
+
+    Example:
+      >>> import adamw_xla as ax, jax.numpy as jnp
+      >>> config = ax.AdamW(state_format="word16")
+      >>> params = {"w": jnp.ones(3)}
+      >>> params, state = ax.adamw_step(params, params, ax.adamw_init(params, config), config)
+      >>> state.m is None, str(state.words["w"].dtype)
+      (True, 'bfloat16')
+      >>> moments = ax.unpack_state(state)
+      >>> bool((ax.pack_state(moments).words["w"] == state.words["w"]).all())
+      True
+    """
+    check_kind(state, dataclasses.replace(NATIVE, call="unpack_state(state)"))
+    if state.words is None:
+        return state
+    treedef: Any
+    words, treedef = jax.tree.flatten(state.words)
+    m, v = zip(*map(unpack, words), strict=True) if words else ((), ())
+    return dataclasses.replace(state, m=treedef.unflatten(m), v=treedef.unflatten(v), words=None)
+
+
+@calls.explained("pack_state", aliases={"opt_state": "state"}, lacking=_STATE)
+def pack_state(state: AdamWState) -> AdamWState:
+    """A state of moments in words, each rounded to the nearest; of words it is the words.
+
+    Args:
+      state: one with ``m`` and ``v``; one with words is returned as it is.
+
+    Returns:
+      One with ``words`` in place of ``m`` and ``v``, for ``AdamW(state_format="word16")``.
+
+    Raises:
+      TypeError: ``state`` is no ``AdamWState``.
+      ValueError: it has ``v_max``, which does not go with words.
+    """
+    check_kind(state, dataclasses.replace(NATIVE, call="pack_state(state)"))
+    if state.words is not None:
+        return state
+    if state.v_max is not None:
+        raise ValueError(
+            "state.v_max: a state in words has no maxima of v; adamw_xla.adapt_state(state, "
+            'params, AdamW(state_format="word16")) drops them, and keeps the moments.'
+        )
+    words = jax.tree.map(pack, state.m, state.v)
+    return dataclasses.replace(state, m=None, v=None, words=words)
+
+
+@calls.explained("master_params", aliases={"opt_state": "state", "model": "params"}, lacking=_STATE)
+def master_params(params: Any, state: AdamWState) -> Any:
+    """The float32 params that bfloat16 params and the state's remainders are, exactly.
+
+    Args:
+      params: those of the same step as ``state``.
+      state: one for ``AdamW(master="split")``.
+
+    Returns:
+      A tree like ``params``, with float32 in place of bfloat16, and all else as it is.
+
+    Raises:
+      TypeError: ``state`` is no ``AdamWState``.
+      ValueError: the state has no remainders, or is of other params.
+
+    Example:
+      >>> import adamw_xla as ax, jax.numpy as jnp
+      >>> config = ax.AdamW(learning_rate=1e-5, weight_decay=0.0, master="split")
+      >>> params = {"w": jnp.ones(2, jnp.bfloat16)}
+      >>> params, state = ax.adamw_step(params, params, ax.adamw_init(params, config), config)
+      >>> print(params["w"][0], f"{ax.master_params(params, state)['w'][0]:.6f}")
+      1 0.999990
+    """
+    words = dataclasses.replace(NATIVE, call="master_params(params, state)")
+    misplaced(words, params=params, state=state)
+    check_kind(state, words)
+    if state.remainder is None:
+        raise ValueError(
+            'state.remainder: is None, so the params are all that there is; AdamW(master="split") '
+            "keeps remainders from its adamw_init or adapt_state on."
+        )
+    treedef: Any
+    leaves, treedef = jax.tree.flatten(params)
+    flat = trees.state_like_params(words, "remainder", params, treedef, state.remainder)
+    pairs = zip(leaves, flat, strict=True)
+    return treedef.unflatten(
+        join_params(p, r) if r is not None and p.dtype == jnp.bfloat16 else p for p, r in pairs
+    )

@@ -1,0 +1,1 @@
+"""How a state and a config are written by those who save them: Flax, and ``jax.export``."""
