@@ -12,7 +12,14 @@ import jax.numpy as jnp
 
 from adamw_xla._check import calls, formats, trees
 from adamw_xla._check.leaves import float_leaf, path, same_dtype
-from adamw_xla._check.words import NATIVE, Words, misplaced, not_a_state, of_other_options
+from adamw_xla._check.words import (
+    NATIVE,
+    Words,
+    in_another_format,
+    misplaced,
+    not_a_state,
+    of_other_options,
+)
 from adamw_xla._config import AdamW, check_config
 from adamw_xla._placement import fixed_places, of_scalars, scalar_zero, zeros_like
 from adamw_xla._saved import flax
@@ -155,12 +162,12 @@ def built(config: AdamW, column: Callable[[str], Any], counter: Callable[[], Any
 def optional_fields(c: AdamW) -> dict[str, tuple[str, bool]]:
     """For each field that a state may lack the option that it is for, and whether that is set."""
     is_in_words = c.state_format == "word16"
-    moments = f'state_format="{c.state_format}"', not is_in_words
+    moments = 'state_format="moments"', not is_in_words
     accumulates = "gradient_accumulation_steps", c.gradient_accumulation_steps is not None
     return {
         "m": moments,
         "v": moments,
-        "words": (moments[0], is_in_words),
+        "words": ('state_format="word16"', is_in_words),
         "v_max": ("amsgrad", c.amsgrad),
         "ema": ("use_ema", c.use_ema),
         "remainder": ('master="split"', c.master == "split"),
@@ -207,6 +214,8 @@ def check_state(
     """
     needs = optional_fields(c)
     is_wrong = {x: (getattr(value, x) is not None) != needed for x, (_, needed) in needs.items()}
+    if leaves and is_wrong["words"] and is_wrong["m"]:
+        raise in_another_format(words, needs["words"][1])
     for field, (option, needed) in needs.items():
         if is_wrong[field] and leaves:
             changed = [x for x, wrong in is_wrong.items() if wrong and needs[x][0] == option]

@@ -31,6 +31,8 @@ class Words:
       adapt: the state in the containers of the params.
       offload: the call that streams a state from host memory; empty where none does.
       placed: the one that takes a state which lies elsewhere than its params; likewise.
+      pack: the state in words.
+      unpack: the state of moments.
       fields: its name for a field of ``AdamWState``, where it has another.
     """
 
@@ -47,6 +49,8 @@ class Words:
     adapt: str
     offload: str = ""
     placed: str = ""
+    pack: str = "adamw_xla.pack_state(state)"
+    unpack: str = "adamw_xla.unpack_state(state)"
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def field(self, name: str) -> str:
@@ -198,6 +202,17 @@ def of_other_options(
         f"{words.of_state(field)}: the state {has} it, but {words.options} {wants} {option}: the "
         f"state was built for {words.another}. Go on with what it was built for; or "
         f"{words.replace.format(', '.join(new))} {does} it, and keeps the moments."
+    )
+
+
+def in_another_format(words: Words, to_words: bool) -> ValueError:
+    """The error for moments where the options ask for words, or for words where they do not."""
+    has, wanted, way = "words", "moments", words.unpack
+    if to_words:
+        has, wanted, way = f"{words.field('m')} and {words.field('v')}", "word16", words.pack
+    return ValueError(
+        f'{words.state}: has {has}, and {words.options} sets state_format="{wanted}"; '
+        f"{way} makes the one of the other, and keeps the moments."
     )
 
 

@@ -48,6 +48,11 @@ ALIASES = calls.called_here(
         "state_dtype": "float32_state",
         "epsilon_root": "stock Keras has none either; adamw_xla.AdamW has epsilon_root",
         "nesterov": "stock Keras has none either; adamw_xla.AdamW has nesterov",
+        **dict.fromkeys(
+            ("state_format", "params_rounding", "master"),
+            "an optimizer's variables are stock Keras', which its files have; adamw_xla.adamw_step "
+            "has it",
+        ),
         "skip_nonfinite": "keras.optimizers.LossScaleOptimizer skips such steps",
     }
 )

@@ -37,6 +37,8 @@ WORDS = Words(
     step="update returns (updates, opt_state)",
     replace="opt_state._replace({})",
     adapt="adamw_xla.optax.from_optax_state(opt_state, init(params))",
+    pack="adamw_xla.optax.AdamWOptState.of(adamw_xla.pack_state(opt_state.native()))",
+    unpack="adamw_xla.optax.AdamWOptState.of(adamw_xla.unpack_state(opt_state.native()))",
     fields={"m": "mu", "v": "nu", "v_max": "nu_max"},
 )
 PLACES = "state_shardings"
@@ -76,6 +78,23 @@ def arguments(
     check_implementation(implementation)
     if state_shardings is not None:
         _shardings(state_shardings)
+
+
+def formats(
+    state_format: Any, params_rounding: Any, master: Any, mu_dtype: Any, updates_like_grads: Any
+) -> None:
+    """Refuses what does not go with a format of the state or of the params."""
+    if state_format == "word16" and mu_dtype is not None:
+        raise ValueError(
+            f'adamw: mu_dtype={mu_dtype!r} does not go with state_format="word16", whose words '
+            "hold both moments; leave mu_dtype out."
+        )
+    for option, value in {"params_rounding": params_rounding, "master": master}.items():
+        if updates_like_grads and value not in (None, "nearest"):
+            raise ValueError(
+                f"adamw: {option}={value!r} does not go with updates_like_grads, which rounds the "
+                "updates once more; leave one of them out."
+            )
 
 
 def _shardings(tree: Any) -> None:

@@ -13,7 +13,7 @@ import optax
 
 from adamw_xla._check import axes, calls, options, trees
 from adamw_xla._check.words import misplaced
-from adamw_xla._config import AdamW
+from adamw_xla._config import AdamW, Master, ParamsRounding, StateFormat
 from adamw_xla._inside import clipping
 from adamw_xla._inside.across import Across, axes_of_leaves
 from adamw_xla._inside.placed import columns_of
@@ -50,6 +50,9 @@ def adamw(
     gradient_accumulation_steps: int | None = None,
     skip_nonfinite: bool = False,
     axis_names: Any = None,
+    state_format: StateFormat = "moments",
+    params_rounding: ParamsRounding = "nearest",
+    master: Master | None = None,
     updates_like_grads: bool = False,
     implementation: Implementation | None = None,
     state_shardings: Any = None,
@@ -105,6 +108,12 @@ def adamw(
       axis_names: inside of ``jax.shard_map``, over which mesh axes the two norms are summed, and
         devices look for what is not finite: names, or a tree of ``PartitionSpec``; see
         ``adamw_xla.AdamW``.
+      state_format: "moments", or "word16": ``state.words`` takes the place of ``mu`` and ``nu``,
+        2 bytes for each element in place of 8; see ``adamw_xla.AdamW``.
+      params_rounding: "nearest", or "stochastic": updates of bfloat16 params lead to one of the
+        two numbers beside what they would be, at random.
+      master: "split": ``state.remainder`` and a bfloat16 param are a float32 number together; then
+        nothing that changes updates may follow in the chain.
       updates_like_grads: round the updates to the gradients' dtypes, as optax does.
         Wrappers that return gradients, or zeros like them, in place of updates need it for
         16-bit gradients: ``optax.apply_if_finite`` and ``optax.conditionally_transform``.
@@ -148,6 +157,7 @@ def adamw(
         implementation=implementation,
         state_shardings=state_shardings,
     )
+    _check.formats(state_format, params_rounding, master, mu_dtype, updates_like_grads)
     config = AdamW(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
@@ -169,6 +179,9 @@ def adamw(
         epsilon_root=None if _is_known_zero(eps_root) else eps_root,
         nesterov=nesterov,
         axis_names=axis_names,
+        state_format=state_format,
+        params_rounding=params_rounding,
+        master=master,
     )
     transform = _Transform(
         config,
