@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from adamw_xla._check import calls, trees
 from adamw_xla._check.words import NATIVE, misplaced
+from adamw_xla._inside.offload import to_device
 from adamw_xla._state import AdamWState, check_kind
 from adamw_xla_lowering import join_params, pack, unpack
 
@@ -48,7 +49,7 @@ def unpack_state(state: AdamWState) -> AdamWState:
         return state
     treedef: Any
     words, treedef = jax.tree.flatten(state.words)
-    m, v = zip(*map(unpack, words), strict=True) if words else ((), ())
+    m, v = zip(*(unpack(to_device(x)) for x in words), strict=True) if words else ((), ())
     return dataclasses.replace(state, m=treedef.unflatten(m), v=treedef.unflatten(v), words=None)
 
 
@@ -74,7 +75,7 @@ def pack_state(state: AdamWState) -> AdamWState:
             "state.v_max: a state in words has no maxima of v; adamw_xla.adapt_state(state, "
             'params, AdamW(state_format="word16")) drops them, and keeps the moments.'
         )
-    words = jax.tree.map(pack, state.m, state.v)
+    words = jax.tree.map(lambda m, v: pack(to_device(m), to_device(v)), state.m, state.v)
     return dataclasses.replace(state, m=None, v=None, words=words)
 
 
@@ -114,5 +115,6 @@ def master_params(params: Any, state: AdamWState) -> Any:
     flat = trees.state_like_params(words, "remainder", params, treedef, state.remainder)
     pairs = zip(leaves, flat, strict=True)
     return treedef.unflatten(
-        join_params(p, r) if r is not None and p.dtype == jnp.bfloat16 else p for p, r in pairs
+        join_params(p, to_device(r)) if r is not None and p.dtype == jnp.bfloat16 else p
+        for p, r in pairs
     )

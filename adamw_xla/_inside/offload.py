@@ -104,7 +104,7 @@ def _check_offload(offload: Any, config: AdamW) -> None:
 
 
 def to_device(x: jax.Array) -> jax.Array:
-    """A counter, where it can be computed with."""
+    """``x`` where it can be computed with."""
     return jax.device_put(x, jax.memory.Space.Device) if is_on_host(jax.typeof(x)) else x
 
 
