@@ -113,8 +113,7 @@ def master_params(params: Any, state: AdamWState) -> Any:
     treedef: Any
     leaves, treedef = jax.tree.flatten(params)
     flat = trees.state_like_params(words, "remainder", params, treedef, state.remainder)
-    pairs = zip(leaves, flat, strict=True)
     return treedef.unflatten(
         join_params(p, to_device(r)) if r is not None and p.dtype == jnp.bfloat16 else p
-        for p, r in pairs
+        for p, r in zip(leaves, flat, strict=True)
     )
