@@ -124,6 +124,14 @@ class AdamW:
       master: "split": the state holds 16 bits more for each param, its ``remainder``: with it a
         bfloat16 param is a float32 number, exactly; the param is that number rounded to nearest.
         None: the params are what they are. Float32 and float64 params have no use for it.
+      maximize: step along the gradient and not against it, as in PyTorch: the gradient counts as
+        its negative.
+      decay_times_lr: False: the decay of a step is ``weight_decay`` alone, not times the learning
+        rate, so that its schedule is its own: :math:`\theta_t \leftarrow \theta_{t-1} -
+        \lambda_t \theta_{t-1} - \ldots` (Loshchilov and Hutter's own form; give small numbers).
+      cautious_decay: an element decays only where that does not oppose its step, that is where
+        the step (without decay) does not move it away from 0: :math:`\lambda` counts as 0 where
+        the signs of :math:`\theta_{t-1}` and of what is subtracted from it differ (Chen et al. 2025).
       axis_names: inside of ``jax.shard_map`` (and only there; elsewhere XLA knows), over which
         manual mesh axes the norms of ``clipnorm`` and ``global_clipnorm`` are summed, and
         ``skip_nonfinite`` looks, so that all devices clip and skip alike. A tuple of names, as
@@ -157,6 +165,7 @@ class AdamW:
       and PyTorch, it is);
       Dozat, `Incorporating Nesterov Momentum into Adam
       <https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ>`_, 2016;
+      Chen et al., `Cautious Weight Decay <https://arxiv.org/abs/2510.12402>`_, 2025;
       Reddi et al., `On the Convergence of Adam and Beyond
       <https://openreview.net/forum?id=ryQu7f-RZ>`_, 2018, Algorithm 2.
     """
@@ -186,6 +195,9 @@ class AdamW:
     state_format: StateFormat = "moments"
     params_rounding: ParamsRounding = "nearest"
     master: Master | None = None
+    maximize: bool = False
+    decay_times_lr: bool = True
+    cautious_decay: bool = False
     axis_names: Any = None
 
     _NUMBERS: ClassVar[tuple[str, ...]] = (
@@ -214,6 +226,9 @@ class AdamW:
         "state_format",
         "params_rounding",
         "master",
+        "maximize",
+        "decay_times_lr",
+        "cautious_decay",
     )
 
     def __post_init__(self) -> None:
@@ -308,6 +323,16 @@ def known_decay(config: AdamW, name: str) -> decay.Decay:
     return found
 
 
+_FLAGS = (
+    "amsgrad",
+    "use_ema",
+    "epsilon_hat",
+    "skip_nonfinite",
+    "nesterov",
+    "maximize",
+    "decay_times_lr",
+    "cautious_decay",
+)
 _CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
 
 
@@ -332,7 +357,7 @@ def _check_fields(c: AdamW) -> None:
     for name in (*_CLIPS, "loss_scale_factor"):
         if getattr(c, name) is not None:
             options.scalar(name, getattr(c, name), lambda x: x > 0, "above 0, or None for none")
-    for name in ("amsgrad", "use_ema", "epsilon_hat", "skip_nonfinite", "nesterov"):
+    for name in _FLAGS:
         options.flag(name, getattr(c, name))
     options.choice("state_format", c.state_format, ("moments", "word16"))
     options.choice("params_rounding", c.params_rounding, ("nearest", "stochastic"))

@@ -104,6 +104,7 @@ def adamw_update(
     skip: bool = False,
     epsilon_root: bool = False,
     nesterov: bool = False,
+    cautious: bool = False,
     stochastic: bool = False,
     delta: bool = False,
 ) -> UpdateResult:
@@ -131,6 +132,7 @@ def adamw_update(
             ema_overwrite=ema_overwrite,
             epsilon_root=epsilon_root,
             nesterov=nesterov,
+            cautious=cautious,
         )
         leaf |= rounding.written(old, leaf)
         if delta:
@@ -201,6 +203,7 @@ def _update_leaf(
     ema_overwrite: bool,
     epsilon_root: bool,
     nesterov: bool,
+    cautious: bool,
 ) -> dict[str, jax.Array]:
     g = x["grads"] * row[Slot.GRAD_SCALE]
     if scale is not None:
@@ -215,8 +218,11 @@ def _update_leaf(
     step = row[Slot.STEP_SIZE] * m
     if nesterov:
         step = step + row[Slot.GRAD_STEP_SIZE] * g
-    p = x["params"]
-    p = p - (row[Slot.DECAY_RATE] * p + step / denominator)
+    p, step = x["params"], step / denominator
+    decay = row[Slot.DECAY_RATE] * p
+    if cautious:
+        decay = jnp.where(p * step < 0, 0, decay)
+    p = p - (decay + step)
     new = {"params": p, "m": m, "v": v, "v_max": w}
     if "ema" in x:
         momentum, rest = row[Slot.EMA_MOMENTUM], row[Slot.ONE_MINUS_EMA_MOMENTUM]

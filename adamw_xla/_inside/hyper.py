@@ -98,7 +98,8 @@ def hyper_rows(
         **_clip_slots(config, dtype),
         **ema_slots(config, update, dtype),
     }
-    rows = [_pack({**slots, Slot.DECAY_RATE: learning_rate * rate}, dtype) for rate in decay]
+    times = learning_rate if config.decay_times_lr else 1.0
+    rows = [_pack({**slots, Slot.DECAY_RATE: times * rate}, dtype) for rate in decay]
     return lax.concatenate(rows, 0) if len(rows) > 1 else rows[0]
 
 

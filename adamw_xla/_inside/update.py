@@ -159,6 +159,8 @@ def update_leaves(
       delta: return the params' changes instead of new params.
       clear: return zeros in place of the gradients too.
     """
+    if config.maximize:
+        scale = -scale
     clip = clipping.scales(config, grads, scale, dtype, backend.sum_of_squares)
     squares = clip.squares
     apply = None
@@ -187,6 +189,7 @@ def update_leaves(
         epsilon_root=config.epsilon_root is not None,
         nesterov=config.nesterov,
         stochastic=config.params_rounding == "stochastic",
+        cautious=config.cautious_decay,
         delta=delta,
     )
     return Updated(new, apply, cleared(grads, squares and squares.sum) if clear else None)

@@ -28,13 +28,13 @@ def _from_dict(template: Any, found: Mapping[str, Any]) -> Any:
     """``template`` with the fields of ``found``, which must have the same."""
     from_state_dict = sys.modules["flax.serialization"].from_state_dict
     names = [f.name for f in dataclasses.fields(template)]
-    found = dict.fromkeys(NEWER) | dict(found)
-    if set(names) != set(found):
+    if set(names) - {*NEWER} != set(found) - {*NEWER}:
         raise ValueError(
             f"{type(template).__name__}: what is restored has the fields {sorted(found)}; must "
             f"have {sorted(names)}: it was saved from something else, or by another version, whose "
             "state adamw_xla.adapt_state takes as the dict that msgpack_restore returns."
         )
+    found = dict.fromkeys(NEWER) | dict(found)
     for name in names:
         if (getattr(template, name) is None) != (found[name] is None):
             has, lacks = ("template", "file") if found[name] is None else ("file", "template")

@@ -75,7 +75,14 @@ def to_bytes(names: Sequence[str], static: Any) -> bytes:
     return json.dumps(fields).encode()
 
 
-NEWER = {"state_format": "moments", "params_rounding": "nearest", "master": None}
+NEWER = {
+    "state_format": "moments",
+    "params_rounding": "nearest",
+    "master": None,
+    "maximize": False,
+    "decay_times_lr": True,
+    "cautious_decay": False,
+}
 """Choices that files of 0.1.0 do not have, and what they stood for."""
 
 

@@ -53,6 +53,10 @@ ALIASES = calls.called_here(
             "an optimizer's variables are stock Keras', which its files have; adamw_xla.adamw_step "
             "has it",
         ),
+        **dict.fromkeys(
+            ("maximize", "decay_times_lr", "cautious_decay"),
+            "stock Keras has none either; adamw_xla.AdamW has it",
+        ),
         "skip_nonfinite": "keras.optimizers.LossScaleOptimizer skips such steps",
     }
 )

@@ -53,6 +53,9 @@ def adamw(
     state_format: StateFormat = "moments",
     params_rounding: ParamsRounding = "nearest",
     master: Master | None = None,
+    maximize: bool = False,
+    decay_times_lr: bool = True,
+    cautious_decay: bool = False,
     updates_like_grads: bool = False,
     implementation: Implementation | None = None,
     state_shardings: Any = None,
@@ -114,6 +117,9 @@ def adamw(
         two numbers beside what they would be, at random.
       master: "split": ``state.remainder`` and a bfloat16 param are a float32 number together; then
         nothing that changes updates may follow in the chain.
+      maximize: step along the gradient.
+      decay_times_lr: False: the decay is ``weight_decay`` alone, not times the learning rate.
+      cautious_decay: decay only where that does not oppose the step; see ``adamw_xla.AdamW``.
       updates_like_grads: round the updates to the gradients' dtypes, as optax does.
         Wrappers that return gradients, or zeros like them, in place of updates need it for
         16-bit gradients: ``optax.apply_if_finite`` and ``optax.conditionally_transform``.
@@ -182,6 +188,9 @@ def adamw(
         state_format=state_format,
         params_rounding=params_rounding,
         master=master,
+        maximize=maximize,
+        decay_times_lr=decay_times_lr,
+        cautious_decay=cautious_decay,
     )
     transform = _Transform(
         config,

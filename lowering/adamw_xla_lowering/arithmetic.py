@@ -60,7 +60,11 @@ def update(
     if spec.nesterov:
         step = ops.add(step, ops.multiply(slot(Slot.GRAD_STEP_SIZE), g))
     step = ops.divide(step, ops.add(root, slot(Slot.EPSILON)))
-    change = ops.add(ops.multiply(slot(Slot.DECAY_RATE), p), step)
+    decay = ops.multiply(slot(Slot.DECAY_RATE), p)
+    if spec.cautious:
+        zero = ops.number(0.0)
+        decay = ops.select(ops.less(ops.multiply(p, step), zero), zero, decay)
+    change = ops.add(decay, step)
     new = {"m": m, "v": v, "v_max": w}
     if spec.words:
         new["words"] = word.encode(ops, m, v, random)

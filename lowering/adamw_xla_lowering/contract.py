@@ -10,7 +10,9 @@ params, float32 for all others), written with the slots of ``hyper`` in capitals
     w  <- max(v_max, v), v_max <- w                              (amsgrad; else w = v)
     w  <- w + EPSILON_ROOT                                       (epsilon_root)
     s  <- STEP_SIZE*m + GRAD_STEP_SIZE*g                         (nesterov; else STEP_SIZE*m)
-    p  <- p - (DECAY_RATE*p + s / (sqrt(w)*V_CORRECTION + EPSILON))
+    s  <- s / (sqrt(w)*V_CORRECTION + EPSILON)
+    d  <- DECAY_RATE*p, but 0 where p*s < 0 (cautious)
+    p  <- p - (d + s)
     e  <- EMA_MOMENTUM*e + ONE_MINUS_EMA_MOMENTUM*p              (ema)
     p  <- e where EMA_OVERWRITE != 0                             (ema_overwrite)
     all results <- what they replace where APPLY == 0            (skip)
@@ -110,6 +112,7 @@ class UpdateSpec:
       skip: the APPLY slot is looked at.
       epsilon_root: the EPSILON_ROOT slot is looked at.
       nesterov: the GRAD_STEP_SIZE slot is looked at.
+      cautious: an element decays only where that does not oppose its step.
       words: one word of 16 bits stands in place of each element's m and v, and the SALT slot
         is looked at.
       stochastic: new bfloat16 params are rounded stochastically; the SALT slot is looked at.
@@ -131,6 +134,7 @@ class UpdateSpec:
     skip: bool = False
     epsilon_root: bool = False
     nesterov: bool = False
+    cautious: bool = False
     words: bool = False
     stochastic: bool = False
     split_master: bool = False

@@ -42,7 +42,7 @@ def unfused(spec: UpdateSpec) -> str | None:
 
 def unheld(spec: UpdateSpec) -> str | None:
     """Which format of the operands a kernel does not know; None if it knows all."""
-    for name in ("words", "stochastic", "split_master"):
+    for name in ("words", "stochastic", "split_master", "cautious"):
         if getattr(spec, name):
             return f"the kernel does not have {name}"
     return None

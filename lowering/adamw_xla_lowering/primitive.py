@@ -69,6 +69,7 @@ def adamw_update(
     skip: bool = False,
     epsilon_root: bool = False,
     nesterov: bool = False,
+    cautious: bool = False,
     stochastic: bool = False,
     delta: bool = False,
     offload: bool = False,
@@ -95,6 +96,7 @@ def adamw_update(
       skip: look at the APPLY slot.
       epsilon_root: look at the EPSILON_ROOT slot.
       nesterov: look at the GRAD_STEP_SIZE slot.
+      cautious: let an element decay only where that does not oppose its step.
       stochastic: round new bfloat16 params at random, and look at the SALT slot.
       delta: return the params' changes, unrounded, instead of the new params.
       offload: m, v, v_max and ema lie in host memory and come to the device a few leaves at
@@ -130,6 +132,7 @@ def adamw_update(
         skip=skip,
         epsilon_root=epsilon_root,
         nesterov=nesterov,
+        cautious=cautious,
         words=words is not None,
         stochastic=stochastic,
         split_master=remainder is not None,

@@ -24,7 +24,7 @@ enum Slot { ADAMW_SLOTS(ADAMW_ENUMERATOR) kNumSlots };
 // What kind of update it is, in the order of contract.UpdateSpec; likewise.
 #define ADAMW_OPTIONS(X)                                                        \
   X(amsgrad) X(ema) X(ema_overwrite) X(clip_value) X(skip) X(epsilon_root)      \
-  X(nesterov) X(words) X(stochastic) X(split_master) X(delta) X(leaf_scale)
+  X(nesterov) X(cautious) X(words) X(stochastic) X(split_master) X(delta) X(leaf_scale)
 
 #define ADAMW_FIELD(name) bool name;
 struct Options { ADAMW_OPTIONS(ADAMW_FIELD) };

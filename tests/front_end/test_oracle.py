@@ -36,6 +36,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "epsilon_root": {"epsilon_root": 1e-3},
     "mask": {"weight_decay_mask": [True, False, True, False, True, False]},
     "skip": {"skip_nonfinite": True},
+    "maximize": {"maximize": True},
+    "independent_decay": {"decay_times_lr": False},
+    "cautious_decay": {"cautious_decay": True},
     "schedules": {
         "learning_rate": lambda k: 0.25 / (1 + k),
         "weight_decay": lambda k: 0.125 * (k % 3),

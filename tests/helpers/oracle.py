@@ -40,6 +40,9 @@ class Options:
     skip_nonfinite: bool = False
     epsilon_root: float | None = None
     nesterov: bool = False
+    maximize: bool = False
+    decay_times_lr: bool = True
+    cautious_decay: bool = False
 
 
 @dataclasses.dataclass
@@ -134,6 +137,8 @@ def step(
         g = {i: x / n for i, x in g.items()}
         size = {i: x / n for i, x in size.items()}
 
+    if o.maximize:
+        g = {i: -x for i, x in g.items()}
     if o.clipnorm is not None:
         factors = {i: _factor(_norm([x]), o.clipnorm) for i, x in g.items()}
     elif o.global_clipnorm is not None:
@@ -172,8 +177,11 @@ def step(
             following = 1 - o.beta_1 ** (t + 1)
             direction = o.beta_1 * new.m[i] / following + (1 - o.beta_1) * g[i] / bias_1
             term = o.beta_1 * terms.m[i] / following + (1 - o.beta_1) * size[i] / bias_1
-        decay = lr * wd * p if decays else np.zeros_like(p)
-        result[i] = p - decay - rate * _quotient(direction, denominator)
+        moved = rate * _quotient(direction, denominator)
+        decay = (lr if o.decay_times_lr else 1.0) * wd * p if decays else np.zeros_like(p)
+        if o.cautious_decay:
+            decay = np.where(np.sign(p) * np.sign(moved) < 0, 0.0, decay)
+        result[i] = p - decay - moved
         # To first order an error of w is half of it in the root.
         inside = np.abs(direction) * np.divide(term_w, w, out=np.ones_like(w), where=w > 0)
         enters = rate * _quotient(np.maximum(term, inside), denominator)

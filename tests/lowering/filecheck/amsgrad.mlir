@@ -1,9 +1,9 @@
 // One more operand and result; the maximum is of the raw v.
 
 // CHECK-LABEL: func.func public @main(
-// CHECK: %{{[0-9]+}}:4 = stablehlo.composite "adamw_xla.update" {{.*}} {composite_attributes = {amsgrad = true, clip_value = false, delta = false, ema = false, ema_overwrite = false, epsilon_root = false, group = 0 : i64, leaf = 0 : i64, leaf_scale = false, nesterov = false, skip = false, split_master = false, stochastic = false, words = false}, decomposition = @[[F:[a-z0-9_]+]]} :
-// CHECK: %{{[0-9]+}}:4 = stablehlo.composite "adamw_xla.update" {{.*}} {composite_attributes = {amsgrad = true, clip_value = false, delta = false, ema = false, ema_overwrite = false, epsilon_root = false, group = 0 : i64, leaf = 1 : i64, leaf_scale = false, nesterov = false, skip = false, split_master = false, stochastic = false, words = false}, decomposition = @[[F]]} :
-// CHECK: %{{[0-9]+}}:4 = stablehlo.composite "adamw_xla.update" {{.*}} {composite_attributes = {amsgrad = true, clip_value = false, delta = false, ema = false, ema_overwrite = false, epsilon_root = false, group = 0 : i64, leaf = 2 : i64, leaf_scale = false, nesterov = false, skip = false, split_master = false, stochastic = false, words = false}, decomposition = @[[H:[a-z0-9_]+]]} :
+// CHECK: %{{[0-9]+}}:4 = stablehlo.composite "adamw_xla.update" {{.*}} {composite_attributes = {amsgrad = true, cautious = false, clip_value = false, delta = false, ema = false, ema_overwrite = false, epsilon_root = false, group = 0 : i64, leaf = 0 : i64, leaf_scale = false, nesterov = false, skip = false, split_master = false, stochastic = false, words = false}, decomposition = @[[F:[a-z0-9_]+]]} :
+// CHECK: %{{[0-9]+}}:4 = stablehlo.composite "adamw_xla.update" {{.*}} {composite_attributes = {amsgrad = true, cautious = false, clip_value = false, delta = false, ema = false, ema_overwrite = false, epsilon_root = false, group = 0 : i64, leaf = 1 : i64, leaf_scale = false, nesterov = false, skip = false, split_master = false, stochastic = false, words = false}, decomposition = @[[F]]} :
+// CHECK: %{{[0-9]+}}:4 = stablehlo.composite "adamw_xla.update" {{.*}} {composite_attributes = {amsgrad = true, cautious = false, clip_value = false, delta = false, ema = false, ema_overwrite = false, epsilon_root = false, group = 0 : i64, leaf = 2 : i64, leaf_scale = false, nesterov = false, skip = false, split_master = false, stochastic = false, words = false}, decomposition = @[[H:[a-z0-9_]+]]} :
 // CHECK-NOT: stablehlo.composite
 
 // COM: one function for the two leaves that are alike

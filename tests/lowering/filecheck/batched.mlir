@@ -1,7 +1,7 @@
 // Eight replicas: hyper and leaves are batched, m is not, and is spread inside the function.
 
 // CHECK-LABEL: func.func public @main(
-// CHECK: stablehlo.composite "adamw_xla.update" {{.*}} {composite_attributes = {amsgrad = false, clip_value = false, delta = false, ema = false, ema_overwrite = false, epsilon_root = false, group = 0 : i64, leaf = 0 : i64, leaf_scale = false, nesterov = false, skip = false, split_master = false, stochastic = false, words = false}, decomposition = @[[F:[a-z0-9_]+]]} : (tensor<8x1x17xf32>, tensor<8x2x3xf32>, tensor<8x2x3xf32>, tensor<1x2x3xf32>, tensor<8x2x3xf32>)
+// CHECK: stablehlo.composite "adamw_xla.update" {{.*}} {composite_attributes = {amsgrad = false, cautious = false, clip_value = false, delta = false, ema = false, ema_overwrite = false, epsilon_root = false, group = 0 : i64, leaf = 0 : i64, leaf_scale = false, nesterov = false, skip = false, split_master = false, stochastic = false, words = false}, decomposition = @[[F:[a-z0-9_]+]]} : (tensor<8x1x17xf32>, tensor<8x2x3xf32>, tensor<8x2x3xf32>, tensor<1x2x3xf32>, tensor<8x2x3xf32>)
 // CHECK-NOT: stablehlo.composite
 // CHECK: func.func private @[[F]](%[[ROW:[a-z0-9_]+]]: tensor<8x1x17xf32>, %[[P:[a-z0-9_]+]]: tensor<8x2x3xf32>, %[[GRAD:[a-z0-9_]+]]: tensor<8x2x3xf32>, %[[MSHARED:[a-z0-9_]+]]: tensor<1x2x3xf32>, %[[V:[a-z0-9_]+]]: tensor<8x2x3xf32>)
 // CHECK: %[[M:[a-z0-9_]+]] = stablehlo.broadcast_in_dim %[[MSHARED]], dims = [0, 1, 2] :

@@ -1,9 +1,9 @@
 // A constant under the root.
 
 // CHECK-LABEL: func.func public @main(
-// CHECK: %{{[0-9]+}}:3 = stablehlo.composite "adamw_xla.update" {{.*}} {composite_attributes = {amsgrad = false, clip_value = false, delta = false, ema = false, ema_overwrite = false, epsilon_root = true, group = 0 : i64, leaf = 0 : i64, leaf_scale = false, nesterov = false, skip = false, split_master = false, stochastic = false, words = false}, decomposition = @[[F:[a-z0-9_]+]]} :
-// CHECK: %{{[0-9]+}}:3 = stablehlo.composite "adamw_xla.update" {{.*}} {composite_attributes = {amsgrad = false, clip_value = false, delta = false, ema = false, ema_overwrite = false, epsilon_root = true, group = 0 : i64, leaf = 1 : i64, leaf_scale = false, nesterov = false, skip = false, split_master = false, stochastic = false, words = false}, decomposition = @[[F]]} :
-// CHECK: %{{[0-9]+}}:3 = stablehlo.composite "adamw_xla.update" {{.*}} {composite_attributes = {amsgrad = false, clip_value = false, delta = false, ema = false, ema_overwrite = false, epsilon_root = true, group = 0 : i64, leaf = 2 : i64, leaf_scale = false, nesterov = false, skip = false, split_master = false, stochastic = false, words = false}, decomposition = @[[H:[a-z0-9_]+]]} :
+// CHECK: %{{[0-9]+}}:3 = stablehlo.composite "adamw_xla.update" {{.*}} {composite_attributes = {amsgrad = false, cautious = false, clip_value = false, delta = false, ema = false, ema_overwrite = false, epsilon_root = true, group = 0 : i64, leaf = 0 : i64, leaf_scale = false, nesterov = false, skip = false, split_master = false, stochastic = false, words = false}, decomposition = @[[F:[a-z0-9_]+]]} :
+// CHECK: %{{[0-9]+}}:3 = stablehlo.composite "adamw_xla.update" {{.*}} {composite_attributes = {amsgrad = false, cautious = false, clip_value = false, delta = false, ema = false, ema_overwrite = false, epsilon_root = true, group = 0 : i64, leaf = 1 : i64, leaf_scale = false, nesterov = false, skip = false, split_master = false, stochastic = false, words = false}, decomposition = @[[F]]} :
+// CHECK: %{{[0-9]+}}:3 = stablehlo.composite "adamw_xla.update" {{.*}} {composite_attributes = {amsgrad = false, cautious = false, clip_value = false, delta = false, ema = false, ema_overwrite = false, epsilon_root = true, group = 0 : i64, leaf = 2 : i64, leaf_scale = false, nesterov = false, skip = false, split_master = false, stochastic = false, words = false}, decomposition = @[[H:[a-z0-9_]+]]} :
 // CHECK-NOT: stablehlo.composite
 
 // COM: one function for the two leaves that are alike
