@@ -150,7 +150,7 @@ class _Leaf:
                     f"{argument}{path(self.params, self.index)}: is None, and other fields of the "
                     "state have a leaf there; a param has all of its state, or none."
                 )
-        formats.check_params(self.params, {self.index: self.param}, (self.index,), self.config)
+        formats.check_param(self.params, self.index, self.param, self.config)
         there = {field: x for field, x in self.state.items() if x is not None}
         used = _used(self.config)
         if used["words"] and "words" not in there:

@@ -131,7 +131,7 @@ class AdamW:
         \lambda_t \theta_{t-1} - \ldots` (Loshchilov and Hutter's own form; give small numbers).
       cautious_decay: an element decays only where that does not oppose its step, that is where
         the step (without decay) does not move it away from 0: :math:`\lambda` counts as 0 where
-        the signs of :math:`\theta_{t-1}` and of what is subtracted from it differ (Chen et al. 2025).
+        :math:`\theta_{t-1}` and what is subtracted from it differ in sign (Chen et al. 2025).
       axis_names: inside of ``jax.shard_map`` (and only there; elsewhere XLA knows), over which
         manual mesh axes the norms of ``clipnorm`` and ``global_clipnorm`` are summed, and
         ``skip_nonfinite`` looks, so that all devices clip and skip alike. A tuple of names, as

@@ -121,7 +121,8 @@ def begin(params: Any, config: AdamW) -> AdamWState:
     treedef: Any
     leaves, treedef = jax.tree.flatten(params)
     trees.params(params, leaves, needs_values=config.use_ema)
-    formats.check_params(params, leaves, range(len(leaves)), config)
+    for i, leaf in enumerate(leaves):
+        formats.check_param(params, i, leaf, config)
     place = of_scalars(fixed_places(leaves))
 
     def column(field: str) -> Any:
@@ -231,12 +232,12 @@ def check_state(
         for field, tree in trees_of.items()
         if tree is not None
     }
-    formats.check_params(params_tree, leaves, live, c)
     dtype_of = functools.cache(c.dtype_of)
     for i, (p, *row) in enumerate(zip(leaves, *columns.values(), strict=True)):
         if i not in live and all(x is None for x in row):
             continue
         float_leaf("params", params_tree, i, p)
+        formats.check_param(params_tree, i, p, c)
         for field, x in zip(columns, row, strict=True):
             if x is None and i not in live:
                 continue

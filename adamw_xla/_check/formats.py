@@ -1,6 +1,5 @@
 """Checks of what is stored otherwise than it is computed with, and what does not go with it."""
 
-from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -32,26 +31,22 @@ def check_options(c: Any) -> None:
         )
 
 
-def check_params(
-    params_tree: Any, leaves: Sequence[Any] | Mapping[int, Any], live: Collection[int], config: Any
-) -> None:
-    """Refuses params that cannot have the formats of the config.
+def check_param(params_tree: Any, index: int, param: Any, config: Any) -> None:
+    """Refuses a param that cannot have the formats of the config.
 
     Raises:
       TypeError: names the leaf.
     """
-    for i in live:
-        dtype = leaves[i].dtype
-        if config.state_format == "word16" and dtype == np.float64:
+    if config.state_format == "word16" and param.dtype == np.float64:
+        raise TypeError(
+            f"params{path(params_tree, index)}: is float64, and words hold float32 moments; use "
+            'AdamW(state_format="moments"), or float32 params.'
+        )
+    if param.dtype != np.float16:
+        return
+    for option, value in {"master": "split", "params_rounding": "stochastic"}.items():
+        if getattr(config, option) == value:
             raise TypeError(
-                f"params{path(params_tree, i)}: is float64, and words hold float32 moments; use "
-                'AdamW(state_format="moments"), or float32 params.'
-            )
-        needs = {"master": config.master == "split"}
-        needs["params_rounding"] = config.params_rounding == "stochastic"
-        for option in (name for name, is_set in needs.items() if is_set and dtype == np.float16):
-            raise TypeError(
-                f"params{path(params_tree, i)}: is float16, and {option}="
-                f"{getattr(config, option)!r} is for bfloat16 params; cast it to bfloat16, or "
-                f"leave {option} out."
+                f"params{path(params_tree, index)}: is float16, and {option}={value!r} is for "
+                f"bfloat16 params; cast it to bfloat16, or leave {option} out."
             )
