@@ -1,0 +1,185 @@
+"""Guards the format of words: every pattern, and every number at which rounding changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import words
+from words import NUM_NOISES, Scale
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+F32 = np.float32
+SCALES = {"v": words.V, "u": words.U}
+# All noises of v and m at their ends and in between: each bit by itself, and some at random.
+SWEEP = np.unique(
+    np.concatenate(
+        [
+            [0, 2**32 - 1],
+            2 ** np.arange(32),
+            2**32 - 1 - 2 ** np.arange(32),
+            np.random.default_rng(0).integers(0, 2**32, 20),
+        ]
+    )
+).astype(np.uint32)
+
+
+def patterns(x: Any) -> Any:
+    return np.asarray(x).view({2: np.uint16, 4: np.uint32}[np.asarray(x).dtype.itemsize])
+
+
+def edges(scale: Scale) -> Any:
+    """float32: what can be stored, the middles of two, and both neighbours of each."""
+    values = scale.values
+    values = np.concatenate([values, (values[1:] + values[:-1]) / 2, [values[-1] * 1.1]])
+    values = values.astype(F32)
+    x = np.concatenate([values, np.nextafter(values, F32(0)), np.nextafter(values, F32(np.inf))])
+    return np.unique(x)
+
+
+def expected(scale: Scale, x: Any) -> Any:
+    """What x is on average over all noises: x, as far as float32 holds its sum with the least."""
+    least = F32(2.0**scale.min_exponent)
+    kept = np.where(x < least, (x + least).astype(np.float64) - least, x.astype(np.float64))
+    return np.minimum(kept, scale.values[-1])
+
+
+def words_of(name: str, x: Any, noise: Any) -> Any:
+    """``x`` as v with m = 0, or as m at a v whose unit is 1 and that no noise moves."""
+    noise = np.asarray(noise, np.uint32)
+    if name == "v":
+        return words.encode(np.zeros_like(x), x, noise)
+    return words.encode(x, np.ones_like(x), noise << np.uint32(11))
+
+
+def values_of(name: str, found: Any) -> Any:
+    m, v = words.decode(found)
+    return (v if name == "v" else m).astype(np.float64)
+
+
+# ------------------------------------------------------------------------------- every pattern
+
+
+def test_legal_words_are_all_normal_numbers() -> None:
+    every = np.arange(2**16, dtype=np.uint16)
+    exponent = every // 2**7 % 2**8
+    normal = every[(exponent > 0) & (exponent < 255)]
+    np.testing.assert_array_equal(np.sort(patterns(words.legal()), axis=None), normal)
+
+
+def test_no_conversion_changes_a_word() -> None:
+    legal = words.legal()
+
+    @jax.jit
+    def there_and_back(x: Any) -> Any:
+        return jax.lax.optimization_barrier(x.astype(jnp.float32)).astype(jnp.bfloat16)
+
+    for back in (legal.astype(F32).astype(BFLOAT16), there_and_back(legal), jnp.array(legal)):
+        np.testing.assert_array_equal(patterns(back), patterns(legal))
+
+
+def test_every_word_encodes_to_itself_with_any_noise() -> None:
+    legal = words.legal()
+    m, v = words.decode(legal)
+    for r in SWEEP:
+        np.testing.assert_array_equal(patterns(words.encode(m, v, r)), patterns(legal))
+
+
+def test_words_mean_what_the_format_says() -> None:
+    """Some of the description's numbers, by hand."""
+    legal = words.legal()
+    m, v = words.decode(legal)
+    assert (v[0] == 0).all()
+    np.testing.assert_array_equal(v[:6, 0, 0] * 2.0**102, [0, 1, 2, 3, 4, 5])
+    assert v[-1, 0, 0] == 1.75 * 2.0**25
+    one = 4 + 4 * 100  # the code of v = 1, whose unit is 1; of v = 2 too, and 2 at v = 4
+    assert (v[[one, one + 4, one + 8], 0, 0] == [1, 2, 4]).all()
+    assert (m[[one, one + 4, one + 8, one - 1], 0, 63] == [28, 28, 56, 14]).all()
+    np.testing.assert_array_equal(m[one, 1, :6] * 2.0**12, [0, -1, -2, -3, -4, -5])
+    assert m[0, 0, 63] == m[7, 0, 63] == m[11, 0, 63] == 28 * 2.0**-50
+    assert m[12, 0, 63] == 28 * 2.0**-49
+    assert patterns(legal)[0, 0, 0] == 0x0080
+    assert patterns(legal)[-1, 1, -1] == 0xFF7F
+    np.testing.assert_array_equal(np.signbit(m[:, 1]), np.ones((508, 64), bool))
+
+
+# ------------------------------------------------------------------------------- every boundary
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_rounding_is_right_on_average_at_every_boundary(name: str) -> None:
+    """Exactly: below one noise it is the lower neighbour, from that on the upper."""
+    scale = SCALES[name]
+    x = edges(scale)
+    lower, ups = scale.place(x)
+    below = values_of(name, words_of(name, x, np.zeros(x.shape)))
+    np.testing.assert_array_equal(below, scale.values[lower])
+    np.testing.assert_array_equal(values_of(name, words_of(name, x, NUM_NOISES - 1 - ups)), below)
+    above = np.where(ups > 0, scale.values[np.minimum(lower + 1, scale.num_codes - 1)], below)
+    first = np.minimum(NUM_NOISES - ups, NUM_NOISES - 1)
+    for noise in (first, np.full(x.shape, NUM_NOISES - 1)):
+        np.testing.assert_array_equal(values_of(name, words_of(name, x, noise)), above)
+    mean = below + ups / NUM_NOISES * (above - below)
+    np.testing.assert_array_equal(mean, expected(scale, x))
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_rounding_is_right_on_average_by_counting(name: str) -> None:
+    """Every noise, for some numbers: so the noise at which rounding changes is the only one."""
+    scale, noise = SCALES[name], np.arange(NUM_NOISES)
+    values = scale.values
+    step = scale.num_codes // 3
+    points = np.concatenate([values[:6], values[6::step], values[6::step] * 1.07]).astype(F32)
+    points = np.append(points, np.nextafter(points[1:4], F32(0)))
+    for x in points:
+        codes = scale.code(np.full(1, x), noise)
+        mean = (
+            values[codes[0]] * NUM_NOISES + (values[codes] - values[codes[0]]).sum()
+        ) / NUM_NOISES
+        np.testing.assert_array_equal(mean, expected(scale, x))
+        assert np.diff(codes).min() >= 0
+
+
+def test_what_a_word_cannot_hold_becomes_its_largest() -> None:
+    x = np.array([1.75 * 2.0**25, 2.0**26, 1e30, np.finfo(F32).max, np.inf], F32)
+    for r in SWEEP:
+        m, v = words.decode(words.encode(np.zeros_like(x), x, r))
+        np.testing.assert_array_equal(v, 1.75 * 2.0**25)
+        for sign in (1, -1):
+            m, v = words.decode(words.encode(sign * x, np.ones_like(x), r))
+            np.testing.assert_array_equal(m, sign * 28.0)
+            np.testing.assert_array_equal(v, 1)
+
+
+def test_zero_stays_zero_of_its_sign() -> None:
+    for r in SWEEP:
+        for zero in (0.0, -0.0):
+            for v in (0.0, 1.0, 2.0**-100):
+                m, back = words.decode(words.encode(np.array([zero], F32), np.array([v], F32), r))
+                assert back == v
+                assert m == 0
+                assert np.signbit(m) == np.signbit(zero)
+
+
+def test_whatever_is_finite_stays_so() -> None:
+    rng = np.random.default_rng(1)
+    m, v, r = rng.integers(0, 2**32, (3, 200_000), dtype=np.uint32)
+    m, v = m.view(F32), (v & np.uint32(0x7FFFFFFF)).view(F32)
+    m, v = m[np.isfinite(m) & np.isfinite(v)], v[np.isfinite(m) & np.isfinite(v)]
+    found = words.encode(m, v, r[: m.size])
+    assert np.isin(patterns(found), patterns(words.legal())).all()
+    assert all(np.isfinite(x).all() for x in words.decode(found))
+
+
+def test_m_is_in_units_that_bound_it() -> None:
+    """The unit is a power of two in (sqrt(v)/2, sqrt(v)], of v as it is stored."""
+    code = np.arange(4, words.V.num_codes)
+    ratio = np.sqrt(words.V.values[code]) / words.unit(code)
+    assert ratio.min() == 1
+    assert ratio.max() < 2
+    assert (np.frexp(words.unit(code))[0] == 0.5).all()
+    np.testing.assert_array_equal(words.unit(np.arange(4)), 2.0**-50)
