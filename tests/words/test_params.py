@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
+import pytest
+from update_contract.implementations import IMPLEMENTATIONS
 import words
+from words import formats
+
+from adamw_xla_lowering import NUM_SLOTS, Slot, join_params, split_params
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 F32 = np.float32
@@ -23,16 +30,30 @@ def patterns(x: Any) -> Any:
     return np.asarray(x).view({2: np.uint16, 4: np.uint32}[np.asarray(x).dtype.itemsize])
 
 
+def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
+    """From arrays to arrays of NumPy."""
+    jitted = jax.jit(f)
+    return lambda *x: jax.tree.map(np.asarray, jitted(*np.broadcast_arrays(*x)))
+
+
+MASTERS = {
+    "oracle": (words.split, words.join),
+    "adamw_xla": (compiled(split_params), compiled(join_params)),
+}
+Master = tuple[Callable[..., Any], Callable[..., Any]]
+
 # ------------------------------------------------------------------------------- masters
 
 
-def test_what_is_split_joins_to_itself() -> None:
+@pytest.mark.parametrize("master", MASTERS.values(), ids=MASTERS)
+def test_what_is_split_joins_to_itself(master: Master) -> None:
+    split, join = master
     x = hard_masters()
-    params, rest = words.split(x)
+    params, rest = split(x)
     assert (params.dtype, rest.dtype) == (BFLOAT16, np.int16)
     subnormal = (np.abs(x) < np.finfo(F32).tiny) & (x != 0)
     want = np.where(subnormal, np.copysign(F32(0), x), x)
-    joined = words.join(params, rest)
+    joined = join(params, rest)
     np.testing.assert_array_equal(np.isnan(joined), np.isnan(x))
     at = ~np.isnan(x)
     np.testing.assert_array_equal(patterns(joined)[at], patterns(want)[at])
@@ -40,11 +61,12 @@ def test_what_is_split_joins_to_itself() -> None:
     assert (rest[~at] == 0).all()
 
 
-def test_the_param_is_the_master_rounded_to_nearest() -> None:
+@pytest.mark.parametrize("master", MASTERS.values(), ids=MASTERS)
+def test_the_param_is_the_master_rounded_to_nearest(master: Master) -> None:
     """As NumPy rounds it, but for what lies half way: that goes away from zero."""
     x = hard_masters()
     at = np.isfinite(x) & ((x == 0) | (np.abs(x) >= np.finfo(F32).tiny))
-    params, rest = words.split(x)
+    params, rest = master[0](x)
     nearest = x[at].astype(BFLOAT16)
     params, rest = params[at], rest[at]
     half = patterns(x)[at] % 2**16 == 2**15
@@ -53,9 +75,10 @@ def test_the_param_is_the_master_rounded_to_nearest() -> None:
     assert (np.abs(params[half].astype(F32)) > np.abs(x[at][half])).all()
 
 
-def test_no_remainder_makes_a_nan_of_what_a_caller_wrote() -> None:
+@pytest.mark.parametrize("master", MASTERS.values(), ids=MASTERS)
+def test_no_remainder_makes_a_nan_of_what_a_caller_wrote(master: Master) -> None:
     rest = np.array([-(2**15), -1, 0, 1, 2**15 - 1], np.int16)
-    joined = words.join(EVERY[:, None], rest)
+    joined = master[1](EVERY[:, None], rest)
     value = EVERY.astype(F32)[:, None]
     np.testing.assert_array_equal(np.isnan(joined), np.isnan(value) | np.zeros(5, bool))
     np.testing.assert_array_equal(patterns(joined[:, 2]), patterns(EVERY).astype(np.uint32) << 16)
@@ -96,3 +119,21 @@ def test_what_is_finite_stays_so_and_what_is_not_too() -> None:
     for x, want in ((largest, 0x7F7F), (-largest, 0xFF7F), (np.inf, 0x7F80), (-np.inf, 0xFF80)):
         assert (patterns(words.round_to_bfloat16(np.full(r.shape, x, F32), r)) == want).all()
     assert np.isnan(words.round_to_bfloat16(np.full(r.shape, np.nan, F32), r).astype(F32)).all()
+
+
+@pytest.mark.parametrize("name", [x for x in formats.NAMES if x in IMPLEMENTATIONS])
+@pytest.mark.parametrize("salt", [1, 2, 3, 1000])
+def test_an_update_rounds_as_the_oracle_does(name: str, salt: int) -> None:
+    """Params of 0, to which all that is hard to round is added; doubled, some are infinite."""
+    x = hard_masters()
+    x = x[np.isfinite(x) & (np.abs(x) > 2.0**-60)]
+    p, empty = np.zeros(x.shape, BFLOAT16), np.full(x.shape, words.legal()[0, 0, 0])
+    for factor in (1, 2):
+        row = np.zeros((1, NUM_SLOTS), F32)
+        row[0, [Slot.ONE_MINUS_BETA_1, Slot.EPSILON, Slot.SALT]] = 1, 1, salt
+        row[0, [Slot.GRAD_SCALE, Slot.STEP_SIZE]] = 2.0**-65, -factor * 2.0**65  # squares fit
+        tree = {"params": [p], "grads": [x], "words": [empty]}
+        found = IMPLEMENTATIONS[name].step(None, stochastic=True)(row, tree).params[0]
+        with np.errstate(over="ignore"):
+            want = words.round_to_bfloat16(factor * x, words.random_bits(x, F32(0), salt))
+        np.testing.assert_array_equal(patterns(found), patterns(want))

@@ -60,5 +60,5 @@ class Scale:
         return code + (np.asarray(noise, np.int64) >= NUM_NOISES - ups)
 
 
-V = Scale(min_exponent=-100, num_codes=508)
+V = Scale(min_exponent=-98, num_codes=508)
 U = Scale(min_exponent=-10, num_codes=64)
