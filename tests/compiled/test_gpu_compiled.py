@@ -70,8 +70,8 @@ EXACT = re.compile(
     | mul\.rn\.(f32|f32x2|f64)
     | (div|sqrt)\.rn\.(f32|f64)
     | (max|min)\.(NaN\.f32|f64)
-    | (neg|selp|setp\.\w+)\.(f32|f64)
-    | cvt\.(f32\.bf16|rn\.bf16\.f32)
+    | (abs|neg|selp|setp\.\w+)\.(f32|f64)
+    | cvt\.(f32\.bf16|rn\.bf16(x2)?\.f32)
     """,
     re.VERBOSE,
 )

@@ -34,6 +34,7 @@ DTYPES: dict[str, Any] = {
     "bf16": ml_dtypes.bfloat16,
     "i64": np.int64,
     "i32": np.int32,
+    "i16": np.int16,
     "i1": np.bool_,
 }
 COMPARISONS = {2: operator.lt}  # cmpi: slt
@@ -150,6 +151,9 @@ def _simple(op: Any) -> Callable[..., Sequence[Any]]:
         case "arith.extsi" | "arith.trunci" | "arith.extf" | "arith.truncf":
             dtype = _dtype(kind)
             return lambda program, x: [_cast(x, dtype)]
+        case "tt.bitcast":
+            dtype = _dtype(kind)
+            return lambda program, x: [x.view(dtype)]
         case "arith.cmpi":
             compare = COMPARISONS[_integer(op, "predicate")]
             return lambda program, a, b: [compare(a, b)]
@@ -184,12 +188,24 @@ def _simple(op: Any) -> Callable[..., Sequence[Any]]:
     raise NotImplementedError(op.name)
 
 
+def _shift_right(x: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """Zeros come in."""
+    return (x.view(np.uint32) >> places.view(np.uint32)).view(np.int32)
+
+
 ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "arith.addi": np.add,
     "arith.subi": np.subtract,
     "arith.muli": np.multiply,
     "arith.divsi": np.floor_divide,  # no operand is negative
     "arith.remsi": np.remainder,
+    "arith.andi": np.bitwise_and,
+    "arith.ori": np.bitwise_or,
+    "arith.xori": np.bitwise_xor,
+    "arith.shli": np.left_shift,
+    "arith.shrui": _shift_right,
+    "arith.maxsi": np.maximum,
+    "arith.minsi": np.minimum,
     "arith.addf": np.add,
     "arith.subf": np.subtract,
     "arith.mulf": np.multiply,
@@ -262,13 +278,20 @@ def _check_bounds(pointer: Pointer, mask: Any) -> None:
         raise IndexError(f"elements {touched[outside]} of {pointer.buffer.data.size}")
 
 
+def _garbage(dtype: Any) -> Any:
+    """What stands where nothing was read or written."""
+    return np.iinfo(dtype).min if np.issubdtype(dtype, np.integer) else np.nan
+
+
 def _load(pointer: Pointer, mask: Any = True, other: Any = None) -> Any:
     mask = np.broadcast_to(mask, np.shape(pointer.offset))
     _check_bounds(pointer, mask)
     data = pointer.buffer.data
     if mask.shape == ():
         return data[pointer.offset]
-    values = np.full(mask.shape, np.nan, data.dtype) if other is None else other.copy()
+    values = (
+        np.full(mask.shape, _garbage(data.dtype), data.dtype) if other is None else other.copy()
+    )
     values[mask] = data[pointer.offset[mask]]
     return values
 
@@ -301,7 +324,7 @@ def _call_on_host(
     read = [buffer(x) for x in operands]
     taken = {result: read[operand] for operand, result in in_place.items()}
     written = [
-        taken[i] if i in taken else buffer(np.full(aval.shape, np.nan, aval.dtype))
+        taken[i] if i in taken else buffer(np.full(aval.shape, _garbage(aval.dtype), aval.dtype))
         for i, aval in enumerate(avals_out)
     ]
     with np.errstate(all="ignore"):

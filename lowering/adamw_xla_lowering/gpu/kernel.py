@@ -23,7 +23,7 @@ from ..contract import (
     split_operands,
 )
 from ..donation import Donation
-from ..errors import logger, unavailable, unfit, unfused, unheld
+from ..errors import logger, unavailable, unfit, unfused
 from ..rules import partitioned
 from . import call, merge
 from .pieces import Kind, Launch, Leaf
@@ -50,12 +50,7 @@ def lower(
     if spec.implementation != "native":
         return merge.lower(ctx, *operands, spec=spec)
     whole = devices_hold_whole_operands(ctx)
-    reason = (
-        _unfit(ctx)
-        or (None if whole else partitioned.refusal(ctx, spec))
-        or unfused(spec)
-        or unheld(spec)
-    )
+    reason = _unfit(ctx) or (None if whole else partitioned.refusal(ctx, spec)) or unfused(spec)
     if reason is not None:
         raise unavailable(reason)
     if not whole:

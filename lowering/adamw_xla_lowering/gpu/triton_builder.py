@@ -101,7 +101,7 @@ class _Update:
         row = self._place(0, work.group, kind, member)
         row = arith.muli(row, constant(self.shapes[0][-1], row.type))
         slot = _Slots(ops, self.scalars[0], row)
-        x = {name: ops.convert(value) for name, value in stored.items()}
+        x = {name: ops.operand(value) for name, value in stored.items()}
         is_narrow = kind.operands[0] == jnp.bfloat16
         new = arithmetic.update(
             ops, spec, slot, ops.is_set, x, self._scales(ops, work, member), is_narrow=is_narrow
@@ -163,15 +163,15 @@ class _Norm:
         i32 = ir.IntegerType.get_signless(32)
         first = arith.muli(work.local, constant(self.span, i32))
         low, high, one = (constant(x, i32) for x in (0, self.span, 1))
-        unit = ops.constant(small_unit(self.dtype))
-        loop = scf.ForOp(low, high, one, [ops.constant(0.0)] * 2)
+        unit = ops.number(small_unit(self.dtype))
+        loop = scf.ForOp(low, high, one, [ops.number(0.0)] * 2)
         with ir.InsertionPoint(loop.body):
             base = work.base(arith.addi(first, loop.induction_variable))
             mask = work.mask(base)
             at = work.pointers(0, base, None)
             stored = mlir.dtype_to_ir_type(section.kind.operands[0])
             zero = splat_constant(section.block, stored, 0.0)
-            x = ops.multiply(ops.convert(tt.load(at, mask=mask, other=zero)), scale)
+            x = ops.multiply(ops.operand(tt.load(at, mask=mask, other=zero)), scale)
             numbers = (x, ops.multiply(x, unit))
             pairs = zip(loop.inner_iter_args, numbers, strict=True)
             scf.yield_([ops.add(total, ops.multiply(y, y)) for total, y in pairs])

@@ -1,6 +1,8 @@
 """Operations of Triton kernels, on numbers and on blocks of elements."""
 
+from collections.abc import Callable
 import dataclasses
+from typing import Any
 
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith
@@ -12,12 +14,42 @@ DIVIDE = "div.rn.f32 $0, $1, $2;"
 """PTX: the quotient of two float32, rounded to nearest."""
 
 
+def element_type(x: ir.Value) -> ir.Type:
+    """That of a scalar, or of a block's elements."""
+    shaped = isinstance(x.type, ir.RankedTensorType)
+    return ir.RankedTensorType(x.type).element_type if shaped else x.type
+
+
+def _is_integer(x: ir.Value) -> bool:
+    return isinstance(element_type(x), ir.IntegerType)
+
+
+def _on(floats: Callable[..., Any], integers: Callable[..., Any]) -> Any:
+    """An operation on two floats, or on two integers."""
+
+    def make(a: ir.Value, b: ir.Value) -> ir.Value:
+        return (integers if _is_integer(a) else floats)(a, b)
+
+    return staticmethod(make)
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockOps:
-    """``arithmetic.Ops`` on blocks of one width and dtype."""
+    """``BitOps`` on blocks of one width and dtype."""
 
     width: int
     dtype: ir.Type
+
+    add = _on(arith.addf, arith.addi)
+    subtract = _on(arith.subf, arith.subi)
+    multiply = _on(arith.mulf, arith.muli)
+    maximum = _on(arith.maximumf, arith.maxsi)  # a NaN stays one
+    minimum = staticmethod(arith.minsi)
+    negate = staticmethod(arith.negf)
+    select = staticmethod(arith.select)
+    both = staticmethod(arith.andi)
+    either = staticmethod(arith.ori)
+    differ = staticmethod(arith.xori)
 
     @property
     def is_wide(self) -> bool:
@@ -28,24 +60,46 @@ class BlockOps:
         """A scalar, spread over the block."""
         return tt.splat(ir.RankedTensorType.get([self.width], x.type), x)
 
-    def convert(self, x: ir.Value) -> ir.Value:
-        """A block of another dtype."""
-        return convert(x, self.dtype)
+    def operand(self, x: ir.Value) -> ir.Value:
+        """A block in the arithmetic's dtype: this one, or int32 for integers."""
+        return convert(x, ir.IntegerType.get_signless(32) if _is_integer(x) else self.dtype)
 
-    def constant(self, number: float) -> ir.Value:
+    def number(self, value: float) -> ir.Value:
         """One number everywhere."""
-        return splat_constant(self.width, self.dtype, number)
+        return splat_constant(self.width, self.dtype, value)
+
+    def integer(self, value: int) -> ir.Value:
+        """One int32 everywhere, of the pattern that a number below 2^32 has."""
+        i32 = ir.IntegerType.get_signless(32)
+        kind = ir.RankedTensorType.get([self.width], i32)
+        signed = ir.IntegerAttr.get(i32, value - (1 << 32) if value >> 31 > 0 else value)
+        return arith.constant(kind, ir.DenseElementsAttr.get_splat(kind, signed))
+
+    def bits(self, x: ir.Value) -> ir.Value:
+        """The pattern of a float32."""
+        return self._bitcast(x, ir.IntegerType.get_signless(32))
+
+    def float_of(self, bits: ir.Value) -> ir.Value:
+        """The float32 of a pattern."""
+        return self._bitcast(bits, ir.F32Type.get())
+
+    def less(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """Whether a < b; nothing is less than a NaN, nor a NaN than anything."""
+        if _is_integer(a):
+            return arith.cmpi(arith.CmpIPredicate.slt, a, b)
+        return arith.cmpf(arith.CmpFPredicate.OLT, a, b)
 
     def is_set(self, flag: ir.Value) -> ir.Value:
         """Where a flag is not 0; NaN is not 0."""
-        return arith.cmpf(arith.CmpFPredicate.UNE, flag, self.constant(0.0))
+        return arith.cmpf(arith.CmpFPredicate.UNE, flag, self.number(0.0))
 
-    add = staticmethod(arith.addf)
-    subtract = staticmethod(arith.subf)
-    multiply = staticmethod(arith.mulf)
-    negate = staticmethod(arith.negf)
-    select = staticmethod(arith.select)
-    maximum = staticmethod(arith.maximumf)  # a NaN stays one
+    def left(self, x: ir.Value, places: int) -> ir.Value:
+        """Shifted to the left."""
+        return arith.shli(x, self.integer(places))
+
+    def right(self, x: ir.Value, places: int) -> ir.Value:
+        """Shifted to the right; zeros come in."""
+        return arith.shrui(x, self.integer(places))
 
     def divide(self, a: ir.Value, b: ir.Value) -> ir.Value:
         """Rounded correctly, which ``arith.divf`` is not in float32.
@@ -64,15 +118,21 @@ class BlockOps:
         """``x`` within bounds; a NaN stays one."""
         return arith.minimumf(arith.maximumf(x, low), high)
 
+    def _bitcast(self, x: ir.Value, dtype: ir.Type) -> ir.Value:
+        return tt.bitcast(ir.RankedTensorType.get([self.width], dtype), x)
+
 
 def convert(x: ir.Value, dtype: ir.Type) -> ir.Value:
-    """``x``, a scalar or a block, in another float dtype."""
-    shaped = isinstance(x.type, ir.RankedTensorType)
-    own = ir.RankedTensorType(x.type).element_type if shaped else x.type
+    """``x``, a scalar or a block, in another dtype: of floats, or of integers that fit."""
+    own = element_type(x)
     if own == dtype:
         return x
+    shaped = isinstance(x.type, ir.RankedTensorType)
     target = ir.RankedTensorType.get(ir.RankedTensorType(x.type).shape, dtype) if shaped else dtype
-    return (arith.extf if dtype.width > own.width else arith.truncf)(target, x)
+    wider, narrower = arith.extf, arith.truncf
+    if _is_integer(x):
+        wider, narrower = arith.extsi, arith.trunci
+    return (wider if dtype.width > own.width else narrower)(target, x)
 
 
 def load_scalar(pointer: ir.Value, index: ir.Value) -> ir.Value:
