@@ -15,139 +15,11 @@
 #ifndef ADAMW_XLA_ADAMW_H_
 #define ADAMW_XLA_ADAMW_H_
 
-#include <cstdint>
-
+#include "dtypes.h"
+#include "formats.h"
 #include "slice.h"
 
-#ifndef ADAMW_ISA
-#define ADAMW_ISA baseline
-#endif
-
-// A result may alias what it replaces, element by element: no dependence between
-// iterations, which the compiler cannot know.
-#if defined(__clang__)
-#define ADAMW_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define ADAMW_VECTORIZE _Pragma("GCC ivdep")
-#endif
-
 namespace adamw::ADAMW_ISA {
-
-using std::int64_t;
-using std::uint16_t;
-using std::uint32_t;
-
-// ---------------------------------------------------------------------------- dtypes
-
-inline uint32_t BitsOf(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-inline float FloatOf(uint32_t bits) {
-  float x;
-  __builtin_memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-// Storage types of 16 bits; the others are float and double themselves.
-struct BF16 {
-  uint16_t bits;
-};
-struct F16 {
-  uint16_t bits;
-};
-
-inline float Widen(float x) { return x; }
-inline double Widen(double x) { return x; }
-inline float Widen(BF16 x) { return FloatOf(uint32_t{x.bits} << 16); }
-
-// Subnormals are converted as integers: a subnormal float on the way would be flushed.
-inline float Widen(F16 x) {
-  const uint32_t sign = (uint32_t{x.bits} & 0x8000u) << 16;
-  const uint32_t magnitude = x.bits & 0x7fffu;
-  const uint32_t shifted = magnitude << 13;
-  const uint32_t normal = shifted + (112u << 23);
-  const uint32_t special = shifted | 0x7f800000u;
-  const uint32_t tiny = BitsOf(static_cast<float>(static_cast<int>(magnitude)) * 0x1p-24f);
-  const uint32_t finite = magnitude < 0x0400u ? tiny : normal;
-  return FloatOf(sign | (magnitude < 0x7c00u ? finite : special));
-}
-
-template <typename T, typename C>
-inline T Narrow(C x) {
-  return static_cast<T>(x);
-}
-
-// Round to nearest, ties to even; a NaN stays one.
-template <>
-inline BF16 Narrow<BF16>(float x) {
-  const uint32_t bits = BitsOf(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t quiet = (bits >> 16) | 0x40u;
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return BF16{static_cast<uint16_t>(is_nan ? quiet : rounded)};
-}
-
-template <>
-inline F16 Narrow<F16>(float x) {
-  const uint32_t bits = BitsOf(x);
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  // The unit in the last place of 0.5 is that of half's subnormals.
-  const uint32_t tiny = BitsOf(FloatOf(magnitude) + 0.5f) - BitsOf(0.5f);
-  const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
-  uint32_t half = magnitude < (113u << 23) ? tiny : normal;
-  half = magnitude >= (143u << 23) ? 0x7c00u : half;
-  half = magnitude > 0x7f800000u ? 0x7e00u : half;
-  return F16{static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u))};
-}
-
-template <>
-inline BF16 Narrow<BF16>(double x) {
-  return Narrow<BF16>(static_cast<float>(x));
-}
-
-template <>
-inline F16 Narrow<F16>(double x) {
-  return Narrow<F16>(static_cast<float>(x));
-}
-
-template <typename C, typename T>
-inline void LoadAs(const void* from, int64_t start, int64_t n, C* to) {
-  const T* x = static_cast<const T*>(from) + start;
-  ADAMW_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<C>(Widen(x[i]));
-}
-
-template <typename C, typename T>
-inline void StoreAs(const C* from, int64_t start, int64_t n, void* to) {
-  T* x = static_cast<T*>(to) + start;
-  ADAMW_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) x[i] = Narrow<T>(from[i]);
-}
-
-template <typename C>
-void Load(DType dtype, const void* from, int64_t start, int64_t n, C* to) {
-  switch (dtype) {
-    case DType::kBF16: return LoadAs<C, BF16>(from, start, n, to);
-    case DType::kF16: return LoadAs<C, F16>(from, start, n, to);
-    case DType::kF32: return LoadAs<C, float>(from, start, n, to);
-    case DType::kF64: return LoadAs<C, double>(from, start, n, to);
-  }
-}
-
-template <typename C>
-void Store(DType dtype, const C* from, int64_t start, int64_t n, void* to) {
-  switch (dtype) {
-    case DType::kBF16: return StoreAs<C, BF16>(from, start, n, to);
-    case DType::kF16: return StoreAs<C, F16>(from, start, n, to);
-    case DType::kF32: return StoreAs<C, float>(from, start, n, to);
-    case DType::kF64: return StoreAs<C, double>(from, start, n, to);
-  }
-}
-
-// ------------------------------------------------------------------------ arithmetic
 
 // StableHLO's maximum and minimum: a NaN on either side is the result. As two selects,
 // of which the first is one instruction; GCC does not vectorize the "or" of conditions.
@@ -166,11 +38,25 @@ inline C Min(C a, C b) {
 inline float Sqrt(float x) { return __builtin_sqrtf(x); }
 inline double Sqrt(double x) { return __builtin_sqrt(x); }
 
-template <typename C, bool kAmsgrad, bool kWithEma>
-void UpdateLoop(const Slice& slice, int64_t n, const C* const in[], C* const out[]) {
+// What an element's moments are, and what becomes of a new param that is narrow.
+enum class State { kPlain, kAmsgrad, kWords };
+enum class Rounding { kNearest, kStochastic, kSplit };
+
+// Where the operands of a run of elements begin. Params are of type P, gradients of G, words
+// and remainders of 16 bits, all others of the compute type.
+struct Operands {
+  const void* in[kNumKinds];
+  void* out[kNumKinds];
+};
+
+template <typename C, typename P, typename G, State kState, Rounding kRounding, bool kWithEma>
+void UpdateLoop(const Slice& slice, int64_t n, const Operands& x) {
+  constexpr bool kRandom = kState == State::kWords || kRounding == Rounding::kStochastic;
   const auto slot = [&slice](Slot which) { return static_cast<C>(slice.slots[which]); };
-  const C grad_scale = slot(GRAD_SCALE), leaf_scale = static_cast<C>(slice.leaf_scale);
-  const C high = slot(CLIP_VALUE), low = -high;
+  // A bound that is NaN makes all gradients so; the loop's comparisons would pass it over.
+  const C bound = slot(CLIP_VALUE);
+  const C grad_scale = bound == bound ? slot(GRAD_SCALE) : bound, leaf_scale = static_cast<C>(slice.leaf_scale);
+  const C high = bound, low = -bound;
   const C beta_1 = slot(BETA_1), one_minus_beta_1 = slot(ONE_MINUS_BETA_1);
   const C beta_2 = slot(BETA_2), one_minus_beta_2 = slot(ONE_MINUS_BETA_2);
   const C step_size = slot(STEP_SIZE), decay_rate = slot(DECAY_RATE);
@@ -178,74 +64,154 @@ void UpdateLoop(const Slice& slice, int64_t n, const C* const in[], C* const out
   const C epsilon_root = slot(EPSILON_ROOT), grad_step_size = slot(GRAD_STEP_SIZE);
   const C momentum = slot(EMA_MOMENTUM), one_minus_momentum = slot(ONE_MINUS_EMA_MOMENTUM);
   const bool overwrite = slot(EMA_OVERWRITE) != 0;
+  [[maybe_unused]] const uint32_t salt = SaltOf(static_cast<float>(slice.slots[SALT]));
 
-  const C *const p_in = in[kParams], *const g_in = in[kGrads];
-  const C *const m_in = in[kM], *const v_in = in[kV];
-  const C *const v_max_in = in[kVMax], *const ema_in = in[kEma];
-  C *const p_out = out[kParams], *const m_out = out[kM], *const v_out = out[kV];
-  C *const v_max_out = out[kVMax], *const ema_out = out[kEma];
+  const P* const p_in = static_cast<const P*>(x.in[kParams]);
+  const G* const g_in = static_cast<const G*>(x.in[kGrads]);
+  const auto in = [&x](Kind kind) { return static_cast<const C*>(x.in[kind]); };
+  const C *const m_in = in(kM), *const v_in = in(kV);
+  const C *const v_max_in = in(kVMax), *const ema_in = in(kEma);
+  const uint16_t* const words_in = static_cast<const uint16_t*>(x.in[kWords]);
+  const int16_t* const remainder_in = static_cast<const int16_t*>(x.in[kRemainder]);
+  P* const p_out = static_cast<P*>(x.out[kParams]);
+  const auto out = [&x](Kind kind) { return static_cast<C*>(x.out[kind]); };
+  C *const m_out = out(kM), *const v_out = out(kV);
+  C *const v_max_out = out(kVMax), *const ema_out = out(kEma);
+  uint16_t* const words_out = static_cast<uint16_t*>(x.out[kWords]);
+  int16_t* const remainder_out = static_cast<int16_t*>(x.out[kRemainder]);
 
   ADAMW_VECTORIZE
   for (int64_t i = 0; i < n; ++i) {
-    C g = grad_scale * g_in[i] * leaf_scale;
-    g = Min(Max(g, low), high);
-    const C m = beta_1 * m_in[i] + one_minus_beta_1 * g;
-    const C v = beta_2 * v_in[i] + one_minus_beta_2 * (g * g);
+    const C grad = Widen(g_in[i]);
+    C p;
+    if constexpr (kRounding == Rounding::kSplit) {
+      p = Join(p_in[i], remainder_in[i]);
+    } else {
+      p = Widen(p_in[i]);
+    }
+    [[maybe_unused]] uint32_t random = 0;
+    if constexpr (kRandom) random = RandomBits(grad, p, salt);
+    C m, v;
+    if constexpr (kState == State::kWords) {
+      const Moments old = Decode(words_in[i]);
+      m = old.m, v = old.v;
+    } else {
+      m = m_in[i], v = v_in[i];
+    }
+    C g = grad_scale * grad * leaf_scale;
+    g = low > g ? low : g;
+    g = high < g ? high : g;
+    m = beta_1 * m + one_minus_beta_1 * g;
+    v = beta_2 * v + one_minus_beta_2 * (g * g);
     C w = v;
-    if constexpr (kAmsgrad) v_max_out[i] = w = Max(v, v_max_in[i]);
+    if constexpr (kState == State::kAmsgrad) v_max_out[i] = w = Max(v, v_max_in[i]);
     const C root = Sqrt(w + epsilon_root) * v_correction;
     const C step = (step_size * m + grad_step_size * g) / (root + epsilon);
-    C p = p_in[i] - (decay_rate * p_in[i] + step);
+    p = p - (decay_rate * p + step);
     if constexpr (kWithEma) {
       const C ema = momentum * ema_in[i] + one_minus_momentum * p;
       ema_out[i] = ema;
       p = overwrite ? ema : p;
     }
-    p_out[i] = p;
-    m_out[i] = m;
-    v_out[i] = v;
+    if constexpr (kState == State::kWords) {
+      words_out[i] = Encode({m, v}, random);
+    } else {
+      m_out[i] = m;
+      v_out[i] = v;
+    }
+    if constexpr (kRounding == Rounding::kSplit) {
+      p_out[i] = ParamOf(p);
+      remainder_out[i] = RemainderOf(p);
+    } else if constexpr (kRounding == Rounding::kStochastic) {
+      p_out[i] = RoundAtRandom(p, random);
+    } else {
+      p_out[i] = Narrow<P>(p);
+    }
   }
 }
 
-template <typename C>
-void UpdateAs(const Slice& slice, DType compute) {
+using Loop = void (*)(const Slice&, int64_t, const Operands&);
+
+template <typename C, typename P, typename G, Rounding kRounding>
+Loop Choose(const Slice& slice) {
+  const bool ema = slice.in[kEma] != nullptr;
+  if (slice.in[kWords] != nullptr) {
+    if constexpr (sizeof(C) == sizeof(float)) {
+      return ema ? UpdateLoop<C, P, G, State::kWords, kRounding, true>
+                 : UpdateLoop<C, P, G, State::kWords, kRounding, false>;
+    }
+  }
+  if (slice.in[kVMax] != nullptr) {
+    return ema ? UpdateLoop<C, P, G, State::kAmsgrad, kRounding, true>
+               : UpdateLoop<C, P, G, State::kAmsgrad, kRounding, false>;
+  }
+  return ema ? UpdateLoop<C, P, G, State::kPlain, kRounding, true>
+             : UpdateLoop<C, P, G, State::kPlain, kRounding, false>;
+}
+
+constexpr DType DTypeOf(double) { return DType::kF64; }
+constexpr DType DTypeOf(float) { return DType::kF32; }
+constexpr DType DTypeOf(BF16) { return DType::kBF16; }
+
+// What the loop does not take as it is stored passes through scratch, in the compute type.
+template <typename C, typename P, typename G, Rounding kRounding>
+void UpdateAs(const Slice& slice) {
   constexpr int64_t kBlock = 256;
   alignas(64) C scratch[kNumKinds][kBlock];
+  DType taken[kNumKinds];
+  for (DType& dtype : taken) dtype = DTypeOf(C{});
+  taken[kParams] = DTypeOf(P{});
+  taken[kGrads] = DTypeOf(G{});
+  taken[kWords] = DType::kBF16;
+  taken[kRemainder] = DType::kI16;
   bool direct = true;
   for (int k = 0; k < kNumKinds; ++k) {
-    direct &= slice.in[k] == nullptr || slice.dtype[k] == compute;
+    direct &= slice.in[k] == nullptr || slice.dtype[k] == taken[k];
   }
-  const bool amsgrad = slice.in[kVMax] != nullptr, ema = slice.in[kEma] != nullptr;
-  const auto loop = amsgrad ? (ema ? UpdateLoop<C, true, true> : UpdateLoop<C, true, false>)
-                            : (ema ? UpdateLoop<C, false, true> : UpdateLoop<C, false, false>);
+  const Loop loop = Choose<C, P, G, kRounding>(slice);
   const int64_t block = direct ? slice.size : kBlock;
   for (int64_t start = 0; start < slice.size; start += block) {
     const int64_t n = slice.size - start < block ? slice.size - start : block;
-    const C* in[kNumKinds] = {};
-    C* out[kNumKinds] = {};
+    Operands x = {};
     for (int k = 0; k < kNumKinds; ++k) {
       if (slice.in[k] == nullptr) continue;
-      if (slice.dtype[k] == compute) {
-        in[k] = static_cast<const C*>(slice.in[k]) + start;
-        if (slice.out[k] != nullptr) out[k] = static_cast<C*>(slice.out[k]) + start;
+      if (slice.dtype[k] == taken[k]) {
+        const int64_t bytes = start * BytesOf(taken[k]);
+        x.in[k] = static_cast<const char*>(slice.in[k]) + bytes;
+        if (slice.out[k] != nullptr) x.out[k] = static_cast<char*>(slice.out[k]) + bytes;
       } else {
         Load(slice.dtype[k], slice.in[k], start, n, scratch[k]);
-        in[k] = out[k] = scratch[k];
+        x.in[k] = x.out[k] = scratch[k];
       }
     }
-    loop(slice, n, in, out);
+    loop(slice, n, x);
     for (int k = 0; k < kNumKinds; ++k) {
-      if (slice.out[k] == nullptr || slice.dtype[k] == compute) continue;
+      if (slice.out[k] == nullptr || slice.dtype[k] == taken[k]) continue;
       Store(slice.dtype[k], scratch[k], start, n, slice.out[k]);
     }
   }
 }
 
+template <Rounding kRounding>
+void UpdateNarrow(const Slice& slice) {
+  if (slice.dtype[kGrads] == DType::kBF16) {
+    UpdateAs<float, BF16, BF16, kRounding>(slice);
+  } else {
+    UpdateAs<float, BF16, float, kRounding>(slice);
+  }
+}
+
 inline void Update(const Slice& slice) {
   if (slice.dtype[kParams] == DType::kF64) {
-    UpdateAs<double>(slice, DType::kF64);
+    UpdateAs<double, double, double, Rounding::kNearest>(slice);
+  } else if (slice.dtype[kParams] != DType::kBF16) {
+    UpdateAs<float, float, float, Rounding::kNearest>(slice);
+  } else if (slice.in[kRemainder] != nullptr) {
+    UpdateNarrow<Rounding::kSplit>(slice);
+  } else if (slice.stochastic) {
+    UpdateNarrow<Rounding::kStochastic>(slice);
   } else {
-    UpdateAs<float>(slice, DType::kF32);
+    UpdateNarrow<Rounding::kNearest>(slice);
   }
 }
 

@@ -31,6 +31,7 @@ std::optional<DType> DTypeOf(ffi::DataType dtype) {
     case ffi::DataType::F16: return DType::kF16;
     case ffi::DataType::F32: return DType::kF32;
     case ffi::DataType::F64: return DType::kF64;
+    case ffi::DataType::S16: return DType::kI16;
     default: return std::nullopt;
   }
 }
@@ -47,9 +48,12 @@ ffi::Error UpdateLeaves(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rema
                         std::int64_t batch_rank ADAMW_OPTIONS(ADAMW_PARAMETER)) {
   const Options options = {ADAMW_OPTIONS(ADAMW_VALUE)};
   if (delta) return ffi::Error(ffi::ErrorCode::kUnimplemented, "adamw_xla: no delta form here");
-  std::vector<Kind> kinds = {kParams, kGrads, kM, kV};
+  std::vector<Kind> kinds = {kParams, kGrads};
+  if (words) kinds.push_back(kWords);
+  if (!words) kinds.insert(kinds.end(), {kM, kV});
   if (amsgrad) kinds.push_back(kVMax);
   if (ema) kinds.push_back(kEma);
+  if (split_master) kinds.push_back(kRemainder);
   const std::size_t n = leaves.size(), first = 1 + leaf_scale;
   // Operands behind the leaves are only waited for: see cpu/kernel.py.
   if (groups.size() != n || args.size() < first + n * kinds.size() ||

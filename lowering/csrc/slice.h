@@ -31,20 +31,21 @@ struct Options { ADAMW_OPTIONS(ADAMW_FIELD) };
 #undef ADAMW_FIELD
 
 // What a leaf brings. All but the gradients come back.
-enum Kind { kParams, kGrads, kM, kV, kVMax, kEma, kNumKinds };
+enum Kind { kParams, kGrads, kM, kV, kWords, kVMax, kEma, kRemainder, kNumKinds };
 
-enum class DType : std::uint8_t { kBF16, kF16, kF32, kF64 };
+enum class DType : std::uint8_t { kBF16, kF16, kF32, kF64, kI16 };
 
 // Consecutive elements of one leaf that read one row of hyper.
 struct Slice {
   std::int64_t size;
-  // in[kVMax] is null without amsgrad, in[kEma] without ema, out[kGrads] always. A
-  // result may be the very buffer of what it replaces, and overlaps nothing else.
+  // Null: in[] of what the update does not have, and out[kGrads]. A result may be the very
+  // buffer of what it replaces, and overlaps nothing else.
   const void* in[kNumKinds];
   void* out[kNumKinds];
   DType dtype[kNumKinds];  // a result has the dtype of what it replaces
   double slots[kNumSlots];
   double leaf_scale;
+  bool stochastic;  // of Options
 };
 
 using UpdateFn = void (*)(const Slice&);

@@ -15,7 +15,8 @@ namespace {
 std::int64_t BytesOf(DType dtype) {
   switch (dtype) {
     case DType::kBF16:
-    case DType::kF16: return 2;
+    case DType::kF16:
+    case DType::kI16: return 2;
     case DType::kF32: return 4;
     case DType::kF64: return 8;
   }
@@ -59,6 +60,12 @@ std::int64_t RowOf(std::int64_t row, const std::int64_t* batch, const std::int64
 double Read(const void* data, std::int64_t index, bool wide) {
   return wide ? static_cast<const double*>(data)[index]
               : static_cast<double>(static_cast<const float*>(data)[index]);
+}
+
+// Leaves an operand as it is.
+void Keep(const Slice& slice, Kind k) {
+  if (slice.out[k] == nullptr || slice.out[k] == slice.in[k]) return;
+  std::memcpy(slice.out[k], slice.in[k], slice.size * BytesOf(slice.dtype[k]));
 }
 
 bool SameBatch(const std::int64_t* a, const std::int64_t* b, int rank) {
@@ -106,6 +113,8 @@ void Tree::UpdateLeaf(const Leaf& leaf, std::int64_t begin, std::int64_t end,
                       UpdateFn update) const {
   Slice slice;
   std::copy(leaf.dtype, leaf.dtype + kNumKinds, slice.dtype);
+  slice.stochastic = scalars_.options.stochastic;
+  const bool narrow = leaf.dtype[kParams] == DType::kBF16;
   while (begin < end) {
     const std::int64_t row = leaf.rows == 1 ? 0 : begin / leaf.size;
     const std::int64_t first = begin - row * leaf.size;
@@ -124,11 +133,9 @@ void Tree::UpdateLeaf(const Leaf& leaf, std::int64_t begin, std::int64_t end,
     }
     if (SetScalars(leaf, row, slice)) {
       update(slice);
+      if (!narrow) Keep(slice, kRemainder);
     } else {
-      for (int k = 0; k < kNumKinds; ++k) {
-        if (slice.out[k] == nullptr || slice.out[k] == slice.in[k]) continue;
-        std::memcpy(slice.out[k], slice.in[k], slice.size * BytesOf(slice.dtype[k]));
-      }
+      for (int k = 0; k < kNumKinds; ++k) Keep(slice, static_cast<Kind>(k));
     }
     begin += slice.size;
   }

@@ -26,7 +26,7 @@ from ..contract import (
     split_operands,
 )
 from ..donation import Donation
-from ..errors import logger, unavailable, unfit, unfused, unheld
+from ..errors import logger, unavailable, unfit, unfused
 from ..rules import partitioned
 from . import library
 
@@ -76,7 +76,7 @@ def _refusal(ctx: mlir.LoweringRuleContext, spec: UpdateSpec) -> str | None:
     # Asked for by name, jax.export itself decides whether it lets a custom call pass.
     if spec.implementation is None and is_exporting(ctx):
         return "an exported program must run where this kernel is not"
-    return unfit(ctx, "cpu") or unfused(spec) or unheld(spec) or library.unavailable_reason()
+    return unfit(ctx, "cpu") or unfused(spec) or library.unavailable_reason()
 
 
 def _lower_native(

@@ -35,6 +35,8 @@ constexpr DType kDTypes[] = {DType::kBF16, DType::kF16, DType::kF32, DType::kF64
 
 Int64 Width(DType dtype) { return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2; }
 
+enum Rounding { kNearest, kStochastic, kSplit, kNumRoundings };
+
 // A heap block between guard zones; AddressSanitizer sees where the block ends.
 class Buffer {
  public:
@@ -79,16 +81,43 @@ void MakeTame(Buffer& buffer, DType dtype, Int64 size, bool positive) {
 
 struct Case {
   DType param, grad, state;
-  bool amsgrad, ema;
+  bool amsgrad, ema, words;
+  Rounding rounding;
 
-  DType Of(int kind) const { return kind == kParams ? param : kind == kGrads ? grad : state; }
-  bool Has(int kind) const { return (kind != kVMax || amsgrad) && (kind != kEma || ema); }
+  DType Of(int kind) const {
+    switch (kind) {
+      case kParams: return param;
+      case kGrads: return grad;
+      case kWords: return DType::kBF16;
+      case kRemainder: return DType::kI16;
+      default: return state;
+    }
+  }
+  bool Has(int kind) const {
+    switch (kind) {
+      case kM:
+      case kV: return !words;
+      case kVMax: return amsgrad;
+      case kEma: return ema;
+      case kWords: return words;
+      case kRemainder: return rounding == kSplit;
+      default: return true;
+    }
+  }
+  // Formats meet each other, and every gradient; not every state.
+  bool Occurs() const {
+    const bool narrow = param == DType::kBF16;
+    return !(words && (amsgrad || state != DType::kF32 || param == DType::kF64)) &&
+           (rounding == kNearest || (narrow && state == DType::kF32));
+  }
 };
 
 Buffers MakeLeaf(const Case& which, Int64 size, unsigned seed) {
   Buffers buffers;
   for (int k = 0; k < kNumKinds; ++k) {
     buffers.emplace_back(which.Has(k) ? size * Width(which.Of(k)) : 0, seed + k);
+    // Any word and remainder may be.
+    if (k == kWords || k == kRemainder) continue;
     if (which.Has(k)) MakeTame(buffers[k], which.Of(k), size, k == kV || k == kVMax);
   }
   return buffers;
@@ -113,6 +142,7 @@ void UpdateSlice(const Case& which, const Buffers& leaf, Int64 begin, Int64 end,
   Slice slice = {};
   slice.size = end - begin;
   slice.leaf_scale = 0.9;
+  slice.stochastic = which.rounding == kStochastic;
   for (int s = 0; s < kNumSlots; ++s) slice.slots[s] = hyper[s];
   for (int k = 0; k < kNumKinds; ++k) {
     slice.dtype[k] = which.Of(k);
@@ -127,8 +157,11 @@ void UpdateSlice(const Case& which, const Buffers& leaf, Int64 begin, Int64 end,
 void TestArithmetic(const Isa& isa) {
   const UpdateFn baseline = kIsas[kNumIsas - 1].update;
   for (DType param : kDTypes) for (DType grad : kDTypes) for (DType state : kDTypes)
-    for (int options = 0; options < 4; ++options) for (Int64 size : {0, 1, 15, 17, 64, 1103}) {
-      const Case which = {param, grad, state, (options & 1) != 0, (options & 2) != 0};
+    for (int options = 0; options < 8 * kNumRoundings; ++options)
+    for (Int64 size : {0, 1, 15, 17, 64, 1103}) {
+      const Case which = {param, grad, state, (options & 1) != 0, (options & 2) != 0,
+                          (options & 4) != 0, static_cast<Rounding>(options / 8)};
+      if (!which.Occurs()) continue;
       const Buffers whole = MakeLeaf(which, size, 7);
       const Buffers single = whole, before = whole;
       UpdateSlice(which, whole, 0, size, isa.update);
@@ -184,9 +217,13 @@ class Pool {
   std::vector<std::thread> threads_;
 };
 
-// Leaves of many sizes, some batched; `copies` gives each test buffers of its own.
-void TestTree(Pool& pool, Int64 chunk, Int64 helpers, bool batched, bool wide_batch) {
-  const Case which = {DType::kBF16, DType::kF32, DType::kF32, true, true};
+constexpr Case kWide = {DType::kBF16, DType::kF32, DType::kF32, true, true, false, kNearest};
+constexpr Case kNarrow = {DType::kBF16, DType::kF32, DType::kF32, false, true, true, kSplit};
+constexpr Case kPassed = {DType::kF32, DType::kF32, DType::kF32, false, true, true, kSplit};
+
+// Leaves of many sizes, some batched; each test has buffers of its own.
+void TestTree(Pool& pool, Int64 chunk, Int64 helpers, bool batched, bool wide_batch,
+              const Case& which = kWide) {
   const Int64 sizes[] = {5000, 0, 1, 63, 64, 65, 20'000, 3};
   const Int64 full[] = {2, 3}, ones[] = {1, 1}, some[] = {2, 1};
   const Int64 rows = batched ? 6 : 1;
@@ -201,6 +238,8 @@ void TestTree(Pool& pool, Int64 chunk, Int64 helpers, bool batched, bool wide_ba
     scalars.hyper = {hyper.data(), wide_batch ? some : ones};
     scalars.groups = 2;
     scalars.batch_rank = batched ? 2 : 0;
+    scalars.options.words = which.words;
+    scalars.options.split_master = which.rounding == kSplit;
     std::vector<Leaf> result;
     for (std::size_t i = 0; i < buffers.size(); ++i) {
       Leaf leaf = {};
@@ -210,6 +249,7 @@ void TestTree(Pool& pool, Int64 chunk, Int64 helpers, bool batched, bool wide_ba
       leaf.group = i % 2;
       for (int k = 0; k < kNumKinds; ++k) {
         leaf.dtype[k] = which.Of(k);
+        if (!which.Has(k)) continue;
         leaf.in[k] = {buffers[i][k].data(), full};
         leaf.out[k] = k == kGrads ? nullptr : buffers[i][k].data();
       }
@@ -218,6 +258,7 @@ void TestTree(Pool& pool, Int64 chunk, Int64 helpers, bool batched, bool wide_ba
     return Tree(scalars, std::move(result));
   };
   const Tree tree = make_tree(leaves), reference = make_tree(alone);
+  const Buffers first = alone[0];
   const UpdateFn update = BestIsa().update;
   ParallelFor((tree.size() + chunk - 1) / chunk, helpers,
               [&](auto task) { pool.Schedule(std::move(task)); },
@@ -226,6 +267,8 @@ void TestTree(Pool& pool, Int64 chunk, Int64 helpers, bool batched, bool wide_ba
   for (std::size_t i = 0; i < leaves.size(); ++i) {
     for (int k = 0; k < kNumKinds; ++k) CHECK(leaves[i][k] == alone[i][k]);
   }
+  const bool completes = which.param == DType::kBF16;
+  CHECK((alone[0][kRemainder] == first[kRemainder]) == !(which.rounding == kSplit && completes));
 }
 
 // This program's threads keep subnormals, unlike XLA's.
@@ -283,6 +326,7 @@ int Main() {
     TestTree(pool, chunk, helpers, false, false);
     TestTree(pool, chunk, helpers, true, false);
     TestTree(pool, chunk, helpers, true, true);
+    for (const Case& which : {kNarrow, kPassed}) TestTree(pool, chunk, helpers, true, true, which);
   }
   std::vector<std::thread> callers;
   for (int i = 0; i < 4; ++i) {

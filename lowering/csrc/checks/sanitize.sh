@@ -2,7 +2,7 @@
 # Builds and runs test_adamw.cc, plainly and under each sanitizer. CXX chooses the compiler.
 set -eu
 
-source=$(cd "$(dirname "$0")" && pwd)
+source=$(cd "$(dirname "$0")/.." && pwd)
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 cxx=${CXX:-c++}
@@ -29,7 +29,7 @@ run() {
       flags="$flags -DADAMW_X86"
       ;;
   esac
-  $cxx $flags "$source/test_adamw.cc" "$source/isa.cc" "$source/tree.cc" $objects \
+  $cxx $flags -I"$source" "$source/checks/test_adamw.cc" "$source/isa.cc" "$source/tree.cc" $objects \
     -pthread -o "$build/test_adamw"
   echo "== $name"
   ${EMULATOR:-} "$build/test_adamw"
