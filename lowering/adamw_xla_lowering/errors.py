@@ -38,11 +38,3 @@ def unfused(spec: UpdateSpec) -> str | None:
     if spec.delta:
         return "updates that are yet to be added to the params are better fused by XLA"
     return None
-
-
-def unheld(spec: UpdateSpec) -> str | None:
-    """Which format of the operands a kernel does not know; None if it knows all."""
-    for name in ("words", "stochastic", "split_master", "cautious"):
-        if getattr(spec, name):
-            return f"the kernel does not have {name}"
-    return None

@@ -64,6 +64,7 @@ void UpdateLoop(const Slice& slice, int64_t n, const Operands& x) {
   const C epsilon_root = slot(EPSILON_ROOT), grad_step_size = slot(GRAD_STEP_SIZE);
   const C momentum = slot(EMA_MOMENTUM), one_minus_momentum = slot(ONE_MINUS_EMA_MOMENTUM);
   const bool overwrite = slot(EMA_OVERWRITE) != 0;
+  const C opposed = static_cast<C>(slice.opposed);
   [[maybe_unused]] const uint32_t salt = SaltOf(static_cast<float>(slice.slots[SALT]));
 
   const P* const p_in = static_cast<const P*>(x.in[kParams]);
@@ -107,7 +108,8 @@ void UpdateLoop(const Slice& slice, int64_t n, const Operands& x) {
     if constexpr (kState == State::kAmsgrad) v_max_out[i] = w = Max(v, v_max_in[i]);
     const C root = Sqrt(w + epsilon_root) * v_correction;
     const C step = (step_size * m + grad_step_size * g) / (root + epsilon);
-    p = p - (decay_rate * p + step);
+    const C decay = p * step < opposed ? C{0} : decay_rate * p;
+    p = p - (decay + step);
     if constexpr (kWithEma) {
       const C ema = momentum * ema_in[i] + one_minus_momentum * p;
       ema_out[i] = ema;

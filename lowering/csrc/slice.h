@@ -45,6 +45,7 @@ struct Slice {
   DType dtype[kNumKinds];  // a result has the dtype of what it replaces
   double slots[kNumSlots];
   double leaf_scale;
+  double opposed;   // a product of param and step below it lets nothing decay
   bool stochastic;  // of Options
 };
 

@@ -114,6 +114,8 @@ void Tree::UpdateLeaf(const Leaf& leaf, std::int64_t begin, std::int64_t end,
   Slice slice;
   std::copy(leaf.dtype, leaf.dtype + kNumKinds, slice.dtype);
   slice.stochastic = scalars_.options.stochastic;
+  const double infinity = std::numeric_limits<double>::infinity();
+  slice.opposed = scalars_.options.cautious ? 0.0 : -infinity;
   const bool narrow = leaf.dtype[kParams] == DType::kBF16;
   while (begin < end) {
     const std::int64_t row = leaf.rows == 1 ? 0 : begin / leaf.size;

@@ -52,6 +52,11 @@ class Bounded:
             error = np.abs(value - value.astype(arithmetic))
         return Bounded(value, _finite(value, error), np.dtype(arithmetic), machine)
 
+    def where(self, kept: Any) -> Bounded:
+        """0, exactly, but where it is kept."""
+        value, error = (np.where(kept, x, 0.0) for x in (self.value, self.error))
+        return dataclasses.replace(self, value=value, error=error)
+
     def __add__(self, other: Bounded) -> Bounded:
         return self._rounded(self.value + other.value, self.error + other.error)
 

@@ -28,6 +28,7 @@ OPTIONS: list[dict[str, bool]] = [
     {"skip": True},
     {"epsilon_root": True},
     {"nesterov": True},
+    {"cautious": True},
     {
         "amsgrad": True,
         "ema": True,
@@ -36,6 +37,7 @@ OPTIONS: list[dict[str, bool]] = [
         "skip": True,
         "epsilon_root": True,
         "nesterov": True,
+        "cautious": True,
     },
 ]
 
@@ -126,6 +128,7 @@ def expected(
     skip: bool = False,
     epsilon_root: bool = False,
     nesterov: bool = False,
+    cautious: bool = False,
     delta: Literal["change", "difference"] | None = None,
     machine: Machine = IEEE,
 ) -> dict[str, Bounded]:
@@ -156,7 +159,10 @@ def expected(
         if nesterov:
             along = along + s[Slot.GRAD_STEP_SIZE] * g
         step = along / (square.sqrt() * s[Slot.V_CORRECTION] + s[Slot.EPSILON])
-        change = s[Slot.DECAY_RATE] * x["params"] + step
+        decay = s[Slot.DECAY_RATE] * x["params"]
+        if cautious:
+            decay = decay.where(~(x["params"].value * step.value < 0))
+        change = decay + step
         p = x["params"] - change
         new = {"params": p, "m": m, "v": v}
         if "v_max" in x:

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <random>
 #include <thread>
@@ -143,6 +144,7 @@ void UpdateSlice(const Case& which, const Buffers& leaf, Int64 begin, Int64 end,
   slice.size = end - begin;
   slice.leaf_scale = 0.9;
   slice.stochastic = which.rounding == kStochastic;
+  slice.opposed = -std::numeric_limits<double>::infinity();
   for (int s = 0; s < kNumSlots; ++s) slice.slots[s] = hyper[s];
   for (int k = 0; k < kNumKinds; ++k) {
     slice.dtype[k] = which.Of(k);
