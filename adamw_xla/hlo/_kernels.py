@@ -29,6 +29,7 @@ from typing import Literal, NamedTuple
 
 from adamw_xla.hlo._bytes import reads, writes
 from adamw_xla.hlo._syntax.flow import entry_parameter, origin
+from adamw_xla.hlo._syntax.loops import trips
 from adamw_xla.hlo._syntax.opcodes import CALLS_ONE, FREE, MOVE_STARTS, MOVES, VIEWS, is_collective
 from adamw_xla.hlo._syntax.shapes import arrays
 from adamw_xla.hlo._syntax.text import Computation, Instruction, Module
@@ -159,14 +160,17 @@ def scheduled(
     for instruction in computation.instructions:
         if not _is_walked(instruction):
             continue
-        inner, called = times, instruction.called
+        runs = [(name, times) for name in instruction.called]
         if instruction.opcode == "while":
-            trips = instruction.trip_count
-            inner = None if times is None or trips is None else times * trips
-            if trips is not None and platform != "tpu":
-                called = called[-1:]  # the body; its condition stands before it
-        for name in called:
-            yield from scheduled(module, module.computations[name], inner, platform)
+            condition, body = instruction.called
+            rounds = trips(module, computation, instruction)
+            runs = [(condition, None), (body, None)]
+            if times is not None and rounds is not None:
+                runs = [(condition, times * (rounds + 1)), (body, times * rounds)]
+            if instruction.trip_count is not None and platform != "tpu":
+                runs = runs[1:]
+        for name, often in runs:
+            yield from scheduled(module, module.computations[name], often, platform)
 
 
 # ------------------------------------------------------------------------------ whose work

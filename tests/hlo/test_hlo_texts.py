@@ -141,6 +141,36 @@ def test_conditions_run_where_the_length_of_a_loop_is_not_known(platform):
     assert [k.name for k in counted.kernels] == (["less"] if platform == "tpu" else []) + ["y"]
 
 
+COUNTED = """\
+          %x = f32[8]{0} parameter(0)
+          %first = s32[] constant(1)
+          %begin = s32[] copy(%first)
+          %t = (s32[], f32[8]{0}) tuple(%begin, %x)
+          ROOT %w = (s32[], f32[8]{0}) while(%t), condition=%condition, body=%body
+        """
+STEP = "%one = s32[] constant(1)\n          %k = s32[] add(%j, %one)\n          "
+ROUNDS = {
+    "as it is": (2, "", ""),
+    "another end": (6, "constant(3)", "constant(7)"),
+    "over before it begins": (0, "constant(3)", "constant(-3)"),
+    "steps of two": (None, "%one = s32[] constant(1)", "%one = s32[] constant(2)"),
+    "of another counter": (None, "tuple(%k, %y)", "tuple(%j, %y)"),
+    "up to and with the end": (None, "direction=LT", "direction=LE"),
+    "no constant": (None, "%begin = s32[] copy(%first)", "%begin = s32[] negate(%first)"),
+}
+
+
+@pytest.mark.parametrize("case", ROUNDS)
+def test_the_length_of_a_loop_is_read_from_its_counter(case):
+    rounds, old, new = ROUNDS[case]
+    loop = LOOP.replace("ROOT %next", STEP + "ROOT %next").replace("tuple(%j", "tuple(%k")
+    text = module(COUNTED, extra=loop)
+    assert old in text
+    times = {k.name: k.times for k in report(text.replace(old, new), platform="tpu").program.kernels}
+    assert times["y"] == rounds
+    assert times["less"] == (None if rounds is None else rounds + 1)
+
+
 def test_copies_are_of_those_whom_they_serve():
     body = """\
           %x = f32[8]{0} parameter(0), metadata={op_name="x"}
