@@ -9,20 +9,18 @@ from typing import Annotated, Any, NoReturn
 import cli
 
 with cli.extra("inspect_hlo", "inspect"):
-    from inspection import aot, inspect_cases, inspect_page
-    from inspection.inspect_cases import OURS, CaseError, Inspected
+    from inspection import aot, asserted, demo_step, inspect_cases, inspect_page, tables
+    from inspection.inspect_cases import OURS, Case, CaseError, Inspected
     import peer_steps
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-    from rich.table import Table
     import shapes
     import typer
 
-    from adamw_xla.hlo import Report, size
-
 TARGET_HELP = (
-    f"What to compile for, of: {', '.join(aot.TARGETS)}; may be given several times. GPUs need "
-    "the extra gpu-compile, TPUs tpu-compile; no device is needed."
+    f"What to compile for, of: {', '.join(aot.TARGETS)}, or a TPU pod such as v5e:16x16 or "
+    "v5p:8x8x8; may be given several times. GPUs need the extra gpu-compile, TPUs tpu-compile; no "
+    "device is needed."
 )
 MODEL_HELP = (
     f"Shapes of the params: {', '.join(shapes.MODELS)}, or a JSON file with a list of shapes or "
@@ -35,12 +33,34 @@ FUNCTION_HELP = (
     "with. The module is looked for in the current folder too. Without the options that say "
     "what step to make of a model. Given several times, these stand side by side."
 )
+AGAINST_HELP = (
+    "What to compile beside it: a peer's step of the model (optax, keras), or with --function "
+    "another version of it, as module:callable; then what changed stands beside each figure."
+)
+MESH_HELP = (
+    "Compile the whole train step of tools/train_lm.py's transformer for many devices: a mesh such "
+    "as data=64,model=4, of the axes data, fsdp and model; needs the extra train."
+)
+DEVICES_HELP = "The same for so many devices; without --mesh all along data."
+SIZES_HELP = (
+    "Of that transformer, such as layers=24,width=2048; without it "
+    f"{','.join(f'{name}={size}' for name, size in demo_step.SIZES.items() if size)}, and "
+    f"{demo_step.WINDOWS} windows of text for each part of the batch."
+)
+ASSERT_HELP = (
+    "Exit with status 1 and a list of all that is otherwise in this package's program, or a "
+    "--function's: donated, no-gather-of-state, state-sharded-over=AXIS, in-host-memory or "
+    "kernels-at-most=N; may be given several times. adamw_xla.hlo.Report.check says what they mean."
+)
 FAIL_HELP = (
     "Exit with status 1 if this package's program, or a --function's, has more kernels than this."
 )
 
-OF_A_MODEL = ("model", "against", "clip", "amsgrad", "ema", "accumulate", "dtype")
+OF_A_MODEL = ("model", "clip", "amsgrad", "ema", "accumulate", "dtype")
 """Options that say what step to make of a model; one's own step has all of it."""
+
+OF_A_MESH = ("mesh", "devices", "sizes", "zero1")
+"""Options of the transformer's train step."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 # Names and paths are the user's: neither [tags] nor :codes: mean anything in them.
@@ -53,9 +73,7 @@ def main(
     context: typer.Context,
     targets: Annotated[list[str], typer.Option("--target", help=TARGET_HELP)] = ["h100"],  # noqa: B006
     model: Annotated[str, typer.Option(help=MODEL_HELP)] = "gpt2-small",
-    against: Annotated[
-        list[str] | None, typer.Option(help="A peer to compile beside it: optax, keras.")
-    ] = None,
+    against: Annotated[list[str] | None, typer.Option(help=AGAINST_HELP)] = None,
     clip: Annotated[str, typer.Option(help="none, global, leaf (norms) or value.")] = "none",
     amsgrad: Annotated[bool, typer.Option("--amsgrad", help="With AMSGrad's maximum.")] = False,
     ema: Annotated[bool, typer.Option("--ema", help="With an average of the params.")] = False,
@@ -64,15 +82,21 @@ def main(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of params and gradients.")] = "float32",
     functions: Annotated[list[str] | None, typer.Option("--function", help=FUNCTION_HELP)] = None,
+    mesh: Annotated[str | None, typer.Option(help=MESH_HELP)] = None,
+    devices: Annotated[int | None, typer.Option(min=1, help=DEVICES_HELP)] = None,
+    sizes: Annotated[str | None, typer.Option(help=SIZES_HELP)] = None,
+    zero1: Annotated[bool, typer.Option("--zero1", help="Its state is cut over data.")] = False,
     dump: Annotated[
         Path | None, typer.Option(help="Write StableHLO, HLO and an HTML page for each here.")
     ] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write all reports into this file.")
     ] = None,
+    asked: Annotated[list[str] | None, typer.Option("--assert", help=ASSERT_HELP)] = None,
     fail_above: Annotated[int | None, typer.Option(min=0, help=FAIL_HELP)] = None,
     details: Annotated[
-        bool, typer.Option("--details", help="Print the whole report of each program too.")
+        bool,
+        typer.Option("--details", help="Print each program's report and heaviest kernels too."),
     ] = False,
 ) -> None:
     """Compile an optimizer step for hardware that is not there, and say what becomes of it.
@@ -86,23 +110,26 @@ def main(
 
     inspect_hlo.py --target h100 --model gpt2-small --against optax --clip global --dump out
 
-    inspect_hlo.py --target v5e --function my_project.train:inspected --fail-above 300
+    inspect_hlo.py --target v5e --function my_project.train:inspected --assert donated
+
+    inspect_hlo.py --target v5e:16x16 --mesh data=64,model=4 --zero1
     """
-    given = [name for name in OF_A_MODEL if _is_given(context, name)]
-    if functions and given:
-        names = ", ".join(f"--{name}" for name in given)
-        _fail(f"--function compiles the step that it names; leave out {names}.")
-    chosen = [_pick(aot.TARGETS, name, "--target") for name in targets]
+    chosen = [_target(name) for name in targets]
+    given = [name for name in (*OF_A_MODEL, *OF_A_MESH, "against") if _is_given(context, name)]
     options = peer_steps.Options(clip=clip, amsgrad=amsgrad, ema=ema, accumulate=accumulate)
-    if clip not in peer_steps.CLIPS:
-        _fail(f"--clip {clip}: must be one of {', '.join(peer_steps.CLIPS)}.")
+    on_mesh = demo_step.Options(mesh, devices, sizes, zero1)
+    is_demo = not functions and (on_mesh != demo_step.Options() or any(x.chips for x in chosen))
     try:
+        wanted = asserted.wanted(asked or [])
         for target in chosen:
             aot.check(target)
         aot.prepare()
         if functions:
-            cases = [inspect_cases.users_step(path) for path in dict.fromkeys(functions)]
+            cases = _users_steps(functions, against or [], given)
+        elif is_demo:
+            cases = {x: [demo_step.train_step(on_mesh, x)] for x in _of_a_mesh(chosen, given)}
         else:
+            _pick({name: name for name in peer_steps.CLIPS}, clip, "--clip")
             _pick({name: name for name in ("float32", "bfloat16", "float16")}, dtype, "--dtype")
             model_shapes = inspect_cases.load_shapes(model)
             cases = [
@@ -110,88 +137,60 @@ def main(
                 for who in [OURS, *_peers(against)]
             ]
         _check_outputs(dump, json_path)
-        found = _inspect_all(cases, chosen)
+        jobs = cases if isinstance(cases, dict) else dict.fromkeys(chosen, cases)
+        found = _inspect_all([(case, x) for x, of_it in jobs.items() for case in of_it])
     except (CaseError, aot.UnavailableError) as error:
         _fail(str(error))
-    output.print(table(found))
-    for inspected in found:
-        if details:
-            print(inspected.report)
+    _print(found, compared=bool(functions and against), details=details)
     _write(found, dump, json_path)
-    _check_counts(found, functions or [cases[0].name], fail_above)
+    own = [x for x in found if x.name in (functions or (OURS, demo_step.NAME))]
+    _check(own, fail_above, wanted)
 
 
-def table(found: list[Inspected]) -> Table:
-    """One column for each program; rows that say nothing of any are left out."""
-    result = Table()
-    result.add_column("")
+def _users_steps(functions: list[str], against: list[str], given: list[str]) -> list[Case]:
+    if others := [name for name in given if name != "against"]:
+        names = ", ".join(f"--{name}" for name in others)
+        raise CaseError(f"--function compiles the step that it names; leave out {names}.")
+    if against and len(functions) > 1:
+        raise CaseError("--against compares one --function; leave out the others.")
+    cases = [inspect_cases.users_step(path) for path in dict.fromkeys(functions)]
+    return cases + [inspect_cases.users_step(path, "--against") for path in dict.fromkeys(against)]
+
+
+def _of_a_mesh(chosen: list[aot.Target], given: list[str]) -> list[aot.Target]:
+    if others := [name for name in given if name not in OF_A_MESH]:
+        names = ", ".join(f"--{name}" for name in others)
+        raise CaseError(
+            "a pod, --mesh, --devices, --sizes and --zero1 are of the transformer's train step; "
+            f"leave out {names}."
+        )
+    return chosen
+
+
+def _print(found: list[Inspected], *, compared: bool, details: bool) -> None:
+    by_target: dict[str, list[Inspected]] = {}
     for x in found:
-        result.add_column(f"{x.name}\n{x.target}", justify="right")
-    for label, cells in rows(found).items():
-        if any(cells):
-            result.add_row(label, *cells)
-    return result
-
-
-def rows(found: list[Inspected]) -> dict[str, list[str]]:
-    """What the table says, by row."""
-    cells: dict[str, list[str]] = {}
+        by_target.setdefault(x.target, []).append(x)
+    # What changed is compared on one target.
+    for group in by_target.values() if compared else [found]:
+        output.print(tables.programs(group, compared=compared))
     for x in found:
-        report = x.report
-        memory, cycles = report.temporary_bytes, report.program.estimated_cycles
-        kinds = "\n".join(f"{n} {kind}" for kind, n in report.program.by_kind.items())
-        column = {
-            "kernels": str(report.program.count),
-            "of which the update": str(report.update.count or ""),
-            "of which the norm": str(report.norm.count or ""),
-            "by kind": kinds,
-            "devices": str(report.devices) if report.devices > 1 else "",
-            "exchanged": _exchanged(report, None),
-            "of it by the update": _exchanged(report, "update"),
-            "of it by the norm": _exchanged(report, "norm"),
-            "bytes per param": _per_param(x),
-            "of which the update's": _of_update(report),
-            "temporaries": "?" if memory is None else size(memory),
-            "donated, not in place": str(len(report.undonated)),
-            "trace and lower": f"{x.program.trace_seconds:.2f} s",
-            "compile": f"{x.program.compile_seconds:.2f} s",
-            "cycles (estimate)": "" if cycles is None else f"{cycles:,}",
-        }
-        for label, text in column.items():
-            cells.setdefault(label, []).append(text)
-    return cells
+        if x.report.collectives:
+            output.print(tables.collectives(x))
+        if details:
+            print(x.report)
+            output.print(tables.kernels(x))
 
 
-def _per_param(x: Inspected) -> str:
-    moved = x.report.program.read + x.report.program.written
-    return f"{moved / x.parameters:.1f}" if x.parameters else ""
-
-
-def _of_update(report: Report) -> str:
-    moved = report.per_parameter(report.update.read + report.update.written)
-    return f"{moved:.1f}" if moved else ""
-
-
-def _exchanged(report: Report, part: str | None) -> str:
-    """Bytes that a device exchanges, of all or of a part of the program."""
-    sizes = (
-        (x.bytes if part is None else x.bytes_of.get(part, 0)) * (x.times or 1)
-        for x in report.collectives
-    )
-    total = sum(sizes)
-    return size(total) if total else ""
-
-
-def _inspect_all(cases: list[inspect_cases.Case], targets: list[aot.Target]) -> list[Inspected]:
+def _inspect_all(jobs: list[tuple[Case, aot.Target]]) -> list[Inspected]:
     text = TextColumn("{task.description}", markup=False)
     columns = (SpinnerColumn(), text, TimeElapsedColumn())
     found = []
     with Progress(*columns, console=errors, transient=True) as progress:
         task = progress.add_task("", total=None)
-        for target in targets:
-            for case in cases:
-                progress.update(task, description=f"{case.name} for {target.name}")
-                found.append(inspect_cases.inspect(case, target))
+        for case, target in jobs:
+            progress.update(task, description=f"{case.name} for {target.name}")
+            found.append(inspect_cases.inspect(case, target))
     return found
 
 
@@ -224,11 +223,23 @@ def _peers(against: list[str] | None) -> list[str]:
     return [_pick({name: name for name in others}, name, "--against") for name in against or []]
 
 
-def _check_counts(found: list[Inspected], names: list[str], bound: int | None) -> None:
-    for x in found:
+def _check(own: list[Inspected], bound: int | None, wanted: dict[str, Any]) -> None:
+    if wanted and (wrong := asserted.violations(own, wanted)):
+        _fail("\n".join(["--assert:", *wrong]), code=1)
+    for x in own:
         count = x.report.program.count
-        if bound is not None and x.name in names and count > bound:
+        if bound is not None and count > bound:
             _fail(f"{x.name} has {count} kernels on {x.target}; --fail-above {bound}.", code=1)
+
+
+def _target(name: str) -> aot.Target:
+    target = aot.target_of(name)
+    if target is None:
+        _fail(
+            f"--target {name}: must be one of {', '.join(aot.TARGETS)}, or a TPU pod such as "
+            "v5e:16x16."
+        )
+    return target
 
 
 def _pick(known: dict[str, Any], name: str, option: str) -> Any:

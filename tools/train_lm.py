@@ -25,7 +25,7 @@ import cli
 with cli.extra("train_lm", "train"):
     import jax
     from jax import NamedSharding, P, lax
-    from jax.experimental import multihost_utils
+    from jax.experimental import mesh_utils, multihost_utils
     import jax.numpy as jnp
     from jax.sharding import AxisType, Mesh
     from matplotlib.figure import Figure
@@ -268,16 +268,15 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
-def make_mesh(text: str | None, model: Model, batch: int) -> Mesh:
+def make_mesh(text: Any, model: Model, batch: int, devices: Any = (), fail: Any = fail) -> Mesh:
     """The mesh of ``data=4,model=2``: all axes, of size 1 where not named."""
-    sizes = dict.fromkeys(AXES, 1)
-    for part in (text or f"data={jax.device_count()}").split(","):
+    sizes, there = dict.fromkeys(AXES, 1), len(devices := devices or jax.devices())
+    for part in (text or f"data={there}").split(","):
         name, _, size = part.partition("=")
         if name not in AXES or not size.isdecimal() or not int(size):
             fail(f"--mesh: {part!r} is no axis ({', '.join(AXES)}) with its size, as in data=4")
         sizes[name] = int(size)
-    there, needed = jax.device_count(), math.prod(sizes.values())
-    if there != needed:
+    if there != (needed := math.prod(sizes.values())):
         fail(f"--mesh {text} is of {needed} devices, and there are {there}; see --devices")
     for what, size, ways, why in (
         ("--batch", batch, sizes["data"] * sizes["fsdp"], "data times fsdp"),
@@ -288,7 +287,8 @@ def make_mesh(text: str | None, model: Model, batch: int) -> Mesh:
     ):
         if size % ways:
             fail(f"{what} is {size} and must be a multiple of {ways} ({why})")
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    grid = mesh_utils.create_device_mesh([*sizes.values()], devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def option(kind: Any, help: str, *names: str, **limits: Any) -> Any:

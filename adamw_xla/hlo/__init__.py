@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from adamw_xla.hlo import _traffic
+from adamw_xla.hlo._bandwidths import BANDWIDTHS, Bandwidth, microseconds
 from adamw_xla.hlo._check import CheckError
 from adamw_xla.hlo._collectives import Collective, collectives_of, devices_of
 from adamw_xla.hlo._inputs import Input, arguments_of, inputs_of
@@ -30,7 +31,8 @@ from adamw_xla.hlo._kernels import (
     schedules_of,
 )
 from adamw_xla.hlo._leaves import Leaf, leaves_of
-from adamw_xla.hlo._report import Part, Report, size
+from adamw_xla.hlo._part import Part
+from adamw_xla.hlo._report import Report, size
 from adamw_xla.hlo._syntax.text import HloSyntaxError, parse
 
 
@@ -129,6 +131,8 @@ def _memory(compiled: Any) -> tuple[int | None, int | None]:
 
 
 __all__ = [
+    "BANDWIDTHS",
+    "Bandwidth",
     "CheckError",
     "Collective",
     "HloSyntaxError",
@@ -138,6 +142,7 @@ __all__ = [
     "Part",
     "Platform",
     "Report",
+    "microseconds",
     "report",
     "size",
 ]

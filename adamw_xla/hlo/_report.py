@@ -4,80 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 import dataclasses
-from typing import Any, cast
+from typing import Any
 
 from adamw_xla.hlo._check import CheckError, Wanted
 from adamw_xla.hlo._collectives import Collective
 from adamw_xla.hlo._inputs import Input
-from adamw_xla.hlo._kernels import NORM, UPDATE, Kernel, Platform
+from adamw_xla.hlo._kernels import NORM, UPDATE, Platform
 from adamw_xla.hlo._leaves import Leaf
+from adamw_xla.hlo._part import Part
 
 MAX_LINES = 24
 """Longer lists are cut; the report's attributes have all of them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """The whole program, or what of it is the update's or the norm's.
-
-    Attributes:
-      kernels: its launches, in the order of the schedule, and on TPU also its scalar and
-        background operations, which are not counted as launches.
-      least_bytes: what a single kernel in its place would move: each array that comes from
-        outside read once, each that is used outside written once. None for the program.
-    """
-
-    kernels: tuple[Kernel, ...]
-    least_bytes: int | None = None
-
-    @property
-    def count(self) -> int:
-        """Launches, each counted once: those in loops and in branches too."""
-        return sum(kernel.counted for kernel in self.kernels)
-
-    @property
-    def launches(self) -> int | None:
-        """Launches per call, each times the length of its loops; None if one is not known."""
-        times = [kernel.times for kernel in self.kernels if kernel.counted]
-        return None if None in times else sum(cast(list[int], times))
-
-    @property
-    def by_kind(self) -> dict[str, int]:
-        """How many of each kind, most frequent first."""
-        return dict(Counter(kernel.kind for kernel in self.kernels).most_common())
-
-    @property
-    def read(self) -> int:
-        """Bytes read from main memory; a loop of unknown length counts once."""
-        return sum(kernel.read * (kernel.times or 1) for kernel in self.kernels)
-
-    @property
-    def written(self) -> int:
-        """Bytes written to main memory; a loop of unknown length counts once."""
-        return sum(kernel.written * (kernel.times or 1) for kernel in self.kernels)
-
-    @property
-    def estimated_cycles(self) -> int | None:
-        """The compiler's estimates added up (TPU); never a measurement. None without any."""
-        estimates = [
-            kernel.estimated_cycles * (kernel.times or 1)
-            for kernel in self.kernels
-            if kernel.estimated_cycles is not None
-        ]
-        return sum(estimates) if estimates else None
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it, as what ``json.dump`` takes."""
-        return {
-            "count": self.count,
-            "launches": self.launches,
-            "by_kind": self.by_kind,
-            "bytes_read": self.read,
-            "bytes_written": self.written,
-            "least_bytes": self.least_bytes,
-            "estimated_cycles": self.estimated_cycles,
-            "kernels": [dataclasses.asdict(kernel) for kernel in self.kernels],
-        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +72,27 @@ class Report:
     def parameters(self) -> int:
         """How many params the leaves have together."""
         return sum(leaf.elements for leaf in self.leaves)
+
+    @property
+    def param_bytes(self) -> int:
+        """Bytes of the leaves' params on each device; 0 without leaves."""
+        numbers = {leaf.param for leaf in self.leaves} - {None}
+        return sum(x.bytes for x in self.inputs if x.number in numbers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the leaves' moments on each device, wherever they lie; 0 without leaves."""
+        return sum(x.bytes for x in self._moments)
+
+    @property
+    def state_bytes_in_host(self) -> int:
+        """How many of these lie in the host's memory, as far as that is known."""
+        return sum(x.bytes for x in self._moments if x.memory is not None and "host" in x.memory)
+
+    @property
+    def _moments(self) -> list[Input]:
+        numbers = {number for leaf in self.leaves for number in leaf.moments}
+        return [x for x in self.inputs if x.number in numbers]
 
     def per_parameter(self, number_of_bytes: int | None) -> float | None:
         """Bytes per param; None where either is not known."""
@@ -197,6 +155,9 @@ class Report:
             "platform": self.platform,
             "devices": self.devices,
             "parameters": self.parameters,
+            "param_bytes": self.param_bytes,
+            "state_bytes": self.state_bytes,
+            "state_bytes_in_host": self.state_bytes_in_host,
             "temporary_bytes": self.temporary_bytes,
             "peak_bytes": self.peak_bytes,
             "undonated": [x.name or f"parameter {x.number}" for x in self.undonated],
@@ -232,6 +193,8 @@ def _summary(report: Report) -> str:
     if report.temporary_bytes is not None and report.peak_bytes is not None:
         memory = f"{size(report.temporary_bytes)}, {size(report.peak_bytes)} with all buffers"
     lines.append(f"  {'temporaries':<17}{memory}")
+    if report.leaves:
+        lines.append(f"  {'params':<17}{_kept(report)}")
     return "\n".join([*lines, *_landings(report)])
 
 
@@ -297,6 +260,13 @@ def _inputs(report: Report) -> str:
     if copied:
         text += f" ({len(copied)} after a copy)"
     return f"{text}; donated, but not in place: {len(report.undonated) or 'none'}"
+
+
+def _kept(report: Report) -> str:
+    text = f"{size(report.param_bytes)}, their state {size(report.state_bytes)}"
+    if report.state_bytes_in_host:
+        text += f", of which {size(report.state_bytes_in_host)} in the host's memory"
+    return text
 
 
 def _names(report: Report) -> list[str]:

@@ -166,7 +166,9 @@ def test_the_length_of_a_loop_is_read_from_its_counter(case):
     loop = LOOP.replace("ROOT %next", STEP + "ROOT %next").replace("tuple(%j", "tuple(%k")
     text = module(COUNTED, extra=loop)
     assert old in text
-    times = {k.name: k.times for k in report(text.replace(old, new), platform="tpu").program.kernels}
+    times = {
+        k.name: k.times for k in report(text.replace(old, new), platform="tpu").program.kernels
+    }
     assert times["y"] == rounds
     assert times["less"] == (None if rounds is None else rounds + 1)
 

@@ -1,4 +1,4 @@
-"""Train steps on meshes, for ``inspect_hlo --function meshed_steps:NAME``."""
+"""Train steps, on meshes and alone, for ``inspect_hlo --function meshed_steps:NAME``."""
 
 from __future__ import annotations
 
@@ -41,6 +41,28 @@ def _built(spec: P, **jit: Any) -> tuple[Any, Any]:
 def fsdp() -> tuple[Any, Any]:
     """Params and state cut over the mesh."""
     return _built(P("data"))
+
+
+def alone(*donated: int, clip: float | None = None) -> tuple[Any, Any]:
+    """A step on one device, on gradients that are given; nothing is donated."""
+    config = ax.AdamW(global_clipnorm=clip)
+
+    def step(params: Any, state: ax.AdamWState, grads: Any) -> Any:
+        return ax.adamw_step(params, grads, state, config, implementation="xla")
+
+    shapes = {k: jax.ShapeDtypeStruct(shape, "float32") for k, shape in SHAPES.items()}
+    state = jax.eval_shape(functools.partial(ax.adamw_init, config=config), shapes)
+    return jax.jit(step, donate_argnums=donated), (shapes, state, shapes)
+
+
+def in_place() -> tuple[Any, Any]:
+    """The same, with params and state donated."""
+    return alone(0, 1)
+
+
+def clipped() -> tuple[Any, Any]:
+    """The same, with a norm before it."""
+    return alone(0, 1, clip=1.0)
 
 
 def elsewhere() -> tuple[Any, Any]:

@@ -203,8 +203,21 @@ MISTAKES = {
     "--function no_such:x:": "--function no_such:x:: No module named 'no_such'.",
     "--function folder/file:x": "--function folder/file:x: must be module:callable.",
     "--function os:sep": "--function os:sep: sep is of type str; must be module:callable.",
-    "--function a:b --against optax --ema": "--function compiles the step that it names; leave "
-    "out --against, --ema.",
+    "--function a:b --mesh data=8 --ema": "--function compiles the step that it names; leave "
+    "out --ema, --mesh.",
+    "--function os:getcwd --against optax": "--function os:getcwd: must return (function, args)",
+    "--function a:b --function c:d --against e:f": "--against compares one --function; leave out",
+    "--function a:b --assert donate": "--assert donate: must be one of donated, no-gather",
+    "--mesh data=8 --clip none": "a pod, --mesh, --devices, --sizes and --zero1 are of the "
+    "transformer's train step; leave out --clip.",
+    "--target v5e:16 --mesh data=8": "--target v5e:16: must be one of cpu, h100, a100, b200, v4,",
+    "--target h100:1x8": "--target h100:1x8: must be one of cpu, h100",
+    "--mesh data=1,model=x": "--mesh: 'model=x' is no axis (data, fsdp, model) with its size",
+    "--mesh data=1 --devices 1 --sizes width=33,heads=16": "--width is 33 and must be a multiple",
+    "--sizes depth=3": "--sizes: 'depth=3' is none of layers, width, heads, context, batch with",
+    "--assert state-sharded-over": "--assert state-sharded-over: needs a value: state-sharded",
+    "--assert kernels-at-most=few": "--assert kernels-at-most: needs a number: kernels-",
+    "--assert donated=yes": "--assert donated=yes: takes no value.",
     "--function a:b --model gpt2-small --clip none": "--function compiles the step that it names; "
     "leave out --model, --clip.",
     "--ema --against optax": "optax.adamw has no moving average of the params; leave it out",

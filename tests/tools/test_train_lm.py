@@ -251,7 +251,7 @@ def test_refusals(
 def test_meshes_that_do_not_divide(
     mesh: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jax, "device_count", lambda: 3)
+    monkeypatch.setattr(jax, "devices", lambda: [None] * 3)
     assert refused("--mesh", mesh) == message
 
 

@@ -10,6 +10,7 @@ import importlib.util
 import math
 import os
 from pathlib import Path
+import re
 import sys
 import time
 from typing import Any
@@ -57,12 +58,19 @@ class Target:
       platform: as JAX's lowering calls it.
       topology: of the fewest chips that make one (TPU).
       pods: larger ones, in order.
+      chips: how many a program must be for; 0: any number.
     """
 
     name: str
     platform: str
     topology: str = ""
     pods: tuple[str, ...] = ()
+    chips: int = 0
+
+    @property
+    def kind(self) -> str:
+        """Of a device: ``v5e`` of ``v5e:16x16``."""
+        return self.name.partition(":")[0]
 
 
 GPUS_OF_A_HOST = 8
@@ -87,6 +95,19 @@ TARGETS = {
         Target("v6e", "tpu", "v6e:2x2", _pods("v6e", _FLAT)),
     )
 }
+
+
+def target_of(name: str) -> Target | None:
+    """The target of a name, such as ``h100`` or ``v5e:16x16``; None if there is none."""
+    kind, _, topology = name.partition(":")
+    known = TARGETS.get(kind)
+    if known is None or not topology:
+        return TARGETS.get(name)
+    if known.platform != "tpu" or not re.fullmatch(r"\d+x\d+(x\d+)?", topology):
+        return None
+    chips = math.prod(_sides(name))
+    return dataclasses.replace(known, name=name, topology=name, pods=(name,), chips=chips)
+
 
 _NEEDS = {
     "cuda": (("jax_cuda12_plugin", "nvidia.cuda_nvcc"), "gpu-compile"),
@@ -142,6 +163,10 @@ def devices(target: Target, count: int) -> tuple[Any, ...]:
     """
     check(target)
     prepare()
+    if target.chips not in (0, count):
+        raise UnavailableError(
+            f"{target.name} has {target.chips} devices, and the program is for {count}."
+        )
     if target.platform == "cpu":
         found = jax.devices("cpu")
         advice = f"set XLA_FLAGS=--xla_force_host_platform_device_count={count}"
@@ -159,7 +184,11 @@ def _topology(target: Target, count: int) -> Any:
         name = target.topology
         if count > math.prod(_sides(name)):
             name = next((x for x in target.pods if math.prod(_sides(x)) >= count), target.pods[-1])
-        return topologies.get_topology_desc(platform="tpu", topology_name=name)
+        try:
+            return topologies.get_topology_desc(platform="tpu", topology_name=name)
+        except jax.errors.JaxRuntimeError as error:
+            said = str(error).splitlines()[0]
+            raise UnavailableError(f"{target.name}: there is no such topology: {said}") from None
     hosts, each = (1, count) if count <= GPUS_OF_A_HOST else (-(-count // GPUS_OF_A_HOST), 8)
     return topologies.get_topology_desc(
         target.name.upper(),
@@ -195,6 +224,7 @@ def compile_for(
     function: Callable[..., Any],
     args: Sequence[Any],
     donate: Sequence[int] = (),
+    mesh: Mesh | None = None,
 ) -> Program:
     """Compiles ``function`` for one device of ``target``, or for a mesh like that of the args.
 
@@ -205,12 +235,13 @@ def compile_for(
         specs of ``NamedSharding`` matter. Where one lies on a mesh of several devices, the program
         is for a mesh of as many of the target's; what has no spec is whole on each.
       donate: positions of the args to donate, where ``function`` is not jitted yet.
+      mesh: of the target's devices, where the args lie on one already.
 
     Raises:
       UnavailableError: the target has no such mesh.
       MeshError: the args lie on several meshes.
     """
-    mesh = _mesh(target, jax.tree.leaves(tuple(args)))
+    mesh = mesh or _mesh(target, jax.tree.leaves(tuple(args)))
 
     def struct(x: Any) -> jax.ShapeDtypeStruct:
         kind = jax.typeof(x) if not isinstance(x, jax.ShapeDtypeStruct) else x

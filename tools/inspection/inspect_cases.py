@@ -14,6 +14,7 @@ from typing import Any
 
 from inspection import aot
 import jax
+from jax.sharding import Mesh
 import peer_steps
 import shapes
 
@@ -39,6 +40,7 @@ class Case:
       args: arrays or structs.
       donate: positions in ``args``; of a jitted function its own are used.
       parameters: how many params are updated, where that is known; else the report says.
+      mesh: of the target's devices, where the args lie on one.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Case:
     args: Sequence[Any]
     donate: tuple[int, ...] = ()
     parameters: int | None = None
+    mesh: Mesh | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +62,25 @@ class Inspected:
     report: ax.hlo.Report
     parameters: int
 
+    def microseconds(self, number_of_bytes: int) -> float | None:
+        """The least time that moving them takes; None where the bandwidth is not known."""
+        device = self.target.partition(":")[0]
+        known = device in ax.hlo.BANDWIDTHS
+        return ax.hlo.microseconds(number_of_bytes, device) if known else None
+
     def to_json(self) -> dict[str, Any]:
         seconds = {
             "trace_seconds": self.program.trace_seconds,
             "compile_seconds": self.program.compile_seconds,
         }
-        return {**self.report.to_json(), **seconds, "name": self.name, "target": self.target}
+        found = {**self.report.to_json(), **seconds, "name": self.name, "target": self.target}
+        for name in ("program", "update", "norm"):
+            part, read = found[name], getattr(self.report, name)
+            part["least_microseconds"] = self.microseconds(read.read + read.written)
+            for kernel in part["kernels"]:
+                each = self.microseconds(kernel["read"] + kernel["written"])
+                kernel["least_microseconds"] = each
+        return found
 
 
 def load_shapes(model: str) -> shapes.Shapes:
@@ -117,29 +133,29 @@ def optimizer_step(
     return Case(who, step, (params, params, state), donate=(0, 2), parameters=count)
 
 
-def users_step(path: str) -> Case:
+def users_step(path: str, option: str = "--function") -> Case:
     """The case that ``module:callable`` returns.
 
     What the module or the callable itself raises is left to its traceback: it is the user's.
     """
     module_name, _, attribute = path.partition(":")
     if not attribute or not all(part.isidentifier() for part in module_name.split(".")):
-        raise CaseError(f"--function {path}: must be module:callable.")
+        raise CaseError(f"{option} {path}: must be module:callable.")
     sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
     except (ImportError, SyntaxError) as error:
-        raise CaseError(f"--function {path}: {error}.") from None
+        raise CaseError(f"{option} {path}: {error}.") from None
     build = getattr(module, attribute, None)
     if not callable(build):
         what = (
             f"is of type {type(build).__name__}" if hasattr(module, attribute) else "is not there"
         )
-        raise CaseError(f"--function {path}: {attribute} {what}; must be module:callable.")
+        raise CaseError(f"{option} {path}: {attribute} {what}; must be module:callable.")
     try:
         signature(build).bind()
     except TypeError as error:
-        raise CaseError(f"--function {path}: is called without arguments: {error}.") from None
+        raise CaseError(f"{option} {path}: is called without arguments: {error}.") from None
     except ValueError:  # written in C, and does not say
         pass
     built = build()
@@ -150,19 +166,19 @@ def users_step(path: str) -> Case:
         and isinstance(built[1], tuple | list)
     ):
         raise CaseError(
-            f"--function {path}: must return (function, args): what jax.jit returned, and a "
+            f"{option} {path}: must return (function, args): what jax.jit returned, and a "
             f"tuple of arrays or jax.ShapeDtypeStructs to call it with; got {_kinds(built)}."
         )
     if not hasattr(built[0], "trace"):
         raise CaseError(
-            f"--function {path}: returned a {type(built[0]).__name__} that jax.jit did not make, "
+            f"{option} {path}: returned a {type(built[0]).__name__} that jax.jit did not make, "
             "and nothing says what it donates; return jax.jit(function, donate_argnums=...)."
         )
     for key, leaf in jax.tree_util.tree_leaves_with_path(tuple(built[1])):
         if not _has_type(leaf):
             name = f"args{jax.tree_util.keystr(key)}"
             raise CaseError(
-                f"--function {path}: {name} is of type {type(leaf).__name__}; must be an array or "
+                f"{option} {path}: {name} is of type {type(leaf).__name__}; must be an array or "
                 "a jax.ShapeDtypeStruct."
             )
     return Case(path, built[0], tuple(built[1]))
@@ -188,7 +204,7 @@ def _has_type(leaf: Any) -> bool:
 def inspect(case: Case, target: aot.Target) -> Inspected:
     """Compiles and reads a case."""
     try:
-        program = aot.compile_for(target, case.function, case.args, case.donate)
+        program = aot.compile_for(target, case.function, case.args, case.donate, case.mesh)
     except aot.UnavailableError as error:
         raise CaseError(str(error)) from None
     except aot.MeshError as error:

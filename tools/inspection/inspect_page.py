@@ -26,7 +26,7 @@ pre span:target, tr:target { background: #fd08; }
 def write(inspected: Inspected, folder: Path) -> list[Path]:
     """Writes the three files, named after the target and whose step it is."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{inspected.target}.{inspected.name.replace(':', '.')}"
+    stem = f"{inspected.target}.{inspected.name}".replace(":", ".")
     texts = {
         f"{stem}.stablehlo.mlir": inspected.program.stablehlo,
         f"{stem}.hlo": inspected.text,

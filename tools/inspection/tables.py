@@ -1,0 +1,232 @@
+"""What is printed of programs: one column for each, their collectives, their heaviest kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from inspection.inspect_cases import Inspected
+from rich.table import Table
+
+from adamw_xla.hlo import Collective, Kernel, Report, size
+
+HEAVIEST = 12
+"""So many kernels are listed."""
+
+Number = float | None
+"""Of one program; None where it is not known, or there is none."""
+
+
+class Row(NamedTuple):
+    """A line of the table, whose number can be compared between programs."""
+
+    label: str
+    number: Callable[[Inspected], Number]
+    words: Callable[[float], str]
+
+
+def programs(found: Sequence[Inspected], compared: bool = False) -> Table:
+    """One column for each program; rows that say nothing of any are left out.
+
+    Args:
+      found: the programs.
+      compared: whether each but the first gets a second column: what changed since the first.
+    """
+    table = Table()
+    table.add_column("")
+    for number, x in enumerate(found):
+        table.add_column(f"{x.name}\n{x.target}", justify="right")
+        if compared and number:
+            table.add_column("against\nthe first", justify="right")
+    for label, cells in rows(found, compared).items():
+        if any(cells):
+            table.add_row(label, *cells)
+    return table
+
+
+def rows(found: Sequence[Inspected], compared: bool = False) -> dict[str, list[str]]:
+    """What the table says, by row."""
+    cells: dict[str, list[str]] = {}
+    for row in ROWS:
+        numbers = [row.number(x) for x in found]
+        for position, number in enumerate(numbers):
+            cells.setdefault(row.label, []).append("" if number is None else row.words(number))
+            if compared and position:
+                cells[row.label].append(_change(numbers[0], number, row))
+        if row.label == "kernels":
+            cells["by kind"] = [_kinds(x) for x in _columns(found, compared)]
+    return cells
+
+
+def _columns(found: Sequence[Inspected], compared: bool) -> Iterator[Inspected | None]:
+    for number, x in enumerate(found):
+        yield x
+        if compared and number:
+            yield None
+
+
+def _kinds(x: Inspected | None) -> str:
+    kinds = x.report.program.by_kind.items() if x is not None else ()
+    return "\n".join(f"{n} {kind}" for kind, n in kinds)
+
+
+def _change(old: Number, new: Number, row: Row) -> str:
+    """``-12 (-8 %)``; empty where nothing changed, and for what differs from run to run."""
+    if (old or 0) == (new or 0) or row.label in OF_THIS_RUN:
+        return ""
+    difference = (new or 0) - (old or 0)
+    sign = "+" if difference > 0 else "-"
+    percent = f" ({difference / old:+.1%})" if old else ""
+    return f"{sign}{row.words(abs(difference))}{percent}"
+
+
+# ------------------------------------------------------------------------------- the rows
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}"
+
+
+def _seconds(number: float) -> str:
+    return f"{number:.2f} s"
+
+
+def _microseconds(number: float) -> str:
+    return f"{number:,.1f} us" if number < 1000 else f"{number:,.0f} us"
+
+
+def _size(number: float) -> str:
+    return size(round(number))
+
+
+def _tenths(number: float) -> str:
+    return f"{number:.1f}"
+
+
+def _or_none(number: float | None) -> Number:
+    return number or None
+
+
+def _moved(report: Report) -> int:
+    return report.program.read + report.program.written
+
+
+def _per_param(x: Inspected) -> Number:
+    # On many devices a param may be cut, its moments otherwise than itself.
+    alone = x.report.devices == 1 and x.parameters
+    return _moved(x.report) / x.parameters if alone else None
+
+
+def _of_update(report: Report) -> Number:
+    moved = report.per_parameter(report.update.read + report.update.written)
+    return _or_none(moved) if report.devices == 1 else None
+
+
+def exchanged(report: Report, part: str | None = None) -> int:
+    """Bytes that a device exchanges in a step, of all or of a part of the program."""
+    return sum(
+        (x.bytes if part is None else x.bytes_of.get(part, 0)) * (x.times or 1)
+        for x in report.collectives
+    )
+
+
+ROWS = (
+    Row("kernels", lambda x: x.report.program.count, _count),
+    Row("of which the update", lambda x: _or_none(x.report.update.count), _count),
+    Row("of which the norm", lambda x: _or_none(x.report.norm.count), _count),
+    Row("devices", lambda x: x.report.devices if x.report.devices > 1 else None, _count),
+    Row("params, on each", lambda x: _or_none(x.report.param_bytes), _size),
+    Row("their state", lambda x: _or_none(x.report.state_bytes), _size),
+    Row("of it in the host", lambda x: _or_none(x.report.state_bytes_in_host), _size),
+    Row("temporaries", lambda x: x.report.temporary_bytes, _size),
+    Row("with all buffers", lambda x: x.report.peak_bytes, _size),
+    Row("donated, not in place", lambda x: len(x.report.undonated), _count),
+    Row("collectives", lambda x: _or_none(len(x.report.collectives)), _count),
+    Row("exchanged", lambda x: _or_none(exchanged(x.report)), _size),
+    Row("of it by the update", lambda x: _or_none(exchanged(x.report, "update")), _size),
+    Row("of it by the norm", lambda x: _or_none(exchanged(x.report, "norm")), _size),
+    Row("moved", lambda x: _moved(x.report), _size),
+    Row("takes at least", lambda x: x.microseconds(_moved(x.report)), _microseconds),
+    Row(
+        "the update at least",
+        lambda x: x.microseconds(x.report.update.least_bytes or 0) or None,
+        _microseconds,
+    ),
+    Row("bytes per param", _per_param, _tenths),
+    Row("of which the update's", lambda x: _of_update(x.report), _tenths),
+    Row("trace and lower", lambda x: x.program.trace_seconds, _seconds),
+    Row("compile", lambda x: x.program.compile_seconds, _seconds),
+    Row("cycles (estimate)", lambda x: x.report.program.estimated_cycles, _count),
+)
+
+OF_THIS_RUN = ("trace and lower", "compile")
+"""Rows whose figures are no property of the program."""
+
+
+# ------------------------------------------------------------- collectives and kernels
+
+
+def collectives(x: Inspected) -> Table:
+    """What a device exchanges in a step; what is alike stands in one row. Rows add up."""
+    table = Table(title=f"exchanged by each of {x.report.devices} devices: {x.name}, {x.target}")
+    for head in ("", "among", "runs"):
+        table.add_column(head)
+    for head in ("bytes each", "in all", "of the update", "of the norm"):
+        table.add_column(head, justify="right")
+    groups: dict[tuple[object, ...], list[Collective]] = {}
+    for c in x.report.collectives:
+        key = (c.kind, c.bytes, c.devices, c.times, *sorted(c.bytes_of.items()))
+        groups.setdefault(key, []).append(c)
+    for group in sorted(groups.values(), key=lambda group: -_total(group)):
+        first, n = group[0], len(group)
+        parts = [size(_total(group, part)) for part in ("update", "norm")]
+        runs = "?" if first.times is None else str(first.times)
+        table.add_row(
+            f"{n} {first.kind}",
+            "?" if first.devices is None else str(first.devices),
+            runs,
+            size(first.bytes),
+            size(_total(group)),
+            *("" if text == "0 B" else text for text in parts),
+        )
+    sums = [exchanged(x.report), exchanged(x.report, "update"), exchanged(x.report, "norm")]
+    table.add_section()
+    table.add_row("all", "", "", "", *(size(number) for number in sums))
+    return table
+
+
+def _total(group: Sequence[Collective], part: str | None = None) -> int:
+    return sum(
+        (c.bytes if part is None else c.bytes_of.get(part, 0)) * (c.times or 1) for c in group
+    )
+
+
+def kernels(x: Inspected) -> Table:
+    """Those that move most, with the least time that this takes."""
+    table = Table(title=f"the heaviest kernels: {x.name}, {x.target}")
+    for head in ("", "kind", "of"):
+        table.add_column(head)
+    for head in ("runs", "bytes each", "in all", "at least"):
+        table.add_column(head, justify="right")
+    found = sorted(x.report.program.kernels, key=lambda kernel: -_bytes(kernel))
+    rest = found[HEAVIEST:]
+    for kernel in found[:HEAVIEST]:
+        runs = "?" if kernel.times is None else str(kernel.times)
+        each = size(kernel.read + kernel.written)
+        cells = (kernel.name, kernel.kind, kernel.part, runs, each)
+        table.add_row(*cells, *_bound(x, _bytes(kernel)))
+    if rest:
+        others = f"and {len(rest)} more"
+        table.add_row(others, "", "", "", "", *_bound(x, sum(map(_bytes, rest))))
+    table.add_section()
+    table.add_row("all", "", "", "", "", *_bound(x, _moved(x.report)))
+    return table
+
+
+def _bytes(kernel: Kernel) -> int:
+    return (kernel.read + kernel.written) * (kernel.times or 1)
+
+
+def _bound(x: Inspected, number_of_bytes: int) -> tuple[str, str]:
+    least = x.microseconds(number_of_bytes)
+    return size(number_of_bytes), "" if least is None else _microseconds(least)
