@@ -14,10 +14,14 @@ from adamw_xla.hlo._syntax.shapes import arrays
 from adamw_xla.hlo._syntax.text import Module
 from adamw_xla.hlo._unnamed import Family, families
 
-_MOMENTS = (("m", "v"), ("mu", "nu"))
-"""How states call their two moments: here, and in optax."""
+_FIELDS = {
+    "v": ("m", "v_max", "ema", "accumulated"),
+    "nu": ("mu", "nu_max"),
+}
+"""How states call their second moment, here and in optax, and what else they keep of a leaf."""
 
-_STATE = ("m", "v", "v_max", "ema", "accumulated", "mu", "nu")
+_KEYS = {"velocity": ("momentum", "velocity_hat")}
+"""The same in the keys of Keras' variables, of which a leaf has some."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Leaf:
       kernels: names of the kernels that update it.
       in_place: whether the buffers of its moments are reused.
       param: which of the program's arguments the param is; None where it is none.
-      moments: which ones its moments are.
+      moments: which ones its moments are, and what else is kept of it, where paths name it.
     """
 
     name: str
@@ -59,12 +63,12 @@ def leaves_of(
     by_name = {x.name: x for x in inputs}
     found = []
     for second in read:
-        for prefix, names, suffix in _splits(second.name):
-            first = by_name.get(f"{prefix}.{names[0]}{suffix}")
+        for of_leaf in _readings(second.name):
+            first, *more = (by_name.get(name) for name in of_leaf.state)
             if first is None:
                 continue
-            moments = (first, second)
-            param = _param(prefix, suffix, second, read) or _whole(prefix, suffix, second, inputs)
+            moments = (first, second, *(x for x in more if x is not None))
+            param = _param(of_leaf, second, read) or _whole(of_leaf, second, inputs)
             touched = [n for x in (param, *moments) if x for n in readers.get(x.number, ())]
             if param is not None and param.output is not None and update:
                 touched += [n for n in makers_of(module, param.output) if n in own]
@@ -72,7 +76,7 @@ def leaves_of(
                 touched = [n for n in touched if second.elements in makers.get(n, ())]
             found.append(
                 Leaf(
-                    name=param.name if param else suffix,
+                    name=param.name if param else of_leaf.suffix,
                     shape=second.shape,
                     elements=second.elements,
                     kernels=tuple(dict.fromkeys(touched)),
@@ -82,14 +86,23 @@ def leaves_of(
                 )
             )
             break
-    if not found and update:
-        found = [_unnamed(family, inputs, readers) for family in families(module)]
+    if not found:
+        makers = {} if update else makers
+        known = families(module, named=bool(update))
+        found = [_unnamed(family, inputs, readers, makers) for family in known]
     return found
 
 
-def _unnamed(family: Family, inputs: Sequence[Input], readers: Mapping[int, list[str]]) -> Leaf:
+def _unnamed(
+    family: Family,
+    inputs: Sequence[Input],
+    readers: Mapping[int, list[str]],
+    makers: Mapping[str, set[int]],
+) -> Leaf:
     param, moments = inputs[family.param], [inputs[number] for number in family.moments]
     touched = [name for x in (param, *moments) for name in readers.get(x.number, ())]
+    if makers:
+        touched = [name for name in touched if param.elements in makers.get(name, ())]
     return Leaf(
         name=param.name,
         shape=param.shape,
@@ -121,21 +134,54 @@ def _readers(module: Module, kernels: Iterable[Kernel]) -> dict[int, list[str]]:
     return found
 
 
-def _splits(name: str) -> Iterator[tuple[str, tuple[str, str], str]]:
-    """``state.v['w']`` -> ``("state", ("m", "v"), "['w']")``, for each way to read it."""
-    for names in _MOMENTS:
-        for found in re.finditer(rf"\.{names[1]}(?=$|[.\[])", name):
-            yield name[: found.start()], names, name[found.end() :]
+@dataclasses.dataclass(frozen=True)
+class _Reading:
+    """What the path of a second moment says of its leaf, in one way to read it.
+
+    Attributes:
+      suffix: that the path of the param ends with, in some spelling.
+      state: paths of what else is kept of the leaf, the first moment first.
+      is_key: whether the suffix is the last key, with underscores where the param has slashes.
+    """
+
+    suffix: str
+    state: tuple[str, ...]
+    is_key: bool
+
+    def is_of(self, path: str) -> bool:
+        """Whether a path may be that of the param."""
+        if not self.is_key:
+            return path.endswith(self.suffix)
+        found = _LAST_KEY.search(path)
+        return found is not None and found[1].replace("/", "_") == self.suffix
 
 
-def _whole(prefix: str, suffix: str, moment: Input, inputs: Sequence[Input]) -> Input | None:
+_LAST_KEY = re.compile(r"\['([^']*)'\]$")
+
+
+def _readings(name: str) -> Iterator[_Reading]:
+    """``state.v['w']`` -> suffix ``['w']``, state ``state.m['w']`` and so on."""
+    for second, others in _FIELDS.items():
+        for found in re.finditer(rf"\.{second}(?=$|[.\[])", name):
+            prefix, suffix = name[: found.start()], name[found.end() :]
+            state = tuple(f"{prefix}.{other}{suffix}" for other in others)
+            yield _Reading(suffix, state, is_key=False)
+    for second, others in _KEYS.items():
+        # ``variables['adam_w/dense_kernel_velocity']`` is of ``params['dense/kernel']``.
+        if (found := _LAST_KEY.search(name)) is None or not found[1].endswith(f"_{second}"):
+            continue
+        stem = found[1].removesuffix(second)
+        state = tuple(f"{name[: found.start()]}['{stem}{other}']" for other in others)
+        yield _Reading(stem.rpartition("/")[2].removesuffix("_"), state, is_key=True)
+
+
+def _whole(of_leaf: _Reading, moment: Input, inputs: Sequence[Input]) -> Input | None:
     """The param of a moment that is cut smaller than its param is, as ZeRO cuts it."""
-    state = {f"{prefix}.{field}{suffix}" for field in _STATE}
     found = [
         x
         for x in inputs
-        if x.name.endswith(suffix)
-        and x.name not in state
+        if of_leaf.is_of(x.name)
+        and x.name not in (*of_leaf.state, moment.name)
         and x.elements > moment.elements > 0
         and x.elements % moment.elements == 0
     ]
@@ -143,13 +189,14 @@ def _whole(prefix: str, suffix: str, moment: Input, inputs: Sequence[Input]) -> 
     return found[0] if len(found) == 1 else None
 
 
-def _param(prefix: str, suffix: str, moment: Input, read: Sequence[Input]) -> Input | None:
+def _param(of_leaf: _Reading, moment: Input, read: Sequence[Input]) -> Input | None:
     """The param of a moment: of its path and size, and of no state; best one that is reused."""
-    state = {f"{prefix}.{field}{suffix}" for field in _STATE}
     same = [
         x
         for x in read
-        if x.elements == moment.elements and x.name.endswith(suffix) and x.name not in state
+        if x.elements == moment.elements
+        and of_leaf.is_of(x.name)
+        and x.name not in (*of_leaf.state, moment.name)
     ]
     reused = [x for x in same if x.output is not None]
     return next(iter(reused or same), None)

@@ -13,8 +13,10 @@ from adamw_xla.hlo._kernels import NORM, UPDATE, Platform
 from adamw_xla.hlo._leaves import Leaf
 from adamw_xla.hlo._part import Part
 
-MAX_LINES = 24
+MAX_LINES, MAX_NAMES = 24, 4
 """Longer lists are cut; the report's attributes have all of them."""
+
+NOT_TOLD = "which arguments are params and moments is not known, so neither are leaves"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +35,13 @@ class Report:
       inputs: the program's arguments.
       leaves: the params that the update updates, with the kernels each landed in; without
         an update of this package, the params of whatever has moments. They are known by the
-        arguments' paths, which name ``m`` and ``v`` (or ``mu`` and ``nu``). Where these do not
-        tell, as those of Keras and Flax NNX, an update of this package is followed through the
-        program instead; leaves of one element are left out then, and there are none at all
-        where one is ambiguous. Without leaves, nothing is known per param.
+        arguments' paths, which name ``m`` and ``v`` (or ``mu`` and ``nu``, or end in Keras'
+        ``_momentum`` and ``_velocity``). Where these do not tell, as those of Keras' and Flax
+        NNX' plain lists, the update is followed through the program instead, and of another
+        optimizer what is computed element by element: a param that depends on itself and on two
+        arguments of its size, each of which depends on itself alone. Leaves of one element are
+        left out then, and of this package's update there are none at all where one is
+        ambiguous. Without leaves, nothing is known per param.
       temporary_bytes: scratch memory; None where only the text is known.
       peak_bytes: arguments, results that take no argument's buffer, and temporaries;
         likewise.
@@ -81,7 +86,10 @@ class Report:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of the leaves' moments on each device, wherever they lie; 0 without leaves."""
+        """Bytes of the leaves' moments on each device, wherever they lie; 0 without leaves.
+
+        Averages, maxima and added-up gradients too, where paths name them.
+        """
         return sum(x.bytes for x in self._moments)
 
     @property
@@ -188,6 +196,7 @@ def _summary(report: Report) -> str:
         lines.append(f"  {'':<17}{_traffic(report, title, part)}")
         if report.devices > 1:
             lines.append(f"  {'':<17}{_exchanged(report, whose)}")
+    lines += _others_update(report)
     lines += [f"  {'inputs':<17}{_inputs(report)}", *_names(report)]
     memory = "not in the text; pass the compiled program"
     if report.temporary_bytes is not None and report.peak_bytes is not None:
@@ -275,17 +284,32 @@ def _names(report: Report) -> list[str]:
 
 
 def _landings(report: Report) -> list[str]:
-    """One line for each kernel that updates leaves."""
+    """One line for all leaves that the same kernels update."""
     if not report.leaves:
         return []
-    leaves = Counter(kernel for leaf in report.leaves for kernel in leaf.kernels)
-    first = {kernel: leaf for leaf in reversed(report.leaves) for kernel in leaf.kernels}
     lines = [f"  {len(report.leaves)} leaves, {report.parameters} params, land in"]
+    groups: dict[tuple[str, ...], list[Leaf]] = {}
+    for leaf in report.leaves:
+        groups.setdefault(leaf.kernels, []).append(leaf)
     found = []
-    for kernel, n in leaves.items():
-        more = f" and {n - 1} more" if n > 1 else ""
-        found.append(f"    {kernel}: {first[kernel].name} {first[kernel].shape}{more}")
+    for kernels, leaves in groups.items():
+        names = [
+            *kernels[:MAX_NAMES],
+            *[f"{len(kernels) - MAX_NAMES} more"][: len(kernels) > MAX_NAMES],
+        ]
+        more = f" and {len(leaves) - 1} more" if len(leaves) > 1 else ""
+        where = ", ".join(names) or "no kernel that is known"
+        found.append(f"    {where}: {leaves[0].name} {leaves[0].shape}{more}")
     return lines + _cut(found, "report.leaves")
+
+
+def _others_update(report: Report) -> list[str]:
+    """Of a step without this package's update; a program that keeps nothing has none at all."""
+    if report.update.kernels or not (report.leaves or report.in_place):
+        return []
+    kernels = {name for leaf in report.leaves for name in leaf.kernels}
+    found = f"{len(kernels)} kernels make the new leaves" if kernels else NOT_TOLD
+    return [f"  {'the update':<17}none of this package; {found}"]
 
 
 def _cut(lines: list[str], where: str) -> list[str]:

@@ -13,6 +13,7 @@ import re
 
 from adamw_xla.hlo._kernels import calls_kernel, does_update
 from adamw_xla.hlo._syntax.flow import hands_on
+from adamw_xla.hlo._syntax.opcodes import ELEMENTWISE
 from adamw_xla.hlo._syntax.shapes import arrays
 from adamw_xla.hlo._syntax.text import Computation, Instruction, Module
 
@@ -37,24 +38,38 @@ class Family:
     moments: tuple[int, ...]
 
 
-def families(module: Module) -> list[Family]:
+def families(module: Module, *, named: bool) -> list[Family]:
     """The leaves of more than one element; none if any of them cannot be told.
 
     A scalar's moments look like the step's numbers, so leaves of one element are left out.
+
+    Args:
+      module: the program.
+      named: whether the update is this package's, whose name is in the metadata. If not, only
+        what is computed element by element is followed, and results that belong to no leaf
+        are passed over.
     """
     results: dict[int, list[Sources]] = {}
     for path, elements in _results(module.entry):
-        sources = _Walk(module, elements).sources(path) if elements > 1 else None
+        sources = _Walk(module, elements, named).sources(path) if elements > 1 else None
         if sources is not None:
             results.setdefault(elements, []).append(sources)
     found = []
     for sets in results.values():
         for related in _related(sets):
             family = _family(related)
-            if family is None:
+            if family is None and named:
                 return []
-            found.append(family)
+            if family is not None and (named or _has_adams_moments(family, related)):
+                found.append(family)
     return sorted(found, key=lambda family: family.param)
+
+
+def _has_adams_moments(family: Family, sets: Sequence[Sources]) -> bool:
+    """Whether there are two, each made of itself, and a param that is made of all."""
+    alone = [s for s in sets if family.param not in s]
+    whole = frozenset({family.param, *family.moments})
+    return len(family.moments) == 2 and sorted(map(len, alone)) == [1, 1] and whole in sets
 
 
 def _family(sets: Sequence[Sources]) -> Family | None:
@@ -122,8 +137,8 @@ _Value = tuple[_Frame, str, Path, bool]
 class _Walk:
     """From one result back through the update, among arrays of its size alone."""
 
-    def __init__(self, module: Module, elements: int) -> None:
-        self._module, self._elements = module, elements
+    def __init__(self, module: Module, elements: int, named: bool) -> None:
+        self._module, self._elements, self._named = module, elements, named
         self._frames: dict[tuple[_Frame, str, int], _Frame] = {}
         self._found: set[int] = set()
         self._updated = False
@@ -140,7 +155,8 @@ class _Walk:
                 if value not in seen:
                     seen.add(value)
                     values.append(value)
-        return frozenset(self._found) if self._updated else None
+        is_made = self._updated if self._named else bool(self._found)
+        return frozenset(self._found) if is_made else None
 
     def _before(self, frame: _Frame, name: str, path: Path, inside: bool) -> Iterator[_Value]:
         instruction = frame.computation.by_name[name]
@@ -166,6 +182,9 @@ class _Walk:
             yield frame, operands[0], path, inside
         elif hands_on(self._module, instruction, path):
             yield frame, operands[0], path, inside
+        elif not self._named:
+            if opcode in ELEMENTWISE:
+                yield from self._operands(frame, instruction, inside)
         else:
             named = does_update(instruction)
             self._updated |= named

@@ -6,6 +6,7 @@ Counts are taken a second time in the manner of ``grep``, and bytes by hand.
 from __future__ import annotations
 
 from collections import Counter
+import dataclasses
 import inspect
 import json
 import math
@@ -159,9 +160,12 @@ _COMPUTING = ("fusion", "custom-call")
 
 @pytest.mark.parametrize("name", NAMES)
 def test_leaves_are_known_without_the_names_of_moments(name):
-    leaves = report(golden(name)).leaves
+    # Gradients that are added up cannot be told from the gradient.
+    named = report(golden(name)).leaves
+    leaves = [dataclasses.replace(leaf, moments=leaf.moments[:2]) for leaf in named]
+    assert all(len(leaf.moments) == 2 + ("accumulate" in name) for leaf in named)
     found = report(re.sub(r'op_name="state\.\w+', 'op_name="state', golden(name)))
-    assert found.leaves == leaves
+    assert [*found.leaves] == leaves
     assert found.parameters == sum(leaf.elements for leaf in leaves) > 0
 
 

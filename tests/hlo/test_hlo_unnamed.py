@@ -79,12 +79,17 @@ def test_no_leaves_where_one_is_ambiguous():
     assert "bytes per param" not in str(found)
 
 
-def test_keras_variables_are_leaves():
+KERAS_LEAVES = (8 * 16, 16, 16 * 4, 4)
+
+
+@pytest.mark.parametrize("whose", ["ours", "stock"])
+def test_keras_variables_are_leaves(whose):
     keras = pytest.importorskip("keras")
     from adamw_xla.keras import AdamW
 
+    optimizer = {"ours": AdamW, "stock": keras.optimizers.AdamW}[whose](1e-3)
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(16), keras.layers.Dense(4)])
-    model.compile(optimizer=AdamW(1e-3), loss="mse")
+    model.compile(optimizer=optimizer, loss="mse")
     x, y = jnp.ones((32, 8)), jnp.ones((32, 4))
     model.fit(x, y, verbose=0)
     groups = model.trainable_variables, model.non_trainable_variables
@@ -93,8 +98,93 @@ def test_keras_variables_are_leaves():
     jitted = jax.jit(model.train_step, donate_argnums=0)
     found = report(jitted.lower(state, (x, y)).compile())
     assert [leaf.name for leaf in found.leaves] == [f"state[0][{i}]" for i in range(4)]
-    assert found.parameters == 8 * 16 + 16 + 16 * 4 + 4
-    assert all(leaf.in_place for leaf in found.leaves)
+    assert tuple(leaf.elements for leaf in found.leaves) == KERAS_LEAVES
+    assert all(leaf.in_place and leaf.kernels for leaf in found.leaves)
+    # Behind the iteration and the learning rate a leaf's two moments stand together.
+    names = [[found.inputs[n].name for n in leaf.moments] for leaf in found.leaves]
+    assert names == [[f"state[2][{2 + 2 * i + k}]" for k in (0, 1)] for i in range(4)]
+    assert found.state_bytes == 2 * found.param_bytes == 2 * 4 * sum(KERAS_LEAVES)
+    said = "the update       none of this package;" in str(found)
+    assert said == (whose == "stock") == (not found.update.kernels)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_keras_leaves_by_the_keys_of_its_variables(amsgrad):
+    keras = pytest.importorskip("keras")
+    layers = keras.layers.Dense(16, name="first"), keras.layers.Dense(1, name="last")
+    model = keras.Sequential([keras.Input((8,)), *layers], name="net")
+    optimizer = keras.optimizers.AdamW(1e-3, amsgrad=amsgrad, name="adam")
+    optimizer.build(model.trainable_variables)
+    params, state = (
+        {x.path: x.value for x in group}
+        for group in (model.trainable_variables, optimizer.variables)
+    )
+    keys, kept = list(params), list(state)
+
+    def step(params: Any, state: Any, x: Any) -> Any:
+        def loss(p: Any) -> jax.Array:
+            return jnp.mean(model.stateless_call([p[key] for key in keys], [], x)[0] ** 2)
+
+        grads = jax.grad(loss)(params)
+        lists = ([tree[key] for key in keys] for tree in (grads, params))
+        new, now = optimizer.stateless_apply([state[key] for key in kept], *lists)
+        return dict(zip(keys, new, strict=True)), dict(zip(kept, now, strict=True))
+
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    found = report(jitted.lower(params, state, jnp.ones((4, 8))).compile())
+    # The one of a single element too, which nothing but its name tells.
+    assert [leaf.name for leaf in found.leaves] == [f"params['{key}']" for key in sorted(keys)]
+    for leaf, key in zip(found.leaves, sorted(keys), strict=True):
+        moments = {found.inputs[n].name for n in leaf.moments}
+        stem = f"state['adam/{key.replace('/', '_')}"
+        kinds = ("momentum", "velocity", "velocity_hat")[: 2 + amsgrad]
+        assert moments == {f"{stem}_{kind}']" for kind in kinds}
+
+
+def optax_step(optimizer: Any) -> Any:
+    """A step whose state is a plain list."""
+    import optax
+
+    def loss(params: Any, x: Any) -> jax.Array:
+        return jnp.mean((jnp.tanh(x @ params["w"]) * params["s"]) ** 2)
+
+    params = {"w": jnp.ones((64, 32)), "s": jnp.ones(32)}
+    state = optimizer.init(params)
+    structure = jax.tree.structure(state)
+
+    def step(params: Any, numbered: Any, x: Any) -> Any:
+        grads = jax.grad(loss)(params, x)
+        updates, state = optimizer.update(grads, structure.unflatten(numbered), params)
+        return optax.apply_updates(params, updates), jax.tree.leaves(state)
+
+    args = params, jax.tree.leaves(state), jnp.ones((8, 64))
+    return report(jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile())
+
+
+def test_leaves_of_another_optimizer_by_what_depends_on_what():
+    optax = pytest.importorskip("optax")
+    found = optax_step(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)))
+    assert [leaf.name for leaf in found.leaves] == ["params['s']", "params['w']"]
+    assert [leaf.elements for leaf in found.leaves] == [32, 64 * 32]
+    assert [[found.inputs[n].shape for n in leaf.moments] for leaf in found.leaves] == [
+        ["f32[32]"] * 2,
+        ["f32[64,32]"] * 2,
+    ]
+    # XLA:CPU makes one loop each for the new param, m and v.
+    assert [len(leaf.kernels) for leaf in found.leaves] == [3, 3]
+    lines = str(found).splitlines()
+    assert "  the update       none of this package; 6 kernels make the new leaves" in lines
+    assert [sum(leaf.name in line for line in lines) for leaf in found.leaves] == [1, 1], lines
+
+
+@pytest.mark.parametrize("name", ["sgd", "lion", "amsgrad"])
+def test_what_is_not_known_is_said(name):
+    optax = pytest.importorskip("optax")
+    more = {"momentum": 0.9} if name == "sgd" else {}
+    found = optax_step(getattr(optax, name)(1e-3, **more))
+    assert found.leaves == ()
+    said = "none of this package; which arguments are params and moments is not known"
+    assert said in str(found)
 
 
 def test_nnx_variables_are_leaves():

@@ -40,6 +40,36 @@ IN_PLACE = {"dynamic-update-slice": 1, "scatter": -1}
 CALLS_ONE = frozenset({"async-start", "call", "fusion"})
 """What runs the computation that it calls, once."""
 
+ELEMENTWISE = frozenset(
+    {
+        "abs",
+        "add",
+        "and",
+        "clamp",
+        "compare",
+        "convert",
+        "divide",
+        "exponential",
+        "is-finite",
+        "log",
+        "maximum",
+        "minimum",
+        "multiply",
+        "negate",
+        "not",
+        "or",
+        "power",
+        "reduce-precision",
+        "reshape",
+        "rsqrt",
+        "select",
+        "sign",
+        "sqrt",
+        "subtract",
+    }
+)
+"""What an optimizer may compute, each element of its result from those at the same place."""
+
 _COLLECTIVES = frozenset(
     {
         "all-gather",
