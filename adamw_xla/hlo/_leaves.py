@@ -168,10 +168,10 @@ def _readings(name: str) -> Iterator[_Reading]:
             yield _Reading(suffix, state, is_key=False)
     for second, others in _KEYS.items():
         # ``variables['adam_w/dense_kernel_velocity']`` is of ``params['dense/kernel']``.
-        if (found := _LAST_KEY.search(name)) is None or not found[1].endswith(f"_{second}"):
+        if (key := _LAST_KEY.search(name)) is None or not key[1].endswith(f"_{second}"):
             continue
-        stem = found[1].removesuffix(second)
-        state = tuple(f"{name[: found.start()]}['{stem}{other}']" for other in others)
+        stem = key[1].removesuffix(second)
+        state = tuple(f"{name[: key.start()]}['{stem}{other}']" for other in others)
         yield _Reading(stem.rpartition("/")[2].removesuffix("_"), state, is_key=True)
 
 

@@ -65,6 +65,27 @@ def clipped() -> tuple[Any, Any]:
     return alone(0, 1, clip=1.0)
 
 
+def filtered() -> tuple[Any, Any]:
+    """What Equinox makes of a step whose model holds functions beside its arrays."""
+    import equinox as eqx
+
+    config = ax.AdamW()
+    model = eqx.nn.MLP(8, 4, 16, 2, key=jax.random.key(0))
+    state = ax.adamw_init(eqx.filter(model, eqx.is_array), config)
+
+    @eqx.filter_jit(donate="all-except-first")
+    def train_step(x: jax.Array, model: Any, state: ax.AdamWState, name: str) -> Any:
+        params, static = eqx.partition(model, eqx.is_array)
+
+        def loss(p: Any) -> jax.Array:
+            return jnp.mean(jax.vmap(eqx.combine(p, static))(x) ** 2)
+
+        params, state = ax.adamw_step(params, jax.grad(loss)(params), state, config)
+        return eqx.combine(params, static), state, name
+
+    return train_step, (jnp.ones((5, 8)), model, state, "it")
+
+
 def elsewhere() -> tuple[Any, Any]:
     """Jitted with shardings of this machine."""
     own = jax.make_mesh((1,), ("data",))

@@ -157,6 +157,21 @@ def test_two_versions_of_ones_own_step(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert f"+{change} ({moved[1] / moved[0] - 1:+.1%})" in said, said
 
 
+def test_a_filtered_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("equinox")
+    monkeypatch.chdir(HERE)
+    out = tmp_path / "report.json"
+    step = ("--function", "meshed_steps:filtered", "--json", str(out))
+    run(*step, "--assert", "donated")
+    (found,) = json.loads(out.read_text())
+    layers = ((8, 16), (16, 16), (16, 4))
+    assert found["parameters"] == sum((m + 1) * n for m, n in layers)
+    names = [f"model.layers[{i}].{what}" for i in range(3) for what in ("weight", "bias")]
+    assert [leaf["name"] for leaf in found["leaves"]] == names
+    kept = {x["name"] for x in found["inputs"] if not x["donated"]}
+    assert kept == {"x"}
+
+
 def test_the_least_time() -> None:
     for device, microseconds in MICROSECONDS.items():
         assert ax.hlo.microseconds(10**9, device) == pytest.approx(microseconds, rel=2e-4)

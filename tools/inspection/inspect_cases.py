@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
 import importlib
 from inspect import signature
 import json
@@ -15,6 +16,7 @@ from typing import Any
 from inspection import aot
 import jax
 from jax.sharding import Mesh
+import numpy as np
 import peer_steps
 import shapes
 
@@ -169,19 +171,50 @@ def users_step(path: str, option: str = "--function") -> Case:
             f"{option} {path}: must return (function, args): what jax.jit returned, and a "
             f"tuple of arrays or jax.ShapeDtypeStructs to call it with; got {_kinds(built)}."
         )
-    if not hasattr(built[0], "trace"):
+    function, args = built[0], tuple(built[1])
+    if all(hasattr(function, name) for name in ("donate_first", "donate_rest", "__wrapped__")):
+        function, args = _of_arrays(function, args)
+    if not hasattr(function, "trace"):
         raise CaseError(
             f"{option} {path}: returned a {type(built[0]).__name__} that jax.jit did not make, "
-            "and nothing says what it donates; return jax.jit(function, donate_argnums=...)."
+            "and nothing says what it donates; return jax.jit(function, donate_argnums=...) or "
+            "equinox.filter_jit(function, donate=...)."
         )
-    for key, leaf in jax.tree_util.tree_leaves_with_path(tuple(built[1])):
+    for key, leaf in jax.tree_util.tree_leaves_with_path(args):
         if not _has_type(leaf):
             name = f"args{jax.tree_util.keystr(key)}"
             raise CaseError(
                 f"{option} {path}: {name} is of type {type(leaf).__name__}; must be an array or "
                 "a jax.ShapeDtypeStruct."
             )
-    return Case(path, built[0], tuple(built[1]))
+    return Case(path, function, args)
+
+
+def _of_arrays(filtered: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """What ``equinox.filter_jit`` returned as a ``jax.jit`` of its arguments' arrays alone.
+
+    Its own ``lower`` compiles for this machine only; what is no array is a constant to it too.
+    """
+    function = filtered.__wrapped__
+    arrays = jax.tree.map(lambda x: x if _is_array(x) else None, args)
+
+    @functools.wraps(function)
+    def step(*given: Any) -> Any:
+        whole = jax.tree.map(_first, given, args, is_leaf=lambda x: x is None)
+        found = function(*whole)
+        return jax.tree.map(lambda x: x if _is_array(x) else None, found)
+
+    donated = [filtered.donate_first, *[filtered.donate_rest] * (len(args) - 1)]
+    numbers = tuple(i for i, is_donated in enumerate(donated[: len(args)]) if is_donated)
+    return jax.jit(step, donate_argnums=numbers), arrays
+
+
+def _first(array: Any, other: Any) -> Any:
+    return other if array is None else array
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 
 def _kinds(built: Any) -> str:

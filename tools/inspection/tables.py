@@ -92,7 +92,7 @@ def _seconds(number: float) -> str:
 
 
 def _microseconds(number: float) -> str:
-    return f"{number:,.1f} us" if number < 1000 else f"{number:,.0f} us"
+    return f"{number:.3g} us" if number < 1000 else f"{number:,.0f} us"
 
 
 def _size(number: float) -> str:
