@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 import re
 
-from adamw_xla.hlo._syntax.opcodes import ASYNC_RESULT, IN_PLACE, SLICE_STARTS, SLICES
-from adamw_xla.hlo._syntax.shapes import Array, Shape, Tuple, arrays
+from adamw_xla.hlo._syntax.flow import result_shape
+from adamw_xla.hlo._syntax.opcodes import FUSIONS, IN_PLACE, SLICE_STARTS, SLICES
+from adamw_xla.hlo._syntax.shapes import Array, Shape, arrays
 from adamw_xla.hlo._syntax.text import Computation, Instruction, Module
 
 
@@ -35,7 +36,7 @@ def pieces(
     """
     shapes = {name: computation.by_name[name].shape for name in instruction.operands}
     whole = {name: [("", main_bytes(shape))] for name, shape in shapes.items()}
-    if instruction.opcode == "fusion":
+    if instruction.opcode in FUSIONS:
         fused = module.computations[instruction.called[0]]
         found: dict[str, list[tuple[str, int]]] = {name: [] for name in whole}
         for number, name in enumerate(instruction.operands):
@@ -58,17 +59,9 @@ def pieces(
 def writes(module: Module, instruction: Instruction) -> list[int]:
     """Bytes that one run of ``instruction`` writes of each array of its result."""
     results = list(arrays(result_shape(instruction)))
-    if instruction.opcode == "fusion":
+    if instruction.opcode in FUSIONS:
         return _fused_writes(results, module.computations[instruction.called[0]])
     return [main_bytes(x) for x in results]
-
-
-def result_shape(instruction: Instruction) -> Shape:
-    """The shape of what is computed, without what an asynchronous start carries along."""
-    part = ASYNC_RESULT.get(instruction.opcode)
-    if part is None or not isinstance(instruction.shape, Tuple):
-        return instruction.shape
-    return instruction.shape.parts[part]
 
 
 def main_bytes(shape: Shape) -> int:

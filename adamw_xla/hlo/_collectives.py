@@ -7,9 +7,8 @@ import dataclasses
 import math
 import re
 
-from adamw_xla.hlo._bytes import result_shape
 from adamw_xla.hlo._kernels import NORM, OTHER, UPDATE, Schedule, named_part, part_of_maker
-from adamw_xla.hlo._syntax.flow import entry_parameter, origin, results_of
+from adamw_xla.hlo._syntax.flow import entry_parameter, origin, result_shape, results_of
 from adamw_xla.hlo._syntax.opcodes import CALLS_ONE, MOVES, VIEWS, is_collective
 from adamw_xla.hlo._syntax.shapes import arrays
 from adamw_xla.hlo._syntax.text import Computation, Instruction, Module

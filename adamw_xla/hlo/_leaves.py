@@ -8,7 +8,7 @@ import re
 
 from adamw_xla.hlo._inputs import Input
 from adamw_xla.hlo._kernels import Kernel
-from adamw_xla.hlo._syntax.flow import entry_parameter, made, makers_of
+from adamw_xla.hlo._syntax.flow import entry_parameter, made, makers_of, result_shape
 from adamw_xla.hlo._syntax.opcodes import MOVES
 from adamw_xla.hlo._syntax.shapes import arrays
 from adamw_xla.hlo._syntax.text import Module
@@ -122,7 +122,7 @@ def _readers(module: Module, kernels: Iterable[Kernel]) -> dict[int, list[str]]:
         instruction = computation.by_name[kernel.name]
         if instruction.opcode in MOVES:
             continue
-        largest = max((x.elements for x in arrays(instruction.shape)), default=0)
+        largest = max((x.elements for x in arrays(result_shape(instruction))), default=0)
         for operand in dict.fromkeys(instruction.operands):
             number = entry_parameter(module, computation, operand)
             if number is None:

@@ -13,7 +13,7 @@ import re
 
 from adamw_xla.hlo._kernels import calls_kernel, does_update
 from adamw_xla.hlo._syntax.flow import hands_on
-from adamw_xla.hlo._syntax.opcodes import ELEMENTWISE
+from adamw_xla.hlo._syntax.opcodes import CALLS_ONE, ELEMENTWISE
 from adamw_xla.hlo._syntax.shapes import arrays
 from adamw_xla.hlo._syntax.text import Computation, Instruction, Module
 
@@ -172,7 +172,7 @@ class _Walk:
             self._updated = True
             for operand in _kernel_operands(instruction, path):
                 yield frame, operand, (), True
-        elif opcode in ("fusion", "call", "conditional"):
+        elif opcode in CALLS_ONE or opcode == "conditional":
             for branch, called in enumerate(instruction.called):
                 inner = self._entered(frame, instruction, branch, called)
                 yield inner, inner.computation.root.name, path, inside

@@ -57,6 +57,28 @@ def test_asynchronous_pairs_count_once():
     assert not prefetch.counted
 
 
+def test_a_fusion_that_runs_beside_others_moves_what_it_would_alone():
+    extra = """\
+        %row (p0: f32[8,100], p1: s32[]) -> f32[1,100] {
+          %p0 = f32[8,100]{1,0} parameter(0)
+          %p1 = s32[] parameter(1)
+          %z = s32[] constant(0)
+          ROOT %s = f32[1,100]{1,0} dynamic-slice(%p0, %p1, %z), dynamic_slice_sizes={1,100}, \
+metadata={op_name="jit(f)/adamw_update"}
+        }
+
+        """
+    body = """\
+          %x = f32[8,100]{1,0} parameter(0)
+          %i = s32[] parameter(1)
+          %start = ((f32[8,100]{1,0}, s32[]), f32[1,100]{1,0}, u32[]) fusion-start(%x, %i), \
+kind=kLoop, calls=%row
+          ROOT %done = f32[1,100]{1,0} fusion-done(%start)
+        """
+    (kernel,) = report(module(body, extra=extra), platform="cuda").update.kernels
+    assert (kernel.name, kernel.kind, kernel.read, kernel.written) == ("start", "fusion", 404, 400)
+
+
 def test_text_with_types_at_the_operands_and_no_percent_signs():
     body = """\
           x = bf16[3,2]{1,0} parameter(0), metadata={op_name="p[\\'(w) = {\\']"}

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from adamw_xla.hlo._syntax.opcodes import MOVES, VIEWS, is_collective
-from adamw_xla.hlo._syntax.shapes import Tuple, arrays
+from adamw_xla.hlo._syntax.opcodes import ASYNC_RESULT, MOVES, VIEWS, is_collective
+from adamw_xla.hlo._syntax.shapes import Shape, Tuple, arrays
 from adamw_xla.hlo._syntax.text import Computation, Instruction, Module
+
+
+def result_shape(instruction: Instruction) -> Shape:
+    """The shape of what is computed, without what an asynchronous start carries along."""
+    shape, part = instruction.shape, ASYNC_RESULT.get(instruction.opcode, 1)
+    if not instruction.opcode.endswith("-start") or not isinstance(shape, Tuple) or part is None:
+        return shape
+    return shape.parts[part]
 
 
 def entry_parameter(module: Module, computation: Computation, name: str) -> int | None:
@@ -82,7 +90,7 @@ def hands_on(module: Module, instruction: Instruction, path: tuple[int, ...]) ->
         return '"ConcatBitcast"' in instruction.tail
     if instruction.opcode == "while":
         return bool(path) and _is_invariant(module, instruction, path[0])
-    return instruction.opcode in VIEWS | MOVES
+    return instruction.opcode in VIEWS | MOVES or instruction.opcode.endswith("-done")
 
 
 def _is_invariant(module: Module, loop: Instruction, index: int) -> bool:
@@ -125,9 +133,9 @@ def made(computation: Computation) -> dict[str, set[int]]:
         elif opcode == "tuple":
             chosen = operands[path[0] : path[0] + 1] if path else operands
             values += [(operand, path[1:]) for operand in chosen]
-        elif opcode in VIEWS | MOVES:
+        elif opcode in VIEWS | MOVES or opcode.endswith("-done"):
             values.append((operands[0], path))
         else:
-            sizes = [x.elements for x in arrays(instruction.shape)]
+            sizes = [x.elements for x in arrays(result_shape(instruction))]
             found.setdefault(name, set()).update(sizes[path[0] : path[0] + 1] if path else sizes)
     return found

@@ -37,7 +37,10 @@ SLICE_STARTS = frozenset({"dynamic-slice-start", "slice-start"})
 IN_PLACE = {"dynamic-update-slice": 1, "scatter": -1}
 """What writes into its first operand, and which operand holds what it writes."""
 
-CALLS_ONE = frozenset({"async-start", "call", "fusion"})
+FUSIONS = frozenset({"fusion", "fusion-start"})
+"""What is computed as one; XLA:GPU may begin it beside others."""
+
+CALLS_ONE = FUSIONS | {"async-start", "call"}
 """What runs the computation that it calls, once."""
 
 ELEMENTWISE = frozenset(
@@ -88,12 +91,5 @@ def is_collective(opcode: str) -> bool:
     return opcode.removesuffix("-start") in _COLLECTIVES
 
 
-ASYNC_RESULT = {
-    "all-gather-start": 1,
-    "async-start": 1,
-    "collective-permute-start": 1,
-    "copy-start": 0,
-    "dynamic-slice-start": 1,
-    "slice-start": 1,
-}
-"""Which part of what an asynchronous instruction returns is its result."""
+ASYNC_RESULT = {"all-reduce-start": None, "copy-start": 0}
+"""Which part of what an asynchronous start returns is its result, where it is not part 1."""

@@ -1,6 +1,7 @@
 """Writes the compiled programs beside it anew: ``python tests/hlo/goldens/make.py``.
 
-From a checkout with the extras gpu-compile and tpu-compile. ``programs`` also serves tests.
+From a checkout with the extras gpu-compile and tpu-compile; those of the jaxlib that is installed,
+0.10 or 0.12. ``programs`` also serves tests.
 """
 
 from __future__ import annotations
@@ -16,15 +17,22 @@ sys.path.insert(0, str(FOLDER.parents[2] / "tools"))
 from inspection import aot  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import jaxlib  # noqa: E402
 import shapes  # noqa: E402
 
 import adamw_xla as ax  # noqa: E402
 
 TARGETS = {
-    "cpu": ("step", "clip", "train"),
-    "h100": ("step", "clip", "train", "accumulate"),
-    "v5e": ("step", "clip", "train", "accumulate"),
+    "0.10": {
+        "cpu": ("step", "clip", "train"),
+        "h100": ("step", "clip", "train", "accumulate"),
+        "v5e": ("step", "clip", "train", "accumulate"),
+    },
+    "0.12": {"cpu": ("clip",), "h100": ("train",), "v5e": ("train",)},
 }
+"""By jaxlib's version, and of each compiler, which programs."""
+
+FOLDERS = {"0.10": FOLDER, "0.12": FOLDER / "0.12"}
 STEP = {"a": (256, 128), "b": (256, 128), "c": (128,), "d": (128,), "e": (3, 5, 7)}
 TRAIN = {"embed": (64, 32), "layers.b": (4, 32), "layers.w": (4, 32, 32)}
 
@@ -80,11 +88,12 @@ def main() -> None:
     # Source locations would put this checkout's folders into the text.
     jax.config.update("jax_traceback_in_locations_limit", 0)
     found = programs()
-    for target, names in TARGETS.items():
+    version = ".".join(jaxlib.__version__.split(".")[:2])
+    for target, names in TARGETS[version].items():
         for name in names:
             function, args, donate = found[name]
             compiled = aot.compile_for(aot.TARGETS[target], function, args, donate).compiled
-            (FOLDER / f"{target}.{name}.hlo").write_text(compiled.as_text())
+            (FOLDERS[version] / f"{target}.{name}.hlo").write_text(compiled.as_text())
 
 
 if __name__ == "__main__":
