@@ -1,0 +1,212 @@
+"""``tools/parity.py``: its judge can say "worse", its peers are the published ones, and it runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import parity
+from parity_runs import arms, judge, peers, stress, tasks
+import pytest
+from typer.testing import CliRunner
+
+from adamw_xla_lowering.formats import word
+
+T_4 = 2.131846786
+"""The 95 % quantile of Student's t with 4 degrees of freedom, from a printed table."""
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(parity.app, list(map(str, arguments)))
+
+
+# -------------------------------------------------------------------------------- the judge
+
+
+@pytest.mark.parametrize(
+    ("mean", "margin", "verdict"),
+    [
+        (0.0, 1.5075, "no worse"),  # T_4 * sqrt(2.5 / 5) = 1.5074
+        (0.0, 1.5074, "unclear"),
+        (3.0, 1.4926, "unclear"),
+        (3.0, 1.4925, "worse"),
+        (-9.0, 0.0, "no worse"),
+    ],
+)
+def test_limits_are_students(mean: float, margin: float, verdict: str) -> None:
+    control = np.array([5.0, 7.0, 1.0, 2.0, 3.0])
+    differences = np.array([-2.0, -1.0, 0.0, 1.0, 2.0]) + mean
+    found = judge.finding(control + differences, control, margin)
+    assert found.verdict == verdict
+    np.testing.assert_allclose(found.mean, mean, atol=1e-12)
+    reach = T_4 * np.sqrt(2.5 / 5)
+    np.testing.assert_allclose([found.low, found.high], [mean - reach, mean + reach], rtol=1e-8)
+
+
+def test_what_is_not_finite_is_worse() -> None:
+    control = np.zeros(5)
+    assert judge.finding(np.array([0, 0, np.nan, 0, 0.0]), control, 1e9).verdict == "worse"
+
+
+def test_one_cell_is_enough_to_be_worse_and_all_are_needed_to_be_no_worse() -> None:
+    assert judge.overall(["no worse", "worse", "unclear"]) == "worse"
+    assert judge.overall(["no worse", "unclear"]) == "unclear"
+    assert judge.overall(["no worse"] * 3) == "no worse"
+
+
+def test_only_the_last_tenth_counts() -> None:
+    losses = np.concatenate([np.full((2, 90), 100.0), np.ones((2, 10))], 1).astype(np.float32)
+    np.testing.assert_array_equal(judge.tail_means(losses), [1, 1])
+
+
+def test_a_gain_is_a_longer_step() -> None:
+    assert judge.equal_step(-0.008, -0.01, 1.05) == pytest.approx(1.04)
+    assert judge.equal_step(-0.008, 0.001, 1.05) is None
+
+
+# -------------------------------------------------------------------------------- the peers
+
+
+def published_code(signed: bool) -> np.ndarray[Any, Any]:
+    """Dettmers' dynamic code, by parts of each decade as his library lists them."""
+    found = [0.0, 1.0]
+    for i in range(7):
+        edges = np.linspace(0.1, 1, 2 ** (i + (not signed)) + 1)
+        means = 10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2
+        found += [*means, *(-means if signed else [])]
+    return np.sort(found)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_dynamic_code_is_the_published_one(signed: bool) -> None:
+    code = published_code(signed)
+    assert len(code) == 256
+    rng = np.random.default_rng(0)
+    x = np.concatenate([code, rng.uniform(-1, 1, 2000), 10 ** rng.uniform(-9, 0, 2000)])
+    x = np.clip(x if signed else np.abs(x), -1, 1).astype(np.float32)
+    found = np.asarray(peers.dynamic(jnp.asarray(x), bits=int(not signed)), np.float64)
+    assert set(np.abs(found[: len(code)] - code) < 1e-6) == {True}
+    distance = np.abs(x[:, None] - code).min(1)
+    # 1.0's nearest of the negative side is the last mean: -1 is not in the code.
+    is_listed = (x >= code[0]) | (not signed)
+    np.testing.assert_allclose(np.abs(x - found)[is_listed], distance[is_listed], atol=1e-7)
+
+
+def test_blocks_have_scales_of_their_own() -> None:
+    x = jnp.concatenate([jnp.full(256, 3e-7), jnp.full(256, 5e9), jnp.zeros(256), jnp.ones(1)])
+    np.testing.assert_array_equal(peers.blockwise(x, bits=1), x)
+
+
+def small_steps(optimizer: Any, steps: int, grad: float) -> tuple[Any, Any]:
+    init, step = optimizer(jnp.float32(0.999))
+    params = {"w": jnp.linspace(-1.0, 1.0, 300)}
+    grads, state = {"w": jnp.linspace(grad, 2 * grad, 300)}, init(params)
+    for _ in range(steps):
+        params, state = jax.jit(step)(params, grads, state, jnp.float32(0.01))
+    return params, state
+
+
+def test_all_arms_make_one_step_alike() -> None:
+    """A first step is the gradient's sign, whatever holds m and v; within the rounding of v."""
+    expected = optax.apply_updates(*_optax_step())["w"]
+    for arm in arms.ARMS.values():
+        init, step = arm.optimizer(jnp.float32(0.75))
+        params = {"w": jnp.linspace(-1.0, 1.0, 300).astype(arm.dtype)}
+        grads = {"w": jnp.linspace(1.0, 2.0, 300).astype(arm.dtype)}
+        found = step(params, grads, init(params), jnp.float32(0.5 * arm.stretch))[0]["w"]
+        bound = 0.026 if arm.stretch > 1 else 2**-8 * 1.5 if arm.dtype == "bfloat16" else 1e-6
+        np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=bound)
+
+
+def _optax_step() -> tuple[Any, Any]:
+    params, grads = {"w": jnp.linspace(-1.0, 1.0, 300)}, {"w": jnp.linspace(1.0, 2.0, 300)}
+    optimizer = optax.adamw(0.5, b2=0.75, eps=peers.EPSILON, weight_decay=peers.WEIGHT_DECAY)
+    return params, optimizer.update(grads, optimizer.init(params), params)[0]
+
+
+def test_bfloat16_v_stalls_to_nearest() -> None:
+    """At 0.999 a v of half the squared gradient grows no more, and float32's does."""
+    _, (_, _, v) = small_steps(peers.bfloat16_state, 1500, 1.0)
+    ratio = np.asarray(v["w"], np.float32) / np.linspace(1, 2, 300) ** 2
+    assert v["w"].dtype == jnp.bfloat16
+    assert ratio.max() < 0.52 < 1 - 0.999**1500
+
+
+# -------------------------------------------------------------------------------- the tasks
+
+
+def test_most_rows_have_no_gradient() -> None:
+    task = tasks.TASKS["n-grams"]
+    batch = jax.tree.map(lambda x: x[0], task.batches(0, 1))
+    grads = jax.grad(task.loss)(task.init(jax.random.key(0)), batch)["rows"]
+    touched = np.unique(batch["rows"])
+    assert (np.flatnonzero(np.abs(np.asarray(grads)).sum(1)) == touched).all()
+    assert len(touched) < tasks.ROWS / 20
+
+
+# ------------------------------------------------------------------------------- the command
+
+
+def test_it_runs_and_finds_what_is_worse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    still = arms.Arm("still", "ours", arms.FLOAT32, state=8, stretch=0.0)
+    monkeypatch.setitem(arms.ARMS, "still", still)
+    done = run(
+        "--quick", "--arm", "still", "--arm", "word", "--arm", arms.LONGER.name, "--out", tmp_path
+    )
+    assert done.exit_code == 1, (done.output, done.exception)
+    assert done.stderr == "parity: worse than float32: still\n"
+    whole = json.loads((tmp_path / "parity.json").read_text())
+    assert whole["verdicts"]["still"] == "worse"
+    assert whole["verdicts"]["word"] != "worse"
+    cells = whole["cells"]
+    assert {len(x) for x in cells.values()} == {4}
+    assert cells["float32"][0]["against"]["mean"] == 0
+    assert cells["word"][0]["losses"] != cells["float32"][0]["losses"]
+    assert len(whole["curves"]["digits"]["word"]) == 2
+    for name in ("losses", "differences"):
+        assert "<svg" in (tmp_path / f"parity_{name}.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--task digit", "--task: 'digit' is none of digits, characters, n-grams"),
+        ("--arm words", "--arm: 'words' is none of float32, float32, rate x 1.05, word, "),
+        ("--out file", "cannot write to file: File exists"),
+    ],
+)
+def test_refusals(
+    arguments: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    done = run(*arguments.split())
+    assert done.exit_code == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"parity: {message}")
+
+
+# -------------------------------------------------------------------------------- the stress
+
+
+@pytest.mark.parametrize("part", [x for x in stress.PARTS if x != "a long training"])
+def test_the_word_under_stress(part: str) -> None:
+    checks = stress.PARTS[part](quick=True)
+    assert len(checks) >= 4
+    assert [check for check in checks if not check.passed] == []
+
+
+def test_words_to_nearest_would_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = (1 << 20) | (1 << 31)  # of either code's last bit
+    monkeypatch.setattr(word, "random_bits", lambda ops, *_: ops.integer(half))
+    stress.advance.clear_cache()
+    try:
+        failed = [check.name for check in stress.PARTS["runs of zeros"](True) if not check.passed]
+    finally:
+        stress.advance.clear_cache()
+    assert "zeros after gradients: mean v / float32's" in failed
