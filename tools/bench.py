@@ -8,7 +8,7 @@ from typing import Annotated
 import cli
 
 with cli.extra("bench", "bench"):
-    from benches import compile_bench, gpu_peers, step_bench, step_peers, trace_bench
+    from benches import compile_bench, gpu_peers, jitted, step_bench, step_peers, trace_bench
     from rich.console import Console
     import typer
 
@@ -54,7 +54,7 @@ def step(
     cases: Annotated[list[str] | None, typer.Option("--case", help=CASES_HELP)] = None,
     dtypes: Annotated[list[str] | None, typer.Option("--dtype", help=DTYPES_HELP)] = None,
     clip: Annotated[bool, typer.Option(help="Clip by the global norm too.")] = False,
-    call: Annotated[step_peers.Call, typer.Option(help=CALL_HELP)] = "donated",
+    call: Annotated[jitted.Call, typer.Option(help=CALL_HELP)] = "donated",
     peers: Annotated[list[str] | None, typer.Option("--peer", help=PEERS_HELP)] = None,
     rounds: Annotated[int, typer.Option(min=4, help="Timed rounds per case.")] = 15,
     json: Annotated[Path | None, typer.Option(help="Also write all times here.")] = None,

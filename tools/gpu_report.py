@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = made.add_argument
-    add("--minutes", type=float, default=9.0, help="for all of it (default: 9)")
+    add("--minutes", type=float, help="for all of it (default: 9; on a cpu 1)")
     add(
         "--out",
         type=Path,
@@ -105,7 +105,8 @@ def run_parts(
             record.skip(part.name, why)
             say(f"{part.name}: skipped: {why}")
             continue
-        limit = plan.limit(parts, i, end - clock())
+        others = [p for p in parts[i + 1 :] if _reason_to_skip(p, record) is None]
+        limit = plan.limit(part, others, end - clock())
         if limit < 1:
             record.skip(part.name, "no time was left")
             continue
@@ -177,6 +178,8 @@ def _stop(number: int, frame: object) -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parser().parse_args(argv)
+    if options.minutes is None:
+        options.minutes = 9.0 if options.device == "gpu" else 1.0
     if options.minutes <= 0:
         parser().error("--minutes must be positive")
     if problem := cli.folder_problem(options.out):

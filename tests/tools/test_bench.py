@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import bench
-from benches import gpu_peers, step_bench, step_peers, turns
+from benches import gpu_peers, jitted, step_bench, step_peers, turns
 from cpu_oracle import require_native
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def test_every_peer_makes_its_steps(peer: str) -> None:
     grads = step_peers.make_grads(SHAPES, "float32")
     built = EVERYONE[peer](SHAPES, "float32", grads, True)
     built.run(2)
-    if isinstance(built, step_peers.Jitted):
+    if isinstance(built, jitted.Jitted):
         params, state = built.carry.value
         moved = [not np.array_equal(p, jnp.full_like(p, 0.5)) for p in params]
         assert all(moved) == (peer != "identity")
@@ -37,10 +37,10 @@ def test_every_peer_makes_its_steps(peer: str) -> None:
 
 
 @pytest.mark.parametrize("call", ["donated", "undonated", "eager"])
-def test_the_call_is_as_it_says(call: step_peers.Call) -> None:
+def test_the_call_is_as_it_says(call: jitted.Call) -> None:
     grads = step_peers.make_grads(SHAPES, "float32")
     built = step_peers.peers(call)["xla"](SHAPES, "float32", grads, False)
-    assert isinstance(built, step_peers.Jitted)
+    assert isinstance(built, jitted.Jitted)
     before = built.carry.value[0][0]
     built.run(1)
     assert before.is_deleted() == (call == "donated")

@@ -9,10 +9,11 @@ import os
 from pathlib import Path
 import subprocess
 import sys
+import threading
 import time
 from typing import Any
 
-from benches import gpu_peers
+from benches import gpu_peers, jitted, looped_peers
 import gpu_report
 from gpu_reporting import build, child, plan, process, steps, verdict
 from gpu_reporting.plan import PARTS, Part
@@ -165,8 +166,8 @@ def test_a_kernel_that_kills_its_process_is_left_out_of_the_times(tmp_path: Path
     record = Record(tmp_path, "gpu", 9.0)
     gpu_report.run_parts(PARTS, record, tmp_path, run=run, say=lambda _: None)
     without = [name for name, command in commands.items() if "--without" in command]
-    assert without == ["steps", "sweep", "steps-no-graphs"]
-    left = [plan.peers.keys() for plan in steps.plans("gpu", True, ["native"])]
+    assert without == ["steps-looped", "sweep", "steps", "steps-no-graphs"]
+    left = [plan.peers.keys() for plan in steps.plans("gpu", "sweep", ["native"])]
     assert not [name for names in left for name in names if name.startswith("native")]
 
 
@@ -298,6 +299,40 @@ def test_a_peer_that_fails_is_left_out() -> None:
     assert len(item["seconds"]["xla"]) == item["rounds"] >= 5
 
 
+def test_a_peer_that_is_compiled_too_late_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = threading.Event()
+    peers = dict(gpu_peers.PEERS)
+    monkeypatch.setattr(gpu_peers.Copy, "prepare", lambda _: stop.wait(20))
+    plan = steps.Plan("16x32k", "float32", False, {k: peers[k] for k in ("bandwidth", "xla")})
+    item = steps.measure(plan, 0, time.monotonic() + 2.0, 0.1)
+    stop.set()
+    assert item["failed"] == {"bandwidth": "TimeoutError: was not compiled in time"}
+    assert list(item["seconds"]) == ["xla"]
+
+
+def test_steps_on_the_device_are_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as are timed, of params that move, and each as long as one alone."""
+    built = looped_peers.PEERS["xla"]([(4, 8)], "float32", [jax.numpy.ones((4, 8))], True)
+    for steps_made in (0, 1, 17):
+        before = int(built.carry.value[1].count)
+        built.run(steps_made)
+        made = int(built.carry.value[1].count) - before
+        assert made == -(-steps_made // jitted.LOOP) * jitted.LOOP
+    assert built.state_bytes == 2 * 4 * 32 + 4
+    took = iter([0.0, 1.0, 4.0])
+    monkeypatch.setattr(jitted.time, "perf_counter", lambda: next(took))
+    assert built.step_seconds(jitted.LOOP) == (3.0 - 1.0) / jitted.LOOP
+
+
+def test_steps_on_the_device_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "READING", 0.002)
+    peers = {k: looped_peers.PEERS[k] for k in ("xla", "bandwidth")}
+    item = steps.measure(steps.Plan("16x32k", "bfloat16", False, peers, "looped"), 0, timing=0.01)
+    assert item["state_bytes"] == {"xla": 16 * (1 << 15) * 8 + 4}
+    assert item["seconds"].keys() == peers.keys()
+    assert all(len(x) == item["rounds"] == 5 for x in item["seconds"].values())
+
+
 def test_a_case_that_does_not_fit_is_skipped() -> None:
     item = steps.measure(steps.Plan("1x256M", "float32", False, gpu_peers.PEERS), 24 * 10**9)
     assert item["skipped"] == "needs 32 GB, and JAX may have 24 GB"
@@ -313,14 +348,17 @@ def test_cases_that_have_no_time_are_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(steps, "measure", lambda *_: pytest.fail("measured"))
     steps.main()
     _, *cases = child.read_items(items)
-    assert [case["skipped"] for case in cases] == ["no time was left"] * 4
+    assert all(case["skipped"].startswith("no time was left: it takes 5 s") for case in cases)
+    assert len(cases) == 4
     assert cases[3]["case"] == "16x32k bfloat16 clip"
 
 
 def test_the_plans_are_of_what_there_is() -> None:
-    swept = list(steps.plans("gpu", True, []))
+    swept = list(steps.plans("gpu", "sweep", []))
     assert {name for p in swept for name in p.peers} >= {"native", "native 512/2", "by leaf"}
-    labels = {(p.tree, p.dtype, p.clip) for p in steps.plans("gpu", False, [])}
-    assert len(labels) == 5 * 2 * 2
+    for form, count in (("calls", 5 * 2 * 2), ("looped", 5 * 2)):
+        found = list(steps.plans("gpu", form, []))
+        assert len({(p.tree, p.dtype, p.clip) for p in found}) == count
+        assert list(found[0].peers)[:3] == ["native", "xla", "optax"]  # compiled first
     assert verdict.CURRENT_LAUNCH in gpu_peers.SWEEP
     assert f"merged 2^{merge.MAX_MERGED_ELEMENTS.bit_length() - 1}" == verdict.CURRENT_MERGE

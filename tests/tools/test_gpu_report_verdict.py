@@ -28,6 +28,7 @@ def whole(native: float = 1.0, status: str = "done", problem: str | None = None)
         "machine": {"status": "done", "items": [{"device": "NVIDIA H100"}]},
         "correct-native": {"status": status, "items": checks},
         "correct-xla": {"status": "done", "items": checks[:2]},
+        "steps-looped": {"status": "done", "items": [{"xla_flags": ""}, step]},
         "steps": {"status": "done", "items": [{"xla_flags": ""}, step]},
         "steps-no-graphs": {"status": "done", "items": [slow]},
         "sweep": {"status": "done", "items": [a, b]},
@@ -50,7 +51,8 @@ def test_native_is_not_the_default_otherwise(wrong: dict[str, Any]) -> None:
 
 def test_what_was_not_compared_is_no_victory() -> None:
     report = whole()
-    report["parts"]["steps"]["items"] += [{"case": "1x256M float32", "skipped": "no time was left"}]
+    looped = report["parts"]["steps-looped"]
+    looped["items"] += [{"case": "1x256M float32", "skipped": "no time was left"}]
     found = verdict.verdict(report)
     assert not found["native_by_default"]
     assert found["cases_without_a_comparison"] == ["1x256M float32"]
@@ -62,6 +64,30 @@ def test_where_native_loses_is_said() -> None:
     (loss,) = verdict.verdict(report)["losses"]
     assert (loss["case"], loss["rival"]) == ("gpt2-small float32", "xla")
     assert loss["times_as_long"][0] == pytest.approx(0.8)
+
+
+def test_calls_decide_nothing() -> None:
+    report = whole(native=1.0)
+    (_, step) = report["parts"]["steps"]["items"]
+    step["seconds"] = step["seconds"] | {"native": [9.0] * 5}
+    report["parts"]["steps-looped"] = whole()["parts"]["steps-looped"]
+    assert verdict.verdict(report)["native_by_default"]
+
+
+def test_a_rival_with_another_state_is_marked_and_decides_nothing() -> None:
+    report = whole(native=2.5)
+    (_, step) = report["parts"]["steps-looped"]["items"]
+    step["seconds"]["xla"] = [5.0] * 5
+    step["seconds"]["optax"] = [1.0] * 5
+    step["state_bytes"] = {"native": 8004, "xla": 8000, "optax": 4004}
+    found = verdict.verdict(report)
+    assert found["native_by_default"]
+    assert found["of_another_state"] == ["optax in gpt2-small float32"]
+    text = page.markdown(report | {"verdict": found})
+    assert "Not compared, as the state is another: optax in gpt2-small float32." in text
+    assert "| 1000.000 (0.40 [0.40, 0.40])* |" in text
+    step["state_bytes"]["optax"] = 8000
+    assert not verdict.verdict(report)["native_by_default"]
 
 
 def test_the_best_launch_is_best_over_all_trees() -> None:

@@ -52,16 +52,16 @@ def setting(module: Any, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, old)
 
 
-def merged(limit: int, *case: Any) -> Peer:
+def merged(limit: int, *case: Any, **call: Any) -> Peer:
     """StableHLO, where only leaves of at most so many elements are merged."""
     with setting(merge, "MAX_MERGED_ELEMENTS", limit):
-        return step_peers.ours("xla", *case)
+        return step_peers.ours("xla", *case, **call)
 
 
-def launched(launch: Launch, *case: Any) -> Peer:
+def launched(launch: Launch, *case: Any, **call: Any) -> Peer:
     """The kernel, launched in this shape."""
     with setting(gpu_kernel, "LAUNCHES", dict.fromkeys(gpu_kernel.LAUNCHES, launch)):
-        return step_peers.ours("native", *case)
+        return step_peers.ours("native", *case, **call)
 
 
 PEERS: dict[str, Build] = {

@@ -12,8 +12,9 @@ import shutil
 from typing import Any, Literal, TypeAlias
 
 from benches import gpu_peers, step_cases, step_peers, turns
+from benches.jitted import Call
 from benches.step_cases import CASES, STEPS, Case, Result, trees
-from benches.step_peers import Build, Call
+from benches.step_peers import Build
 from benches.timing import processor
 from benches.turns import Contestant
 import jax

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 import dataclasses
+import math
 import os
 import statistics
 import time
 
 from benches import step_peers
-from benches.step_peers import Build, Call, Peer
+from benches.jitted import Call, Carry, Jitted
+from benches.step_peers import Build, Peer
 from benches.timing import no_gc
 import jax
 import shapes
@@ -94,33 +96,43 @@ def _not_tolerated(peer: str, error: Exception) -> None:
 
 
 def build(
-    case: Case, peers: Mapping[str, Build], failed: Failed = _not_tolerated
+    case: Case,
+    peers: Mapping[str, Build],
+    failed: Failed = _not_tolerated,
+    until: float = math.inf,
 ) -> dict[str, Peer]:
-    """Builds and warms up every peer; compiles them side by side.
+    """Builds and warms up every peer; compiles them side by side, the first first.
 
     Peers whose params and state are alike take turns on one set of arrays: a sweep of a
-    dozen variants then needs the memory of one.
+    dozen variants then needs the memory of one. Who is not compiled at ``until`` (of
+    ``time.monotonic``) has failed; its compiler goes on, and the process waits for it to end.
     """
     grads = step_peers.make_grads(case.shapes, case.dtype)
     built: dict[str, Peer] = {}
-    carries: dict[object, step_peers.Carry] = {}
+    carries: dict[object, Carry] = {}
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    compiling: dict[str, Future[None]] = {}
     for name, make in peers.items():
         try:
             built[name] = peer = make(case.shapes, case.dtype, grads, case.clip)
         except Exception as error:
             failed(name, error)
             continue
-        if isinstance(peer, step_peers.Jitted):
+        if isinstance(peer, Jitted):
             peer.carry = carries.setdefault(peer.carry.kind, peer.carry)
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        compiling = {name: pool.submit(peer.prepare) for name, peer in built.items()}
+        compiling[name] = pool.submit(peer.prepare)
     for name, future in compiling.items():
         try:
-            future.result()
+            left = None if math.isinf(until) else max(until - time.monotonic(), 0)
+            future.result(left)
             built[name].run(2)
+        except TimeoutError:
+            failed(name, TimeoutError("was not compiled in time"))
+            del built[name]
         except Exception as error:
             failed(name, error)
             del built[name]
+    pool.shutdown(wait=False, cancel_futures=True)
     return built
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import ctypes
-import dataclasses
 import functools
 import os
 from pathlib import Path
 import subprocess
 import tempfile
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
+from benches.jitted import Call, Form, Jitted, Looped
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,9 +28,6 @@ import adamw_xla as ax
 os.environ.setdefault("KERAS_BACKEND", "jax")  # Keras reads it when it is imported
 
 BYTES_PER_STATE = 4
-
-Call: TypeAlias = Literal["donated", "undonated", "eager"]
-"""How a step is called: jitted, with params and state given away or kept; or not jitted at all."""
 
 
 class Peer(Protocol):
@@ -60,59 +57,17 @@ def make_params(shapes: list[tuple[int, ...]], dtype: str) -> list[jax.Array]:
     return [jnp.full(shape, 0.5, dtype) for shape in shapes]
 
 
-@dataclasses.dataclass
-class Carry:
-    """The params and state that a step replaces."""
-
-    value: tuple[Any, Any]
-
-    @property
-    def kind(self) -> Any:
-        """Equal for those that the same program can take."""
-        leaves, treedef = jax.tree.flatten(self.value)
-        return treedef, tuple((x.shape, x.dtype) for x in leaves)
-
-
-class Jitted:
-    """A step ``fn(params, grads, state) -> (params, state)``, jitted and donated by default."""
-
-    def __init__(
-        self,
-        fn: Callable[..., Any],
-        params: Any,
-        grads: list[jax.Array],
-        state: Any,
-        call: Call = "donated",
-    ) -> None:
-        self._grads = grads
-        self.carry = Carry((params, state))
-        self._step: Any = lambda carry, grads: fn(carry[0], grads, carry[1])
-        self._lowered: Any = None
-        if call != "eager":
-            jitted = jax.jit(self._step, donate_argnums=(0,) * (call == "donated"))
-            self._lowered = jitted.lower(self.carry.value, grads)
-
-    def prepare(self) -> None:
-        if self._lowered is not None:
-            self._step, self._lowered = self._lowered.compile(), None
-
-    def run(self, steps: int) -> None:
-        self.prepare()
-        carry = self.carry.value
-        for _ in range(steps):
-            carry = self._step(carry, self._grads)
-        self.carry.value = jax.block_until_ready(carry)
-
-
 def _jitted(
     pair: tuple[peer_steps.Init, peer_steps.Step],
     shapes: list[Any],
     dtype: str,
     grads: list[jax.Array],
-    call: Call,
+    call: Form,
 ) -> Peer:
     init, step = pair
     params = make_params(shapes, dtype)
+    if call == "looped":
+        return Looped(step, params, grads, init(params))
     return Jitted(step, params, grads, init(params), call)
 
 
@@ -122,21 +77,21 @@ def ours(
     dtype: str,
     grads: list[jax.Array],
     clip: bool,
-    call: Call = "donated",
+    call: Form = "donated",
 ) -> Peer:
     """This package; ``implementation`` as ``adamw_step`` takes it."""
     return _jitted(peer_steps.ours(_options(clip), implementation), shapes, dtype, grads, call)
 
 
 def optax_adamw(
-    shapes: list[Any], dtype: str, grads: list[jax.Array], clip: bool, call: Call = "donated"
+    shapes: list[Any], dtype: str, grads: list[jax.Array], clip: bool, call: Form = "donated"
 ) -> Peer:
     """``optax.adamw`` and ``apply_updates`` under one jit."""
     return _jitted(peer_steps.optax_adamw(_options(clip)), shapes, dtype, grads, call)
 
 
 def keras_adamw(
-    shapes: list[Any], dtype: str, grads: list[jax.Array], clip: bool, call: Call = "donated"
+    shapes: list[Any], dtype: str, grads: list[jax.Array], clip: bool, call: Form = "donated"
 ) -> Peer:
     """Keras' ``stateless_apply`` under a jit."""
     return _jitted(peer_steps.keras_adamw(_options(clip)), shapes, dtype, grads, call)
@@ -176,14 +131,24 @@ class TorchFused:
             self._params, LEARNING_RATE, eps=EPSILON, weight_decay=WEIGHT_DECAY, fused=True
         )
 
+    @property
+    def state_bytes(self) -> int:
+        """What torch keeps beside the params; nothing before the first step."""
+        kept = self._optimizer.state.values()
+        return sum(x.numel() * x.element_size() for row in kept for x in row.values())
+
     def prepare(self) -> None:
         pass
 
-    def run(self, steps: int) -> None:
+    def launch(self, steps: int) -> None:
+        """Makes so many steps; on a GPU, without waiting for them."""
         for _ in range(steps):
             if self._clip:
                 self._torch.nn.utils.clip_grad_norm_(self._params, BOUND, foreach=True)
             self._optimizer.step()
+
+    def run(self, steps: int) -> None:
+        self.launch(steps)
         if self._device != "cpu":
             self._torch.cuda.synchronize()
 

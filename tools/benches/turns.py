@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 import time
 from typing import Any
 
-from benches import step_peers
+from benches import jitted, step_peers
 from benches.timing import no_gc
 
 TURN = 0.15
@@ -100,7 +100,7 @@ def _serve(connection: Connection, name: str) -> None:
 
 
 def _built(
-    name: str, shapes: list[tuple[int, ...]], dtype: str, clip: bool, call: step_peers.Call
+    name: str, shapes: list[tuple[int, ...]], dtype: str, clip: bool, call: jitted.Call
 ) -> step_peers.Peer:
     grads = step_peers.make_grads(shapes, dtype)
     build = step_peers.peers(call)[name]

@@ -6,11 +6,35 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gpu_reporting import plan
-from gpu_reporting.verdict import Item, Whole, items, median, ratio, timed
+from gpu_reporting.verdict import (
+    DECIDES,
+    Item,
+    Whole,
+    items,
+    keeps_another_state,
+    median,
+    ratio,
+    timed,
+)
 
 ORDER = ("native", "xla", "by leaf", "optax", "torch", "identity", "bandwidth")
 SHOWN = {"bandwidth": "copy", "torch": "torch fused"}
 """How peers are called on the page."""
+
+TITLES = {
+    DECIDES: "One step, on the device alone",
+    "steps": "One call",
+    "steps-no-graphs": "One call, command buffers off",
+}
+"""The parts that have a table of times."""
+
+HOW = (
+    "Medians of calls one after the other. identity is what JAX takes to dispatch the same buffers:"
+    " where it takes nearly as long, that is what was measured. Nothing is decided by this table.",
+    "Medians of steps in a loop on the device, less JAX's dispatch of the loop; torch's from their"
+    " first kernel on, all queued before. The verdict is drawn from this table.",
+)
+"""How times were taken: of calls; on the device alone."""
 
 
 def markdown(whole: Whole) -> str:
@@ -25,9 +49,10 @@ def markdown(whole: Whole) -> str:
         "## Agreement with float64",
         *_agreement(whole),
     ]
-    for part in ("steps", "steps-no-graphs"):
+    for part, title in TITLES.items():
         if timed(whole, part):
-            blocks += [f"## {_title(part)}", _steps(whole, part), *_notes(whole, part)]
+            blocks += [f"## {title}", _steps(whole, part), HOW[part == DECIDES]]
+            blocks += _notes(whole, part)
     if whole["verdict"]["without_command_buffers"]:
         blocks += ["## What command buffers save", _graphs(whole)]
     for key, title in (("launches", "Launch shapes"), ("merging", "What is merged")):
@@ -70,6 +95,8 @@ def _verdict(whole: Whole) -> list[str]:
             f"- It loses to {loss['rival']} in {loss['case']}, which takes {middle:.3f} times its"
             f" time [{low:.3f}, {high:.3f}]."
         )
+    if v["of_another_state"]:
+        said.append(f"- Not compared, as the state is another: {', '.join(v['of_another_state'])}.")
     if v["cases_without_a_comparison"]:
         said.append(f"- No comparison in: {', '.join(v['cases_without_a_comparison'])}.")
     if not v["cases_timed"]:
@@ -101,10 +128,6 @@ def _agreement(whole: Whole) -> list[str]:
     return out + (["\n".join(problems)] if problems else [])
 
 
-def _title(part: str) -> str:
-    return "One step" if part == "steps" else "One step, command buffers off"
-
-
 def _names(found: list[Item]) -> list[str]:
     there = {name for item in found for name in item["seconds"]}
     return [*(n for n in ORDER if n in there), *sorted(there - {*ORDER})]
@@ -123,6 +146,7 @@ def _steps(whole: Whole, part: str) -> str:
             cell = "" if seconds is None else f"{seconds * 1e3:.3f}"
             if against is not None and name != ours:
                 cell += f" ({against[0]:.2f} [{against[1]:.2f}, {against[2]:.2f}])"
+                cell += "*" * keeps_another_state(item, name, ours)
             cells.append(cell)
         rate = item["least_bytes"] / (median(item, ours) or float("inf")) / 1e9
         rows.append([item["case"], *cells, f"{rate:.0f}"])
@@ -130,10 +154,9 @@ def _steps(whole: Whole, part: str) -> str:
     text = table(["ms", *heads, f"GB/s of {ours}"], rows)
     return (
         text
-        + f"\n\nMedians of steps timed back to back; in parentheses, in units of {ours}'s time,"
-        " the ratio of medians and the quartiles of the rounds' own ratios. identity is what JAX"
-        " takes to dispatch the same buffers, copy a device-to-device copy of as many bytes as a"
-        " step must move."
+        + f"\n\nIn parentheses, in units of {ours}'s time, the ratio of medians and the quartiles"
+        " of the rounds' own ratios; * keeps a state of another size, and moves other bytes. copy"
+        f" reads and writes as many bytes as a step of {ours} must."
     )
 
 

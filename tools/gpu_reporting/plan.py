@@ -36,32 +36,38 @@ def _module(name: str, *arguments: str) -> list[str]:
 
 
 PARTS = (
-    Part("build", "builds the package from this checkout, without a network", 60, _module("build")),
+    Part("build", "builds the package from this checkout, without a network", 50, _module("build")),
     Part("machine", "which device, driver and versions these are", 40, _module("machine")),
     Part(
         "correct-native",
         'the kernel ("native") on the device, against float64',
-        60,
+        50,
         _module("correct", "--implementation", "native"),
     ),
     Part(
         "correct-xla",
         'StableHLO ("xla") on the device, against float64',
-        60,
+        50,
         _module("correct", "--implementation", "xla"),
     ),
-    Part("steps", "times of one step, ours beside the peers'", 180, _module("steps")),
+    Part(
+        "steps-looped",
+        "times of a step on the device alone, ours beside the peers'",
+        150,
+        _module("steps", "--form", "looped"),
+    ),
     Part(
         "sweep",
-        "launch shapes of the kernel, and which leaves are merged",
-        70,
-        _module("steps", "--sweep"),
+        "launch shapes of the kernel, and which leaves are merged, on the device alone",
+        80,
+        _module("steps", "--form", "sweep"),
         needs_gpu=True,
     ),
+    Part("steps", "times of one call, with JAX's dispatch", 70, _module("steps")),
     Part(
         "steps-no-graphs",
         "the same times with XLA's command buffers off",
-        70,
+        50,
         _module("steps"),
         {"XLA_FLAGS": GRAPHS_OFF},
         needs_gpu=True,
@@ -69,6 +75,6 @@ PARTS = (
 )
 
 
-def limit(parts: Sequence[Part], index: int, left: float) -> float:
-    """Seconds for ``parts[index]``, when so many are left for it and all that follow."""
-    return left * parts[index].share / sum(part.share for part in parts[index:])
+def limit(part: Part, others: Sequence[Part], left: float) -> float:
+    """Seconds for ``part``, when so many are left for it and the others that will be run."""
+    return left * part.share / sum(p.share for p in (part, *others))

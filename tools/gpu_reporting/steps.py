@@ -7,20 +7,28 @@ from collections.abc import Iterator, Mapping
 import gc
 from importlib.util import find_spec
 import itertools
+import math
 import os
 import time
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from gpu_reporting import child
 
 READING = 0.06
 """Seconds that one reading of the clock may take: some steps of the slowest peer."""
 
-TIMING = 2.0
+TIMING = {"gpu": 2.0, "cpu": 0.5}
 """Seconds for the rounds of one case."""
 
 ROUNDS = (5, 15)
 """At least, and at most."""
+
+BUILDING = {"gpt2-small": 20.0, "resnet50": 10.0, "400x64k": 16.0, "1000x1k": 45.0}
+"""Seconds to build the peers of a tree, until they are known (an H100's host of 16 cores, jax
+0.11.2; the last, which compiles longest of all, is a guess)."""
+
+OTHERS = 4.0
+"""Seconds for any other tree."""
 
 GPU_TREES = (("gpt2-small", "resnet50", "1x256M"), ("400x64k",), ("1000x1k",))
 """In groups: those whose programs compile in seconds first, and last what takes half a minute."""
@@ -29,42 +37,51 @@ CPU_TREES = (("16x32k",),)
 KINDS = [("float32", False), ("bfloat16", False), ("float32", True), ("bfloat16", True)]
 """Dtype of the params, and whether gradients are clipped by the global norm."""
 
+LOOPED_KINDS = KINDS[:2]
+LOOPED_TREES = (("gpt2-small", "1x256M", "resnet50", "400x64k"), ("1000x1k",))
+
 LAUNCHES, MERGES = ("native",), ("merged", "by leaf")
 SWEPT = [
     ("gpt2-small", "float32", LAUNCHES + MERGES),
-    ("1x256M", "float32", LAUNCHES),
-    ("4x64M", "float32", LAUNCHES + MERGES),
-    ("gpt2-small", "bfloat16", LAUNCHES + MERGES),
-    ("resnet50", "float32", LAUNCHES + MERGES),
-    ("1000x1k", "float32", MERGES),
-    ("400x64k", "float32", LAUNCHES + MERGES),  # last: 5 s to compile each launch
+    ("400x64k", "float32", LAUNCHES + MERGES),
 ]
 """Trees, and the beginnings of the names of what is compared there."""
 
 
+Form: TypeAlias = Literal["calls", "looped", "sweep"]
+"""How steps are timed: called one by one; on the device alone; and so variants of our own."""
+
+
 class Plan(NamedTuple):
-    """What to time: a tree, its params' dtype, clipping, who takes part."""
+    """What to time: a tree, its params' dtype, clipping, who takes part, and in which form."""
 
     tree: str
     dtype: str
     clip: bool
     peers: Mapping[str, Any]
+    form: Form = "calls"
 
 
-def plans(device: str, sweep: bool, without: list[str]) -> Iterator[Plan]:
+def plans(device: str, form: Form, without: list[str]) -> Iterator[Plan]:
     """All cases, in order of worth."""
-    from benches import gpu_peers, step_peers
+    from benches import gpu_peers, looped_peers, step_peers
 
-    if sweep:
+    if form == "sweep":
         for tree, dtype, names in SWEPT:
-            chosen = {k: v for k, v in gpu_peers.SWEEP.items() if k.startswith(names)}
-            yield Plan(tree, dtype, False, _kept(chosen, without))
+            chosen = {k: v for k, v in looped_peers.SWEEP.items() if k.startswith(names)}
+            yield Plan(tree, dtype, False, _kept(chosen, without), form)
         return
-    peers = gpu_peers.PEERS if device == "gpu" else step_peers.PEERS
-    left_out = ["keras", *([] if device == "gpu" else ["bandwidth"]), *without]
-    for group in GPU_TREES if device == "gpu" else CPU_TREES:
-        for (dtype, clip), tree in itertools.product(KINDS, group):
-            yield Plan(tree, dtype, clip, _kept(peers, left_out))
+    on_gpu = device == "gpu"
+    if form == "looped":
+        peers, kinds, trees = looped_peers.PEERS, LOOPED_KINDS, LOOPED_TREES
+        left_out = [*([] if on_gpu else ["torch", "by leaf"]), *without]
+    else:
+        peers = gpu_peers.PEERS if on_gpu else step_peers.PEERS
+        kinds, trees = KINDS, GPU_TREES
+        left_out = ["keras", *([] if on_gpu else ["bandwidth", "torch"]), *without]
+    for group in trees if on_gpu else CPU_TREES:
+        for (dtype, clip), tree in itertools.product(kinds, group):
+            yield Plan(tree, dtype, clip, _kept(peers, left_out), form)
 
 
 def _kept(peers: Mapping[str, Any], without: list[str]) -> dict[str, Any]:
@@ -82,9 +99,18 @@ def needed_bytes(least: int, peers: Mapping[str, Any]) -> int:
     return int(1.2 * least * sets)
 
 
-def measure(plan: Plan, memory: int) -> dict[str, Any]:
-    """Builds and times one case: an item for the report."""
-    from benches import step_cases
+def measure(
+    plan: Plan, memory: int, until: float = math.inf, timing: float = TIMING["gpu"]
+) -> dict[str, Any]:
+    """Builds and times one case: an item for the report.
+
+    Args:
+      plan: the case.
+      memory: that JAX may have, in bytes; 0 where that is not known.
+      until: when its timing should begin, by ``time.monotonic``, with those built by then.
+      timing: seconds for its rounds.
+    """
+    from benches import looped_peers, step_cases
 
     case = step_cases.Case(plan.tree, step_cases.trees()[plan.tree], plan.dtype, plan.clip)
     item: dict[str, Any] = {"case": case.label, "tree": plan.tree, "dtype": plan.dtype}
@@ -99,13 +125,21 @@ def measure(plan: Plan, memory: int) -> dict[str, Any]:
         failed[name] = f"{type(error).__name__}: {error}"[:400]
 
     begin = time.monotonic()
-    built = step_cases.build(case, plan.peers, note)
+    built = step_cases.build(case, plan.peers, note, until)
     item |= {"build_seconds": round(time.monotonic() - begin, 2), "failed": failed}
     if not built:
         return item
+    kept = {k: x.state_bytes for k, x in built.items() if getattr(x, "state_bytes", 0)}
+    item |= {"state_bytes": kept}
+    if plan.form != "calls":
+        result = looped_peers.time_rounds(case, built, READING, timing, ROUNDS)
+        return item | {
+            "rounds": len(next(iter(result.seconds.values()))),
+            "seconds": result.seconds,
+        }
     trial = {name: _seconds(peer, 2) / 2 for name, peer in built.items()}
     steps = int(min(max(READING / max(trial.values()), 3), 20))
-    rounds = int(TIMING / (steps * sum(trial.values())))
+    rounds = int(timing / (steps * sum(trial.values())))
     rounds = min(max(rounds, ROUNDS[0]), ROUNDS[1])
     result = step_cases.time_rounds(case, built, rounds, steps)
     return item | {"steps": steps, "rounds": rounds, "seconds": result.seconds}
@@ -119,7 +153,7 @@ def _seconds(peer: Any, steps: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--form", choices=get_args(Form), default="calls")
     parser.add_argument("--without", action="append", default=[])
     me = child.start(parser)
     device = child.use_device(me)
@@ -131,14 +165,19 @@ def main() -> None:
     me.write(xla_flags=os.environ.get("XLA_FLAGS", ""), without=without)
     memory = int((device.memory_stats() or {}).get("bytes_limit", 0))
     spent: dict[str, float] = {}
-    for plan in plans(me.device, me.options.sweep, without):
+    first = BUILDING if me.device == "gpu" else {}
+    timing = TIMING[me.device]
+    for plan in plans(me.device, me.options.form, without):
         label = f"{plan.tree} {plan.dtype}{' clip' if plan.clip else ''}"
-        if me.left < spent.get(plan.tree, 1.0):  # compiling takes most, and is the same again
-            me.write(case=label, skipped="no time was left")
+        # Compiling takes most of it, and the same again for the same tree.
+        needed = spent.get(plan.tree, first.get(plan.tree, OTHERS) + 2 * timing)
+        if me.left < needed:
+            skipped = f"no time was left: it takes {needed:.0f} s, and there were {me.left:.0f}"
+            me.write(case=label, skipped=skipped)
             continue
         begin = time.monotonic()
         try:
-            item = measure(plan, memory)
+            item = measure(plan, memory, me.until - timing, timing)
         except Exception as error:  # the other cases have their turn
             item = {"case": label, "skipped": f"{type(error).__name__}: {error}"[:600]}
         me.write(**item)
@@ -148,3 +187,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    child.leave()

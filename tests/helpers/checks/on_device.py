@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import time
 import traceback
 from typing import Any
@@ -145,14 +147,18 @@ def _memory() -> int:
 def run_all(checks: Iterable[Check], threads: int, until: float) -> Iterator[Outcome]:
     """Runs checks side by side, for the compiler's sake, and yields how each went.
 
-    Those that are not begun at ``until`` (of ``time.monotonic``) are left out.
+    Those that are not made at ``until`` (of ``time.monotonic``) are left out; what runs then
+    goes on, and keeps the process from ending.
     """
     found = list(checks)
-    with ThreadPoolExecutor(threads) as pool:
-        running = [pool.submit(_run, check, until) for check in found if not check.alone]
-        for future in as_completed(running):
+    pool = ThreadPoolExecutor(threads)
+    running = [pool.submit(_run, check, until) for check in found if not check.alone]
+    left = None if until == math.inf else max(until - time.monotonic(), 0)
+    with contextlib.suppress(TimeoutError):
+        for future in as_completed(running, left):
             if (outcome := future.result()) is not None:
                 yield outcome
+    pool.shutdown(wait=False, cancel_futures=True)
     for check in found:
         if check.alone and (outcome := _run(check, until)) is not None:
             yield outcome
