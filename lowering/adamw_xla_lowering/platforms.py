@@ -45,9 +45,12 @@ _by_leaf = functools.partial(_no_kernel, stablehlo.lower)
 
 PLATFORMS: dict[str | None, Platform] = {
     "cpu": Platform(cpu.lower, norm_stablehlo.lower_in_turn, calls_back=True),
-    "cuda": Platform(cuda.lower, gpu_norm.lower, calls_back=True),
+    "cuda": Platform(cuda.lower, gpu_norm.lower, calls_back=True, fetches_all=True),
     "rocm": Platform(
-        functools.partial(_no_kernel, merge.lower), gpu_norm.lower_merged, calls_back=True
+        functools.partial(_no_kernel, merge.lower),
+        gpu_norm.lower_merged,
+        calls_back=True,
+        fetches_all=True,
     ),
     "tpu": Platform(_by_leaf, norm_stablehlo.lower_added, fetches_all=True),
     None: Platform(_by_leaf, norm_stablehlo.lower_by_leaf),  # whatever comes

@@ -2,10 +2,12 @@
 
 The equation is still one. It is lowered to equations of runs of leaves, between copies of
 their state to the device and back; which of the copies run beside which updates is XLA's
-choice. XLA:GPU chooses well. XLA:TPU copies all that it can before the first update, until
-the whole state is on the device, whatever stands between (it forgets optimization barriers
-before it orders operations). So there each run is the body of a loop of one round, which
-XLA enters when the one before is done: copies overlap inside of a run.
+choice. XLA:GPU and XLA:TPU copy all that they can before the first update, until the whole
+state is on the device, whatever stands between (they forget optimization barriers before
+they order operations). So there each run is the body of a loop of one round, which XLA
+enters when the one before is done: copies overlap inside of a run. XLA:GPU has a single
+queue for them in any case (its programs of jaxlib 0.10 to 0.12 say so), and loses no more
+than the update's own time.
 """
 
 from collections.abc import Iterator, Sequence
