@@ -34,12 +34,14 @@ class Options:
       amsgrad: divide by the running maximum.
       ema: keep a moving average of the params.
       accumulate: micro-steps per update.
+      words: m and v in 16-bit words, and bfloat16 params rounded at random.
     """
 
     clip: str = "none"
     amsgrad: bool = False
     ema: bool = False
     accumulate: int | None = None
+    words: bool = False
 
 
 def ours(options: Options = Options(), implementation: Any = None) -> tuple[Init, Step]:
@@ -52,6 +54,8 @@ def ours(options: Options = Options(), implementation: Any = None) -> tuple[Init
         amsgrad=options.amsgrad,
         use_ema=options.ema,
         gradient_accumulation_steps=options.accumulate,
+        state_format="word16" if options.words else "moments",
+        params_rounding="stochastic" if options.words else "nearest",
         **_clip_arguments(options),
     )
     return of_config(config, implementation)

@@ -119,7 +119,8 @@ PEERS: dict[str, Build] = {
             "native": functools.partial(step_peers.ours, "native"),
             "xla": functools.partial(step_peers.ours, "xla"),
             "optax": step_peers.optax_adamw,
-            # Another format of the state, or another step of JAX', is a line here.
+            "native words": functools.partial(step_peers.ours, "native", words=True),
+            "xla words": functools.partial(step_peers.ours, "xla", words=True),
             "by leaf": functools.partial(gpu_peers.merged, 0),
         }
     ),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import ctypes
+import dataclasses
 import functools
 import os
 from pathlib import Path
@@ -78,9 +79,11 @@ def ours(
     grads: list[jax.Array],
     clip: bool,
     call: Form = "donated",
+    words: bool = False,
 ) -> Peer:
-    """This package; ``implementation`` as ``adamw_step`` takes it."""
-    return _jitted(peer_steps.ours(_options(clip), implementation), shapes, dtype, grads, call)
+    """This package; ``implementation`` as ``adamw_step`` takes it; perhaps with words."""
+    options = dataclasses.replace(_options(clip), words=words)
+    return _jitted(peer_steps.ours(options, implementation), shapes, dtype, grads, call)
 
 
 def optax_adamw(
@@ -199,6 +202,8 @@ JITTED: dict[str, Build] = {
     "xla": functools.partial(ours, "xla"),
     "optax": optax_adamw,
     "keras": keras_adamw,
+    "native words": functools.partial(ours, "native", words=True),
+    "xla words": functools.partial(ours, "xla", words=True),
 }
 
 PEERS: dict[str, Build] = {

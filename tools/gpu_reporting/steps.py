@@ -40,6 +40,9 @@ KINDS = [("float32", False), ("bfloat16", False), ("float32", True), ("bfloat16"
 LOOPED_KINDS = KINDS[:2]
 LOOPED_TREES = (("gpt2-small", "1x256M", "resnet50", "400x64k"), ("1000x1k",))
 
+NOT_CALLED = ("keras", "native words", "xla words")
+"""Who is not timed call by call, where dispatch is most of it."""
+
 LAUNCHES, MERGES = ("native",), ("merged", "by leaf")
 SWEPT = [
     ("gpt2-small", "float32", LAUNCHES + MERGES),
@@ -78,7 +81,13 @@ def plans(device: str, form: Form, without: list[str]) -> Iterator[Plan]:
     else:
         peers = gpu_peers.PEERS if on_gpu else step_peers.PEERS
         kinds, trees = KINDS, GPU_TREES
-        left_out = ["keras", *([] if on_gpu else ["bandwidth", "torch"]), *without]
+        left_out = [
+            "keras",
+            "native words",
+            "xla words",
+            *([] if on_gpu else ["bandwidth", "torch"]),
+            *without,
+        ]
     for group in trees if on_gpu else CPU_TREES:
         for (dtype, clip), tree in itertools.product(kinds, group):
             yield Plan(tree, dtype, clip, _kept(peers, left_out), form)
