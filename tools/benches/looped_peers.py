@@ -96,7 +96,7 @@ def time_rounds(
     start = time.monotonic()
     for name, peer in built.items():
         once = max(peer.step_seconds(2 * LOOP), reading / MOST)  # of which dispatch is not all
-        steps[name] = int(reading / once)
+        steps[name] = max(int(reading / once), 1)
         peer.step_seconds(steps[name])
     spent = time.monotonic() - start
     count = min(max(int(seconds / spent), rounds[0]), rounds[1])

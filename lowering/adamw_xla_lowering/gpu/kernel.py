@@ -1,7 +1,7 @@
 """The update on NVIDIA GPUs as one kernel, whatever the tree; asked for with "native".
 
-What is here has been compiled for real devices and interpreted, but not run on one:
-``implementation=None`` stays with ``merge.py``.
+An H100 has run it, and it held to float64 there (words of 16 bits have only been compiled and
+interpreted); nothing has shown it to be faster: ``implementation=None`` stays with ``merge.py``.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,9 @@ LAUNCHES = {
     90: Launch(block=1024, num_warps=4),
     100: Launch(block=1024, num_warps=4),
 }
-"""By compute capability and later ones: 8 elements per thread. Not measured yet."""
+"""By compute capability and later ones: 8 elements per thread. On an H100, of 256 M elements in one
+leaf, blocks of 512 to 4096 with 2 to 8 warps took 1.00 to 1.02 times as long, but 4096 with 2
+warps 1.23. Of small leaves, and on other devices, it has not been measured."""
 
 PLATFORM = "cuda"
 """Whose programs may hold the kernel; tests interpret it in those of another."""

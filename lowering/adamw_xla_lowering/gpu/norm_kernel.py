@@ -2,7 +2,7 @@
 
 Each program writes one number, and XLA adds them up; the order of the additions is the same
 in every run. The number is the sum of squares, or where that overflows minus the sum in the
-small unit. It goes with the update's kernel: compiled and interpreted, not run.
+small unit. It goes with the update's kernel.
 """
 
 from collections.abc import Sequence
