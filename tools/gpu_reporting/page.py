@@ -17,7 +17,17 @@ from gpu_reporting.verdict import (
     timed,
 )
 
-ORDER = ("native", "xla", "by leaf", "optax", "torch", "identity", "bandwidth")
+ORDER = (
+    "native",
+    "xla",
+    "by leaf",
+    "optax",
+    "native words",
+    "xla words",
+    "torch",
+    "identity",
+    "bandwidth",
+)
 SHOWN = {"bandwidth": "copy", "torch": "torch fused"}
 """How peers are called on the page."""
 

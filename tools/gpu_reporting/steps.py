@@ -81,13 +81,7 @@ def plans(device: str, form: Form, without: list[str]) -> Iterator[Plan]:
     else:
         peers = gpu_peers.PEERS if on_gpu else step_peers.PEERS
         kinds, trees = KINDS, GPU_TREES
-        left_out = [
-            "keras",
-            "native words",
-            "xla words",
-            *([] if on_gpu else ["bandwidth", "torch"]),
-            *without,
-        ]
+        left_out = [*NOT_CALLED, *([] if on_gpu else ["bandwidth", "torch"]), *without]
     for group in trees if on_gpu else CPU_TREES:
         for (dtype, clip), tree in itertools.product(kinds, group):
             yield Plan(tree, dtype, clip, _kept(peers, left_out), form)
