@@ -181,6 +181,14 @@ def test_zero_stays_zero_of_its_sign(by: Format) -> None:
     )
 
 
+def test_zeros_stand_for_no_moments(by: Format) -> None:
+    """As an array of words may begin with; they are words from the first update on."""
+    zeros = np.array([0, -0.0], BFLOAT16)
+    for x in by.decode(zeros):
+        np.testing.assert_array_equal(x, [0, 0])
+    np.testing.assert_array_equal(patterns(by.kept(zeros, 0)), [0x0080, 0x8080])
+
+
 def test_whatever_is_finite_stays_so(by: Format) -> None:
     """Any patterns of float32 for m and v, and any noise: what the oracle says, to the bit."""
     rng = np.random.default_rng(1)

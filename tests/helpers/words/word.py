@@ -28,9 +28,9 @@ def unit(code: Array) -> Array:
 
 
 def decode(words: Array) -> tuple[Array, Array]:
-    """Words -> m and v, float32."""
+    """Words -> m and v, float32. Zeros of bfloat16 are none, and stand for m = v = 0 too."""
     pattern = np.asarray(words).view(np.uint16).astype(np.int64)
-    code = pattern // 2**6 % 2**9 - 2
+    code = np.maximum(pattern // 2**6 % 2**9 - 2, 0)
     sign = np.where(pattern >= 2**15, -1.0, 1.0)
     m = sign * U.values[pattern % 2**6] * unit(code)
     return m.astype(np.float32), V.values[code].astype(np.float32)
