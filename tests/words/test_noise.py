@@ -19,6 +19,7 @@ from words.training import train
 STEPS = 600
 CHANCE = 1e-6
 NUM_BITS = 32
+ROW = 256  # products so small that BLAS starts no threads
 
 
 def bound(tests: int = 1) -> float:
@@ -55,16 +56,17 @@ def r(request: pytest.FixtureRequest) -> Any:
 
 
 def signs(r: Any) -> Any:
-    """float32[n, 32]: the bits, as 1 and -1."""
-    bits = np.unpackbits(np.ascontiguousarray(r).view(np.uint8).reshape(-1, 4), axis=1)
-    return 1 - 2 * bits.astype(np.float32)
+    """float32[..., 32]: the bits, as 1 and -1."""
+    bits = np.unpackbits(np.ascontiguousarray(r)[..., None].view(np.uint8), axis=-1)
+    return np.float32([1, -1])[bits]
 
 
 def correlations(a: Any, b: Any) -> Any:
     """[32, 32] of standard normal numbers, for ideal noise: each bit of a with each of b."""
-    a, b = a.reshape(-1), b.reshape(-1)
-    pieces = range(0, a.size, 2**16)
-    total = sum(signs(a[i : i + 2**16]).T @ signs(b[i : i + 2**16]) for i in pieces)
+    total, rows = np.zeros((NUM_BITS, NUM_BITS)), a.size // ROW
+    a, b = (x.reshape(-1)[: rows * ROW].reshape(rows, ROW) for x in (a, b))
+    for i in range(0, rows, ROW):
+        total += (signs(a[i : i + ROW]).mT @ signs(b[i : i + ROW])).sum(0)
     return total / a.size**0.5
 
 
@@ -121,7 +123,7 @@ def test_the_noises_of_v_and_m_are_as_good_as_independent(r: Any) -> None:
 # ---------------------------------------------------------------------------------- and the next
 
 
-@pytest.mark.parametrize("lag", [1, 2, 3, 16])
+@pytest.mark.parametrize("lag", [1, 2, 16])
 def test_steps_of_one_element_are_independent(r: Any, lag: int) -> None:
     """Bit by bit with .0072 SEEN; the noise itself with .006."""
     now, later = r[lag:], r[:-lag]
