@@ -1,9 +1,9 @@
 // One AdamW step over a slice of a leaf: the arithmetic, for every dtype and option.
 //
 // contract.py has the equations. They are computed in float64 for float64 params and
-// in float32 for all others. Operands of another dtype pass through a block of scratch
-// that stays in the first-level cache, so the loop itself exists once per compute type,
-// amsgrad and ema. Options that cost nothing in it are data: no clipping is clipping at
+// in float32 for all others. The loop reads bfloat16 params, their gradients and words as
+// they lie; operands of another dtype pass through a block of scratch that stays in the
+// first-level cache. Options that cost little in it are data: no clipping is clipping at
 // infinity, no leaf_scale a scale of one, no nesterov a step of zero along the gradient,
 // all exact.
 //
@@ -21,18 +21,12 @@
 
 namespace adamw::ADAMW_ISA {
 
-// StableHLO's maximum and minimum: a NaN on either side is the result. As two selects,
-// of which the first is one instruction; GCC does not vectorize the "or" of conditions.
+// StableHLO's maximum: a NaN on either side is the result. As two selects, of which the
+// first is one instruction; GCC does not vectorize the "or" of conditions.
 template <typename C>
 inline C Max(C a, C b) {
   const C larger = a > b ? a : b;
   return a != a ? a : larger;
-}
-
-template <typename C>
-inline C Min(C a, C b) {
-  const C smaller = a < b ? a : b;
-  return a != a ? a : smaller;
 }
 
 inline float Sqrt(float x) { return __builtin_sqrtf(x); }
@@ -49,13 +43,17 @@ struct Operands {
   void* out[kNumKinds];
 };
 
-template <typename C, typename P, typename G, State kState, Rounding kRounding, bool kWithEma>
+// With kFew no gradient has a leaf's scale, is clipped or stepped along, no constant is under the
+// root and no decay is left out: then what is left out here changes nothing.
+template <typename C, typename P, typename G, State kState, Rounding kRounding, bool kWithEma,
+          bool kFew = false>
 void UpdateLoop(const Slice& slice, int64_t n, const Operands& x) {
   constexpr bool kRandom = kState == State::kWords || kRounding == Rounding::kStochastic;
   const auto slot = [&slice](Slot which) { return static_cast<C>(slice.slots[which]); };
   // A bound that is NaN makes all gradients so; the loop's comparisons would pass it over.
   const C bound = slot(CLIP_VALUE);
-  const C grad_scale = bound == bound ? slot(GRAD_SCALE) : bound, leaf_scale = static_cast<C>(slice.leaf_scale);
+  const C grad_scale = bound == bound ? slot(GRAD_SCALE) : bound;
+  const C leaf_scale = static_cast<C>(slice.leaf_scale);
   const C high = bound, low = -bound;
   const C beta_1 = slot(BETA_1), one_minus_beta_1 = slot(ONE_MINUS_BETA_1);
   const C beta_2 = slot(BETA_2), one_minus_beta_2 = slot(ONE_MINUS_BETA_2);
@@ -65,6 +63,7 @@ void UpdateLoop(const Slice& slice, int64_t n, const Operands& x) {
   const C momentum = slot(EMA_MOMENTUM), one_minus_momentum = slot(ONE_MINUS_EMA_MOMENTUM);
   const bool overwrite = slot(EMA_OVERWRITE) != 0;
   const C opposed = static_cast<C>(slice.opposed);
+  [[maybe_unused]] const Words words;
   [[maybe_unused]] const uint32_t salt = SaltOf(static_cast<float>(slice.slots[SALT]));
 
   const P* const p_in = static_cast<const P*>(x.in[kParams]);
@@ -91,24 +90,31 @@ void UpdateLoop(const Slice& slice, int64_t n, const Operands& x) {
       p = Widen(p_in[i]);
     }
     [[maybe_unused]] uint32_t random = 0;
-    if constexpr (kRandom) random = RandomBits(grad, p, salt);
+    if constexpr (kRandom) random = words.RandomBits(grad, p, salt);
     C m, v;
     if constexpr (kState == State::kWords) {
-      const Moments old = Decode(words_in[i]);
+      const Moments old = words.Decode(words_in[i]);
       m = old.m, v = old.v;
     } else {
       m = m_in[i], v = v_in[i];
     }
-    C g = grad_scale * grad * leaf_scale;
-    g = low > g ? low : g;
-    g = high < g ? high : g;
+    C g = grad_scale * grad;
+    if constexpr (!kFew) {
+      g = g * leaf_scale;
+      g = low > g ? low : g;
+      g = high < g ? high : g;
+    }
     m = beta_1 * m + one_minus_beta_1 * g;
     v = beta_2 * v + one_minus_beta_2 * (g * g);
-    C w = v;
+    C w = v, along = step_size * m;
     if constexpr (kState == State::kAmsgrad) v_max_out[i] = w = Max(v, v_max_in[i]);
-    const C root = Sqrt(w + epsilon_root) * v_correction;
-    const C step = (step_size * m + grad_step_size * g) / (root + epsilon);
-    const C decay = p * step < opposed ? C{0} : decay_rate * p;
+    if constexpr (!kFew) {
+      w = w + epsilon_root;
+      along = along + grad_step_size * g;
+    }
+    const C step = along / (Sqrt(w) * v_correction + epsilon);
+    C decay = decay_rate * p;
+    if constexpr (!kFew) decay = p * step < opposed ? C{0} : decay;
     p = p - (decay + step);
     if constexpr (kWithEma) {
       const C ema = momentum * ema_in[i] + one_minus_momentum * p;
@@ -116,7 +122,7 @@ void UpdateLoop(const Slice& slice, int64_t n, const Operands& x) {
       p = overwrite ? ema : p;
     }
     if constexpr (kState == State::kWords) {
-      words_out[i] = Encode({m, v}, random);
+      words_out[i] = words.Encode({m, v}, random);
     } else {
       m_out[i] = m;
       v_out[i] = v;
@@ -132,6 +138,13 @@ void UpdateLoop(const Slice& slice, int64_t n, const Operands& x) {
   }
 }
 
+inline bool HasFew(const Slice& slice) {
+  const double* const slots = slice.slots;
+  return slice.leaf_scale == 1 && slots[CLIP_VALUE] == __builtin_inf() &&
+         slots[EPSILON_ROOT] == 0 && slots[GRAD_STEP_SIZE] == 0 &&
+         slice.opposed == -__builtin_inf();
+}
+
 using Loop = void (*)(const Slice&, int64_t, const Operands&);
 
 template <typename C, typename P, typename G, Rounding kRounding>
@@ -139,6 +152,10 @@ Loop Choose(const Slice& slice) {
   const bool ema = slice.in[kEma] != nullptr;
   if (slice.in[kWords] != nullptr) {
     if constexpr (sizeof(C) == sizeof(float)) {
+      // These loops are bound by their operations; the others by memory.
+      if (!ema && HasFew(slice)) {
+        return UpdateLoop<C, P, G, State::kWords, kRounding, false, true>;
+      }
       return ema ? UpdateLoop<C, P, G, State::kWords, kRounding, true>
                  : UpdateLoop<C, P, G, State::kWords, kRounding, false>;
     }

@@ -26,73 +26,100 @@ inline T Most(T a, T b) {
   return a > b ? a : b;
 }
 
+// a - b/2, where that is exact: fused or not, the same.
+inline float LessHalf(float a, float b) {
+#if defined(__FMA__) || defined(__AVX512F__) || defined(__ARM_FEATURE_FMA)
+  return __builtin_fmaf(b, -0.5f, a);
+#else
+  return a - b * 0.5f;
+#endif
+}
+
 // ----------------------------------------------------------------------------- words
 
-constexpr int kMantissa = 21;                // bits of a float's mantissa that a code drops
-constexpr uint32_t kOctave = 4u << kMantissa;  // codes of one exponent
+constexpr int kMantissa = 21;  // bits of a float's mantissa that a code drops
+constexpr int kScale = 5;      // m's unit is as many octaves more here, see kUZero
+constexpr uint32_t kOctave = 4u << kMantissa;           // codes of one exponent
+constexpr uint32_t kFirst = 2u << kMantissa;            // v's code where v is 0, in a word
+constexpr uint32_t kVZero = (127u - 98) << 23;          // the least v that is not linear
+constexpr uint32_t kUZero = (127u - 10 - kScale) << 23;  // no bit of it is one of m's code's
+
+// A constant that the compiler does not know. What it knows, GCC makes anew from a general
+// register in each round of a loop with more of them than registers: 6 % of its time.
+inline uint32_t Opaque(uint32_t x) {
+  asm("" : "+r"(x));
+  return x;
+}
 
 // A float of 2 bits of mantissa with gradual underflow: x's code is that of x + max(x, 2^least),
 // a normal float's highest bits, with no case for the linear range.
-template <int kLeastExponent, int kLargest>
 struct Codes {
-  static constexpr uint32_t kZero = static_cast<uint32_t>(127 + kLeastExponent) << 23;
-  static constexpr uint32_t kEnd = kZero + ((kLargest + 1u) << kMantissa) - 1;
+  uint32_t zero, normal, end;
 
-  // Of a code, shifted by kMantissa and with kZero added.
-  static float Decode(uint32_t bits) {
-    return FloatOf(Least(BitsOf(FloatOf(bits) - FloatOf(kZero)), bits - kOctave));
+  Codes(uint32_t least, uint32_t largest)
+      : zero(Opaque(least)),
+        normal(Opaque(least + kOctave)),
+        end(Opaque(least + ((largest + 1) << kMantissa) - 1)) {}
+
+  // Of a code, shifted by kMantissa and with `zero` added.
+  float Decode(uint32_t bits) const {
+    return LessHalf(FloatOf(bits), FloatOf(Most(bits, normal)));
   }
 
   // The same, and below it what is rounded off; the noise, of kMantissa bits, carries.
-  static uint32_t Encode(float x, uint32_t noise) {
-    return Least(BitsOf(x + FloatOf(Most(BitsOf(x), kZero))) + noise, kEnd);
+  uint32_t Encode(float x, uint32_t noise) const {
+    return Least(BitsOf(x + FloatOf(Most(BitsOf(x), zero))) + noise, end);
   }
 };
-
-using VCodes = Codes<-98, 507>;
-using UCodes = Codes<-10, 63>;
-
-constexpr uint32_t kFirst = 2;  // v's code where v is 0, in a word
-
-// The pattern of the power of two that m is a multiple of, from v's code.
-inline uint32_t Unit(uint32_t bits) {
-  return (Most(bits, VCodes::kZero + kOctave) + (126u << 23)) >> 1 & 0x7f800000u;
-}
 
 struct Moments {
   float m, v;
 };
 
-inline Moments Decode(uint16_t stored) {
-  const uint32_t word = stored;
-  const uint32_t c = Most(word << 15 & 0x1ffu << kMantissa, kFirst << kMantissa);
-  const uint32_t code = c + (VCodes::kZero - (kFirst << kMantissa));
-  const float u = UCodes::Decode((word << kMantissa & 0x3fu << kMantissa) + UCodes::kZero);
-  const float unit = FloatOf(Unit(code) | (word << 16 & kSign));
-  return {u * unit, VCodes::Decode(code)};
-}
+class Words {
+ public:
+  Moments Decode(uint16_t stored) const {
+    const uint32_t word = stored;
+    const uint32_t code = Most(word << 15 & v_field_, first_) + offset_;
+    // m's unit is a power of two of half the exponent of v.
+    const uint32_t unit = (Most(code, v_.normal) + unit_) >> 1 & exponent_;
+    const float u = u_.Decode((word << kMantissa & u_field_) | u_.zero);
+    return {u * FloatOf(unit | (word << 16 & sign_)), v_.Decode(code)};
+  }
 
-inline uint16_t Encode(Moments x, uint32_t random) {
-  const uint32_t code = VCodes::Encode(x.v, random & ((1u << kMantissa) - 1));
-  const float inverse = FloatOf((254u << 23) - Unit(code));
-  const uint32_t bits = BitsOf(x.m);
-  const float u = FloatOf(bits & ~kSign) * inverse;
-  const uint32_t a = UCodes::Encode(u, random >> (32 - kMantissa));
-  // In the upper half, so that nothing is narrowed before it is all there.
-  constexpr uint32_t kOffset = (kFirst << 22) - (VCodes::kZero << 1) - (UCodes::kZero >> 5);
-  const uint32_t word = ((code & ~((1u << kMantissa) - 1)) << 1) + (a >> 5) + kOffset;
-  return static_cast<uint16_t>((word | (bits & kSign)) >> 16);
-}
+  uint16_t Encode(Moments x, uint32_t random) const {
+    const uint32_t code = v_.Encode(x.v, random & noise_);
+    const uint32_t inverse = (inverse_ - Most(code, v_.normal)) >> 1 & exponent_;
+    const uint32_t bits = BitsOf(x.m);
+    const float u = FloatOf(bits & ~sign_) * FloatOf(inverse);
+    const uint32_t a = u_.Encode(u, random >> (32 - kMantissa)) >> (kMantissa - 16);
+    // In the upper half, so that nothing is narrowed before it is all there.
+    const uint32_t c = (code - offset_) << 1;
+    const uint32_t size = (c & upper_) | (a & ~upper_);
+    return static_cast<uint16_t>(((size & ~sign_) | (bits & sign_)) >> 16);
+  }
 
-// 32 bits for one element; `salt` is the part of the sum that all elements share.
+  // 32 bits for one element; `salt` is the part of the sum that all elements share.
+  uint32_t RandomBits(float grad, float param, uint32_t salt) const {
+    uint32_t x = BitsOf(grad) * factors_[0] + BitsOf(param) + salt;
+    x = (x ^ x >> 16) * factors_[1];
+    x = (x ^ x >> 15) * factors_[2];
+    return x ^ x >> 16;
+  }
+
+ private:
+  const Codes v_{kVZero, 507}, u_{kUZero, 63};
+  const uint32_t sign_ = Opaque(kSign), exponent_ = Opaque(0x7f800000u);
+  const uint32_t v_field_ = Opaque(0x1ffu << kMantissa), u_field_ = Opaque(0x3fu << kMantissa);
+  const uint32_t first_ = Opaque(kFirst), offset_ = Opaque(kVZero - kFirst);
+  const uint32_t unit_ = Opaque((126u + 2 * kScale) << 23);
+  const uint32_t inverse_ = Opaque(((510u - 2 * kScale - 126u) << 23) - 1);
+  const uint32_t noise_ = Opaque((1u << kMantissa) - 1);
+  const uint32_t upper_ = Opaque(0xffc00000u);
+  const uint32_t factors_[3] = {Opaque(0x9e3779b9u), Opaque(0x7feb352du), Opaque(0x846ca68bu)};
+};
+
 inline uint32_t SaltOf(float step) { return BitsOf(step) * 0x85ebca6bu; }
-
-inline uint32_t RandomBits(float grad, float param, uint32_t salt) {
-  uint32_t x = BitsOf(grad) * 0x9e3779b9u + BitsOf(param) + salt;
-  x = (x ^ x >> 16) * 0x7feb352du;
-  x = (x ^ x >> 15) * 0x846ca68bu;
-  return x ^ x >> 16;
-}
 
 // ---------------------------------------------------------------------- narrow params
 
