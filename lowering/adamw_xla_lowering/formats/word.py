@@ -31,7 +31,6 @@ and param and of the step's number, so the result depends on nothing but the ele
 mesh, on the bucket or on the order. Equal elements round alike.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -54,7 +53,12 @@ ZERO = np.uint16(FIRST << 6)
 """The word of m = v = 0."""
 
 _SIGN = 0x80000000
-_LINEAR = 4  # codes of the linear range: those that 2 bits of mantissa have
+_EXPONENT = 0x7F800000
+
+# A code is treated as the pattern of a float32 of its value, and in the linear range of the mean
+# of its value and the range's end. So one addition of integers makes it of the word's bits.
+_NUM_V, _NUM_U = 9, 6  # bits of the codes
+_V_AT, _U_AT = 22, 16  # and their places in the word, as a float32's pattern
 
 
 def decode(ops: BitOps, word: Any) -> tuple[Any, Any]:
@@ -65,11 +69,16 @@ def decode(ops: BitOps, word: Any) -> tuple[Any, Any]:
       word: as float32 numbers.
     """
     w = ops.bits(word)
-    c = ops.both(ops.right(w, 22), ops.integer(0x1FF))
-    code = ops.maximum(ops.subtract(c, ops.integer(FIRST)), ops.integer(0))
-    u = _value(ops, ops.both(ops.right(w, 16), ops.integer(0x3F)), U_MIN)
-    signed = ops.float_of(ops.either(ops.bits(u), ops.both(w, ops.integer(_SIGN))))
-    return ops.multiply(signed, ops.float_of(_unit(ops, code))), _value(ops, code, V_MIN)
+    c = ops.right(ops.both(w, _field(ops, _V_AT, _NUM_V)), _V_AT - MANTISSA)
+    c = ops.maximum(c, ops.integer(FIRST << MANTISSA))
+    v_bits = ops.add(c, ops.integer(_offset(V_MIN) - (FIRST << MANTISSA)))
+    a = ops.both(ops.left(w, MANTISSA - _U_AT), _field(ops, MANTISSA, _NUM_U))
+    u = _value(ops, ops.add(a, ops.integer(_offset(U_MIN))), U_MIN)
+    # 2^floor(e/2): half the exponent, whose bias is odd; with m's sign.
+    doubled = ops.add(_normal(ops, v_bits), ops.integer(127 << 23))
+    unit = ops.both(ops.right(doubled, 1), ops.integer(_EXPONENT))
+    signed = ops.float_of(ops.either(unit, ops.both(w, ops.integer(_SIGN))))
+    return ops.multiply(u, signed), _value(ops, v_bits, V_MIN)
 
 
 def encode(ops: BitOps, m: Any, v: Any, random: Any) -> Any:
@@ -81,15 +90,21 @@ def encode(ops: BitOps, m: Any, v: Any, random: Any) -> Any:
       v: float32, not negative.
       random: int32, of which all 32 bits are used.
     """
-    code = _code(ops, v, ops.both(random, ops.integer((1 << MANTISSA) - 1)), V_MIN, V_LARGEST)
-    inverse = ops.subtract(ops.integer(254 << 23), _unit(ops, code))
+    v_noise = ops.both(random, ops.integer((1 << MANTISSA) - 1))
+    v_bits = ops.add(_pattern(ops, v, V_MIN, V_LARGEST), v_noise)
+    # 2^-floor(e/2); that no borrow may come from the mantissa, 1 less than an exponent's unit more.
+    halved = ops.right(ops.subtract(ops.integer((383 << 23) - 1), _normal(ops, v_bits)), 1)
+    inverse = ops.float_of(ops.both(halved, ops.integer(_EXPONENT)))
     m_bits = ops.bits(m)
     size = ops.float_of(ops.both(m_bits, ops.integer(_SIGN - 1)))
-    u = ops.multiply(size, ops.float_of(inverse))
-    a = _code(ops, u, ops.right(random, 32 - MANTISSA), U_MIN, U_LARGEST)
-    c = ops.left(ops.add(code, ops.integer(FIRST)), 22)
-    word = ops.either(ops.either(c, ops.left(a, 16)), ops.both(m_bits, ops.integer(_SIGN)))
-    return ops.float_of(word)
+    u = _pattern(ops, ops.multiply(size, inverse), U_MIN, U_LARGEST)
+    u_bits = ops.add(u, ops.right(random, 32 - MANTISSA))
+    c = ops.subtract(v_bits, ops.integer(_offset(V_MIN) - (FIRST << MANTISSA)))
+    c = ops.both(ops.left(c, _V_AT - MANTISSA), _field(ops, _V_AT, _NUM_V))
+    a = ops.right(ops.subtract(u_bits, ops.integer(_offset(U_MIN))), MANTISSA - _U_AT)
+    a = ops.both(a, _field(ops, _U_AT, _NUM_U))
+    sign = ops.both(m_bits, ops.integer(_SIGN))
+    return ops.float_of(ops.either(ops.either(c, a), sign))
 
 
 def random_bits(ops: BitOps, grad: Any, param: Any, salt: Any) -> Any:
@@ -110,32 +125,29 @@ def random_bits(ops: BitOps, grad: Any, param: Any, salt: Any) -> Any:
     return ops.differ(x, ops.right(x, 16))
 
 
-def _unit(ops: BitOps, code: Any) -> Any:
-    """The pattern of 2^floor(e/2), from v's code."""
-    low = (127 + V_MIN) << 2
-    raw = ops.add(ops.maximum(code, ops.integer(_LINEAR)), ops.integer(low - _LINEAR))
-    exponent = ops.right(ops.add(ops.right(raw, 2), ops.integer(127)), 1)
-    return ops.left(exponent, 23)
+def _offset(least: int) -> int:
+    """The pattern of code 0: half of 2^least."""
+    return (127 + least - 1) << 23
 
 
-def _value(ops: BitOps, code: Any, least: int) -> Any:
-    """What a code stands for; the float that the linear range begins at is taken off there."""
-    is_linear = ops.less(code, ops.integer(_LINEAR))
-    low = (127 + least) << 2
-    offset = _either(ops, is_linear, ops.integer, low, low - _LINEAR)
-    value = ops.float_of(ops.left(ops.add(code, offset), MANTISSA))
-    return ops.subtract(value, _either(ops, is_linear, ops.number, 2.0**least, 0.0))
+def _field(ops: BitOps, place: int, width: int) -> Any:
+    return ops.integer(((1 << width) - 1) << place)
 
 
-def _code(ops: BitOps, x: Any, noise: Any, least: int, largest: int) -> Any:
-    """The code of ``x``, rounded up where the noise carries."""
-    is_linear = ops.less(x, ops.number(2.0**least))
-    y = ops.add(x, _either(ops, is_linear, ops.number, 2.0**least, 0.0))
-    low = (127 + least) << 2
-    offset = _either(ops, is_linear, ops.integer, low, low - _LINEAR)
-    code = ops.subtract(ops.right(ops.add(ops.bits(y), noise), MANTISSA), offset)
-    return ops.minimum(code, ops.integer(largest))
+def _normal(ops: BitOps, v_bits: Any) -> Any:
+    """Of what is in v's linear range, the pattern of the range's end."""
+    return ops.maximum(v_bits, ops.integer((127 + V_MIN) << 23))
 
 
-def _either(ops: BitOps, condition: Any, make: Callable[[Any], Any], yes: float, no: float) -> Any:
-    return ops.select(condition, make(yes), make(no))
+def _value(ops: BitOps, bits: Any, least: int) -> Any:
+    """The value: of the mean of two numbers and one of them, the other."""
+    x = ops.float_of(bits)
+    return ops.subtract(ops.add(x, x), ops.maximum(x, ops.number(2.0**least)))
+
+
+def _pattern(ops: BitOps, x: Any, least: int, largest: int) -> Any:
+    """The pattern of ``x``, to which noise is to be added; NaN counts as the largest."""
+    end = ops.number(2.0**least)
+    x = ops.maximum(x, ops.multiply(ops.add(x, end), ops.number(0.5)))
+    top = ops.number((1 + largest % 4 / 4) * 2.0 ** (least - 1 + largest // 4))
+    return ops.bits(ops.select(ops.less(x, top), x, top))
