@@ -117,8 +117,8 @@ class AdamW:
       state_format: "moments": ``m`` and ``v``, an array each. "word16": both in one bfloat16 for
         each element, 2 bytes in place of 8, rounded at random by bits that follow from the
         element's gradient and param and the count alone; ``adamw_xla_lowering.formats.word`` has
-        the format. What the step itself computes is float32 as ever. Not with ``amsgrad`` or
-        ``state_dtype``, nor for float64 params.
+        the format. What the step itself computes is float32 as ever. An ``epsilon`` below 1e-14
+        counts as that. Not with ``amsgrad`` or ``state_dtype``, nor for float64 params.
       params_rounding: of bfloat16 params: "nearest", or "stochastic", so that steps below
         half of their spacing are made on average. Others are rounded to the nearest.
       master: "split": the state holds 16 bits more for each param, its ``remainder``: with it a

@@ -21,6 +21,7 @@ from adamw_xla._config import AdamW, ScalarOrSchedule, known_decay
 from adamw_xla._inside import decay, explicit
 from adamw_xla._inside.decay import Decay
 from adamw_xla_lowering import NUM_SLOTS, Slot
+from adamw_xla_lowering.formats.noise import step_factor
 
 Scalar: TypeAlias = float | jax.Array
 
@@ -91,7 +92,7 @@ def hyper_rows(
         Slot.ONE_MINUS_BETA_1: beta_1.complement,
         Slot.BETA_2: beta_2.value,
         Slot.ONE_MINUS_BETA_2: beta_2.complement,
-        Slot.EPSILON: _at_least_tiny(as_scalar(config.epsilon, dtype), dtype),
+        Slot.EPSILON: _at_least(_LEAST[config.state_format], config.epsilon, dtype),
         Slot.APPLY: apply,
         **({Slot.SALT: t} if is_salted(config) else {}),
         **_step_slots(config, _array(learning_rate, dtype), t, beta_1, beta_2),
@@ -108,12 +109,16 @@ def is_salted(config: AdamW) -> bool:
     return config.state_format == "word16" or config.params_rounding == "stochastic"
 
 
-def _at_least_tiny(epsilon: Scalar, dtype: DTypeLike) -> Scalar:
-    """With an epsilon of 0, an element that never had a gradient would be 0/0; else no change."""
-    tiny = np.finfo(np.float32).tiny  # also in float64, where some leaves may be float32
+_LEAST = {"moments": float(np.finfo(np.float32).tiny), "word16": 1e-14}
+"""The least epsilon. With 0, an element that never had a gradient would be 0/0, also in float64,
+where some leaves may be float32. In words a v below 2^-100 may be 0 while m is not."""
+
+
+def _at_least(least: float, value: Any, dtype: DTypeLike) -> Scalar:
+    epsilon = as_scalar(value, dtype)
     if isinstance(epsilon, float):
-        return max(epsilon, float(tiny))
-    return lax.max(epsilon, np.asarray(tiny, dtype))
+        return max(epsilon, least)
+    return lax.max(epsilon, np.asarray(least, dtype))
 
 
 def _power_minus_one(beta: Decay, t: jax.Array) -> jax.Array:
@@ -138,6 +143,9 @@ def _step_slots(
         )
         following = _power_minus_one(beta_1, lax.add(t, np.ones((), dtype)))
         slots[Slot.STEP_SIZE] = lax.mul(lax.div(minus_rate, following), _array(beta_1.value, dtype))
+    if config.state_format == "word16":
+        factor = step_factor(_array(beta_2.complement, dtype), t)
+        slots = {slot: lax.mul(size, factor) for slot, size in slots.items()}
     if config.epsilon_hat:
         slots = {slot: lax.mul(size, root_2) for slot, size in slots.items()}
     slots[Slot.V_CORRECTION] = 1.0 if config.epsilon_hat else lax.div(np.ones((), dtype), root_2)
