@@ -36,6 +36,9 @@ constexpr DType kDTypes[] = {DType::kBF16, DType::kF16, DType::kF32, DType::kF64
 
 Int64 Width(DType dtype) { return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2; }
 
+// What a loop may leave out: all of it is on, one thing is, or nothing.
+enum Left { kAllOn, kCautious, kLeafScale, kClipped, kRooted, kNesterov, kNoneOn, kNumLeft };
+
 enum Rounding { kNearest, kStochastic, kSplit, kNumRoundings };
 
 // A heap block between guard zones; AddressSanitizer sees where the block ends.
@@ -84,6 +87,7 @@ struct Case {
   DType param, grad, state;
   bool amsgrad, ema, words;
   Rounding rounding;
+  Left left = kAllOn;
 
   DType Of(int kind) const {
     switch (kind) {
@@ -109,7 +113,8 @@ struct Case {
   bool Occurs() const {
     const bool narrow = param == DType::kBF16;
     return !(words && (amsgrad || state != DType::kF32 || param == DType::kF64)) &&
-           (rounding == kNearest || (narrow && state == DType::kF32));
+           (rounding == kNearest || (narrow && state == DType::kF32)) &&
+           (left == kAllOn || (words && !ema && grad == param));
   }
 };
 
@@ -137,15 +142,23 @@ std::vector<float> MakeHyper(Int64 rows) {
   return hyper;
 }
 
+// As a float, infinity; the loop that leaves nothing out has it.
+constexpr double kAlmostInfinity = 1e300;
+
 // One slice [begin, end) of a leaf, updated in place.
-void UpdateSlice(const Case& which, const Buffers& leaf, Int64 begin, Int64 end, UpdateFn update) {
+void UpdateSlice(const Case& which, const Buffers& leaf, Int64 begin, Int64 end, UpdateFn update,
+                 double infinity = std::numeric_limits<double>::infinity()) {
   static const std::vector<float> hyper = MakeHyper(1);
   Slice slice = {};
   slice.size = end - begin;
-  slice.leaf_scale = 0.9;
   slice.stochastic = which.rounding == kStochastic;
-  slice.opposed = -std::numeric_limits<double>::infinity();
+  const auto has = [&](Left x) { return which.left == kAllOn || which.left == x; };
+  slice.opposed = has(kCautious) ? 0 : -infinity;
+  slice.leaf_scale = has(kLeafScale) ? 0.9 : 1;
   for (int s = 0; s < kNumSlots; ++s) slice.slots[s] = hyper[s];
+  if (!has(kClipped)) slice.slots[CLIP_VALUE] = infinity;
+  if (!has(kRooted)) slice.slots[EPSILON_ROOT] = 0;
+  if (!has(kNesterov)) slice.slots[GRAD_STEP_SIZE] = 0;
   for (int k = 0; k < kNumKinds; ++k) {
     slice.dtype[k] = which.Of(k);
     if (!which.Has(k)) continue;
@@ -159,15 +172,19 @@ void UpdateSlice(const Case& which, const Buffers& leaf, Int64 begin, Int64 end,
 void TestArithmetic(const Isa& isa) {
   const UpdateFn baseline = kIsas[kNumIsas - 1].update;
   for (DType param : kDTypes) for (DType grad : kDTypes) for (DType state : kDTypes)
-    for (int options = 0; options < 8 * kNumRoundings; ++options)
+    for (int options = 0; options < 8 * kNumRoundings * kNumLeft; ++options)
     for (Int64 size : {0, 1, 15, 17, 64, 1103}) {
       const Case which = {param, grad, state, (options & 1) != 0, (options & 2) != 0,
-                          (options & 4) != 0, static_cast<Rounding>(options / 8)};
+                          (options & 4) != 0, static_cast<Rounding>(options / 8 % kNumRoundings),
+                          static_cast<Left>(options / 8 / kNumRoundings)};
       if (!which.Occurs()) continue;
       const Buffers whole = MakeLeaf(which, size, 7);
       const Buffers single = whole, before = whole;
       UpdateSlice(which, whole, 0, size, isa.update);
-      for (Int64 i = 0; i < size; ++i) UpdateSlice(which, single, i, i + 1, baseline);
+      const auto one = [&](Int64 i) {
+        UpdateSlice(which, single, i, i + 1, baseline, kAlmostInfinity);
+      };
+      for (Int64 i = 0; i < size; ++i) one(i);
       for (int k = 0; k < kNumKinds; ++k) {
         CHECK(whole[k] == single[k]);
       }

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import words
 
 from adamw_xla_lowering import Slot, UpdateResult
 
@@ -42,6 +43,14 @@ Tree = dict[str, Any]
 
 def columns(result: UpdateResult) -> dict[str, list[Any]]:
     return {kind: column for kind, column in result._asdict().items() if column is not None}
+
+
+def in_words(trees: Sequence[Tree]) -> Tree:
+    """Leaves of several trees as one, with a word of each m and v."""
+    tree = {kind: [x for t in trees for x in t[kind]] for kind in trees[0]}
+    m, v = tree.pop("m"), tree.pop("v")
+    pairs = zip(m, v, strict=True)
+    return tree | {"words": [words.encode(m, v, np.uint32(0)) for m, v in pairs]}
 
 
 class _Tests:
@@ -105,6 +114,26 @@ class UpdateContract(_Tests):
             for kind, column in columns(result).items():
                 for got, want in zip(column, tree[kind], strict=True):
                     assert np.asarray(got).tobytes() == want.tobytes(), kind
+
+    @pytest.mark.parametrize("flags", [{"stochastic": True}, {"split": True}], ids=name_of)
+    def test_formats_keep_what_is_not_theirs(self, flags: dict[str, bool]) -> None:
+        """Every bit where a step is skipped; and remainders beside params that are no halves."""
+        shapes = [(17,), (3, 5), (1000,)]
+        tree = in_words([leaves(shapes, param, ema=True) for param in ("bfloat16", "float32")])
+        if flags.get("split"):
+            size = [np.prod(x.shape, dtype=int) for x in tree["params"]]
+            tree["remainder"] = [
+                np.resize(np.arange(-9, n - 9, dtype=np.int16) * 331, x.shape)
+                for n, x in zip(size, tree["params"], strict=True)
+            ]
+        stochastic = {"stochastic": True} if flags.get("stochastic") else {}
+        for apply in (0.0, 1.0):
+            result = self.run(hyper(APPLY=apply, SALT=3.0), tree, skip=True, **stochastic)
+            for kind, column in columns(result).items():
+                for i, (got, want) in enumerate(zip(column, tree[kind], strict=True)):
+                    passes = kind == "remainder" and i >= len(shapes)
+                    is_same = np.asarray(got).tobytes() == want.tobytes()
+                    assert is_same == (not apply or passes), f"{kind}[{i}]"
 
     @pytest.mark.parametrize("where", ["params", "grads", "m", "v", "v_max", "ema"])
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -83,4 +83,4 @@ def format_of(name: str) -> Format:
     return Oracle() if name == "oracle" else Updated(IMPLEMENTATIONS[name])
 
 
-NAMES = ("oracle", "reference", "stablehlo")
+NAMES = ("oracle", "reference", "stablehlo", "cpu kernel")
