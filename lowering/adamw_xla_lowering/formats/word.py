@@ -59,6 +59,7 @@ _EXPONENT = 0x7F800000
 # of its value and the range's end. So one addition of integers makes it of the word's bits.
 _NUM_V, _NUM_U = 9, 6  # bits of the codes
 _V_AT, _U_AT = 22, 16  # and their places in the word, as a float32's pattern
+_U_SCALE = -4  # log2; with it the pattern of m's code 0 has zeros where codes are
 
 
 def decode(ops: BitOps, word: Any) -> tuple[Any, Any]:
@@ -73,12 +74,14 @@ def decode(ops: BitOps, word: Any) -> tuple[Any, Any]:
     c = ops.maximum(c, ops.integer(FIRST << MANTISSA))
     v_bits = ops.add(c, ops.integer(_offset(V_MIN) - (FIRST << MANTISSA)))
     a = ops.both(ops.left(w, MANTISSA - _U_AT), _field(ops, MANTISSA, _NUM_U))
-    u = _value(ops, ops.add(a, ops.integer(_offset(U_MIN))), U_MIN)
+    u_bits = ops.add(a, ops.integer(_offset(U_MIN)))
+    u = _value(ops, u_bits, ops.maximum(ops.float_of(u_bits), ops.number(2.0**U_MIN)))
     # 2^floor(e/2): half the exponent, whose bias is odd; with m's sign.
-    doubled = ops.add(_normal(ops, v_bits), ops.integer(127 << 23))
+    normal = _normal(ops, v_bits)
+    doubled = ops.add(normal, ops.integer(127 << 23))
     unit = ops.both(ops.right(doubled, 1), ops.integer(_EXPONENT))
     signed = ops.float_of(ops.either(unit, ops.both(w, ops.integer(_SIGN))))
-    return ops.multiply(u, signed), _value(ops, v_bits, V_MIN)
+    return ops.multiply(u, signed), _value(ops, v_bits, ops.float_of(normal))
 
 
 def encode(ops: BitOps, m: Any, v: Any, random: Any) -> Any:
@@ -92,17 +95,18 @@ def encode(ops: BitOps, m: Any, v: Any, random: Any) -> Any:
     """
     v_noise = ops.both(random, ops.integer((1 << MANTISSA) - 1))
     v_bits = ops.add(_pattern(ops, v, V_MIN, V_LARGEST), v_noise)
-    # 2^-floor(e/2); that no borrow may come from the mantissa, 1 less than an exponent's unit more.
-    halved = ops.right(ops.subtract(ops.integer((383 << 23) - 1), _normal(ops, v_bits)), 1)
+    # 2^-floor(e/2), and for u's field to begin with zeros less; 1 less than a unit more, so that
+    # the mantissa borrows nothing.
+    top = ((383 + 2 * _U_SCALE) << 23) - 1
+    halved = ops.right(ops.subtract(ops.integer(top), _normal(ops, v_bits)), 1)
     inverse = ops.float_of(ops.both(halved, ops.integer(_EXPONENT)))
     m_bits = ops.bits(m)
     size = ops.float_of(ops.both(m_bits, ops.integer(_SIGN - 1)))
-    u = _pattern(ops, ops.multiply(size, inverse), U_MIN, U_LARGEST)
+    u = _pattern(ops, ops.multiply(size, inverse), U_MIN + _U_SCALE, U_LARGEST)
     u_bits = ops.add(u, ops.right(random, 32 - MANTISSA))
     c = ops.subtract(v_bits, ops.integer(_offset(V_MIN) - (FIRST << MANTISSA)))
     c = ops.both(ops.left(c, _V_AT - MANTISSA), _field(ops, _V_AT, _NUM_V))
-    a = ops.right(ops.subtract(u_bits, ops.integer(_offset(U_MIN))), MANTISSA - _U_AT)
-    a = ops.both(a, _field(ops, _U_AT, _NUM_U))
+    a = ops.both(ops.right(u_bits, MANTISSA - _U_AT), _field(ops, _U_AT, _NUM_U))
     sign = ops.both(m_bits, ops.integer(_SIGN))
     return ops.float_of(ops.either(ops.either(c, a), sign))
 
@@ -139,10 +143,10 @@ def _normal(ops: BitOps, v_bits: Any) -> Any:
     return ops.maximum(v_bits, ops.integer((127 + V_MIN) << 23))
 
 
-def _value(ops: BitOps, bits: Any, least: int) -> Any:
+def _value(ops: BitOps, bits: Any, normal: Any) -> Any:
     """The value: of the mean of two numbers and one of them, the other."""
     x = ops.float_of(bits)
-    return ops.subtract(ops.add(x, x), ops.maximum(x, ops.number(2.0**least)))
+    return ops.subtract(ops.add(x, x), normal)
 
 
 def _pattern(ops: BitOps, x: Any, least: int, largest: int) -> Any:
