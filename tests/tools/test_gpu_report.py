@@ -353,6 +353,28 @@ def test_cases_that_have_no_time_are_named(tmp_path: Path, monkeypatch: pytest.M
     assert cases[3]["case"] == "16x32k bfloat16 clip"
 
 
+def test_nobody_is_waited_for_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[list[str], float]] = []
+
+    def measure(plan: steps.Plan, memory: int, until: float, timing: float) -> dict[str, Any]:
+        seen.append((list(plan.peers), until - time.monotonic()))
+        return {
+            "failed": {"optax": "TimeoutError: was not compiled in time", "xla": "ValueError: a"}
+        }
+
+    def start(parser: argparse.ArgumentParser) -> child.Child:
+        return child.Child("cpu", time.monotonic() + 60, tmp_path / "items", parser.parse_args([]))
+
+    monkeypatch.setattr(child, "start", start)
+    monkeypatch.setattr(steps, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["steps"])
+    steps.main()
+    first, *others = [peers for peers, _ in seen]
+    assert others == [[name for name in first if name != "optax"]] * 3
+    assert {"optax", "xla"} <= {*first}
+    assert all(0 < left <= steps.PATIENCE * steps.OTHERS for _, left in seen)
+
+
 def test_the_plans_are_of_what_there_is() -> None:
     swept = list(steps.plans("gpu", "sweep", []))
     assert {name for p in swept for name in p.peers} >= {"native", "native 512/2", "by leaf"}

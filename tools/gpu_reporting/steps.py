@@ -30,6 +30,9 @@ BUILDING = {"gpt2-small": 20.0, "resnet50": 10.0, "400x64k": 16.0, "1000x1k": 60
 OTHERS = 4.0
 """Seconds for any other tree."""
 
+PATIENCE = 1.5
+"""How many times as long is waited for; who is late then is left out of the tree's other cases."""
+
 GPU_TREES = (("gpt2-small", "resnet50", "1x256M"), ("400x64k",), ("1000x1k",))
 """In groups: those whose programs compile in seconds first, and last what takes half a minute."""
 
@@ -170,20 +173,26 @@ def main() -> None:
     spent: dict[str, float] = {}
     first = BUILDING if me.device == "gpu" else {}
     timing = TIMING[me.device]
+    late: dict[str, set[str]] = {}
     for plan in plans(me.device, me.options.form, without):
+        building = first.get(plan.tree, OTHERS)
         label = f"{plan.tree} {plan.dtype}{' clip' if plan.clip else ''}"
         # Compiling takes most of it, and the same again for the same tree.
-        needed = spent.get(plan.tree, first.get(plan.tree, OTHERS) + 2 * timing)
+        needed = spent.get(plan.tree, building + 2 * timing)
         if me.left < needed:
             skipped = f"no time was left: it takes {needed:.0f} s, and there were {me.left:.0f}"
             me.write(case=label, skipped=skipped)
             continue
         begin = time.monotonic()
+        until = min(begin + PATIENCE * building, me.until - timing)
+        tardy = late.setdefault(plan.tree, set())
+        plan = plan._replace(peers={k: v for k, v in plan.peers.items() if k not in tardy})
         try:
-            item = measure(plan, memory, me.until - timing, timing)
+            item = measure(plan, memory, until, timing)
         except Exception as error:  # the other cases have their turn
             item = {"case": label, "skipped": f"{type(error).__name__}: {error}"[:600]}
         me.write(**item)
+        tardy |= {k for k, v in item.get("failed", {}).items() if v.startswith("TimeoutError")}
         gc.collect()
         spent[plan.tree] = time.monotonic() - begin
 
