@@ -33,6 +33,7 @@ from adamw_xla.hlo._kernels import (
 from adamw_xla.hlo._leaves import Leaf, leaves_of
 from adamw_xla.hlo._part import Part
 from adamw_xla.hlo._report import Report, size
+from adamw_xla.hlo._syntax import consistent
 from adamw_xla.hlo._syntax.text import HloSyntaxError, parse
 
 
@@ -71,6 +72,7 @@ def report(
     if platform is not None and platform not in get_args(Platform):
         raise ValueError(f"hlo: platform must be one of {get_args(Platform)}, got {platform!r}")
     module = parse(text)
+    consistent.check(module)
     if donated is not None and len(donated) != len(module.entry.parameters):
         raise ValueError(
             f"hlo: donated has {len(donated)} entries, and the program has "

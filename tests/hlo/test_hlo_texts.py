@@ -11,7 +11,7 @@ from adamw_xla.hlo import HloSyntaxError, report
 
 def module(body: str, *, header: str = "", extra: str = "") -> str:
     head = f"HloModule m, is_scheduled=true{header}, entry_computation_layout={{()->()}}\n\n"
-    return f"{head}{textwrap.dedent(extra)}ENTRY %main () -> f32[] {{\n{textwrap.dedent(body)}}}\n"
+    return f"{head}{textwrap.dedent(extra)}ENTRY %main {{\n{textwrap.dedent(body)}}}\n"
 
 
 def test_bytes_of_slices_and_of_updates_in_place():
@@ -262,6 +262,18 @@ REFUSED = {
     "HloModule m, is_scheduled=true\n\n%a () -> f32[] {\n}\n": "no ENTRY computation",
     module("  %x = f32[2] what is this\n"): "line 4 cannot be read",
     module("  nothing at all\n"): "line 4 is no instruction",
+    module("%x = f32[2] frobnicate()\n"): "line 4: frobnicate is no operation that is known",
+    module("ROOT %x = f32[2] negate(%y)\n"): "line 4: %y is not made before it is used",
+    module("ROOT %x = f32[2] call(), to_apply=%f\n"): "line 4: %f is called, and does not stand",
+    module("%x = f32[2] parameter(0)\n"): "line 3: %main has 0 ROOT instructions",
+    module("ROOT %x = f32[2] parameter(1)\n"): "line 3: %main has the parameters 1",
+    module("%x = f32[2] parameter(0)\nROOT %y = f32[3] negate(%x)\n"): "line 5: %y, negate, contra",
+    module("ROOT %x = f32[2] parameter(0)\n").rstrip(
+        "}\n"
+    ): "line 3, does not end; is the text cut",
+    module("ROOT %x = f32[2] parameter(0)\n", header=", input_output_alias={ {0}: (1, {}) }"): (
+        "line 1: parameter 1 is given away, of 1"
+    ),
 }
 
 

@@ -9,10 +9,12 @@ from adamw_xla.hlo._syntax.text import Computation, Instruction, Module
 
 def result_shape(instruction: Instruction) -> Shape:
     """The shape of what is computed, without what an asynchronous start carries along."""
-    shape, part = instruction.shape, ASYNC_RESULT.get(instruction.opcode, 1)
-    if not instruction.opcode.endswith("-start") or not isinstance(shape, Tuple) or part is None:
+    opcode, shape = instruction.opcode, instruction.shape
+    if not opcode.endswith("-start") or not isinstance(shape, Tuple):
         return shape
-    return shape.parts[part]
+    if isinstance(shape.parts[0], Tuple):  # all that it was given stands there
+        return shape.parts[1]
+    return shape.parts[ASYNC_RESULT[opcode]] if opcode in ASYNC_RESULT else shape
 
 
 def entry_parameter(module: Module, computation: Computation, name: str) -> int | None:

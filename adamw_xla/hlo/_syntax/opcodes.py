@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 FREE = frozenset(
     {
         "add-dependency",
@@ -73,6 +75,23 @@ ELEMENTWISE = frozenset(
 )
 """What an optimizer may compute, each element of its result from those at the same place."""
 
+_OF_ONE = (
+    "abs convert exponential is-finite log negate not reduce-precision reshape rsqrt sign sqrt"
+)
+_OF_ONE += " bitcast broadcast copy get-tuple-element slice transpose"
+ARITY = {
+    **dict.fromkeys(ELEMENTWISE, 2),
+    **dict.fromkeys(_OF_ONE.split(), 1),
+    "clamp": 3,
+    "dot": 2,
+    "pad": 2,
+    "select": 3,
+}
+"""How many operands these have."""
+
+SAME_TYPE = ELEMENTWISE - {"clamp", "compare", "convert", "is-finite", "reshape", "select"}
+"""Those whose operands and result are of one dtype."""
+
 _COLLECTIVES = frozenset(
     {
         "all-gather",
@@ -91,5 +110,35 @@ def is_collective(opcode: str) -> bool:
     return opcode.removesuffix("-start") in _COLLECTIVES
 
 
-ASYNC_RESULT = {"all-reduce-start": None, "copy-start": 0}
-"""Which part of what an asynchronous start returns is its result, where it is not part 1."""
+ASYNC_RESULT = {
+    "all-gather-start": 1,
+    "async-start": 1,
+    "collective-permute-start": 1,
+    "copy-start": 0,
+    "dynamic-slice-start": 1,
+    "slice-start": 1,
+}
+"""Which part of what an asynchronous start returns is its result, where others stand beside it."""
+
+_OTHERS = frozenset(
+    re.split(
+        r"\s+",
+        "acos acosh all-gather asin asinh async atan atan2 atanh batch-norm-grad "
+        "batch-norm-inference batch-norm-training bitcast-convert broadcast call cbrt ceil "
+        "cholesky collective-reduce complex concatenate conditional convolution copy cosine cosh "
+        "count-leading-zeros custom-call dot dynamic-reshape dynamic-slice dynamic-update-slice "
+        "erf exponential-minus-one fft floor fusion gather imag infeed iota log-plus-one logistic "
+        "map mulhi outfeed pad popcnt ragged-dot real recv reduce reduce-window remainder reverse "
+        "rng rng-bit-generator rng-get-and-update-state round-nearest-afz round-nearest-even "
+        "scaled-dot scan scatter select-and-scatter send set-dimension-size shift-left "
+        "shift-right-arithmetic shift-right-logical shuffle sine sinh slice sort "
+        "stochastic-convert tan tanh topk transpose triangular-solve while xor",
+    )
+)
+
+
+def is_known(opcode: str) -> bool:
+    """Whether HLO has such an operation, or this is the beginning or the end of one."""
+    for ending in ("-start", "-update", "-done"):
+        opcode = opcode.removesuffix(ending)
+    return opcode in FREE | ELEMENTWISE | _COLLECTIVES | _OTHERS

@@ -88,10 +88,20 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """A named list of instructions."""
+    """A named list of instructions.
+
+    Attributes:
+      name: without the percent sign.
+      instructions: in their order.
+      line: where it begins in the text, counted from 1.
+      signature: the shapes of its parameters and of its result, as its first line says; None
+        where it does not.
+    """
 
     name: str
     instructions: tuple[Instruction, ...]
+    line: int
+    signature: tuple[Shape, ...] | None
 
     @functools.cached_property
     def by_name(self) -> dict[str, Instruction]:
@@ -127,12 +137,14 @@ class Module:
     Attributes:
       name: of the module, such as ``jit_train_step``.
       header: its first line.
+      line: where that stands in the text, counted from 1.
       computations: all of them, by name.
       entry: the one that runs.
     """
 
     name: str
     header: str
+    line: int
     computations: Mapping[str, Computation]
     entry: Computation
 
@@ -175,29 +187,56 @@ def parse(text: str) -> Module:
         )
     computations: dict[str, Computation] = {}
     entry: Computation | None = None
-    opened: tuple[str, bool] | None = None
-    body: list[Instruction] = []
+    opened: re.Match[str] | None = None
+    began, body = 0, list[Instruction]()
     for number, line in enumerate(lines[start + 1 :], start=start + 2):
         if opened is None:
-            if (found := _COMPUTATION.match(line)) is not None:
-                opened, body = (found[2], found[1] is not None), []
+            opened, began, body = _COMPUTATION.match(line), number, []
+            if opened is None and _HEAD.match(line):
+                raise HloSyntaxError(f"hlo: line {number} stands in no computation: {_cut(line)}")
         elif line.startswith("}"):
-            computation = Computation(opened[0], tuple(body))
+            computation = Computation(opened[2], tuple(body), began, _signature(opened[3], began))
+            if computation.name in computations:
+                raise HloSyntaxError(f"hlo: line {began}: %{computation.name} stands there twice.")
             computations[computation.name] = computation
             entry = computation if opened[1] else entry
             opened = None
         elif line.strip():
             body.append(_instruction(line, number))
+    if opened is not None:
+        raise HloSyntaxError(
+            f"hlo: %{opened[2]}, which begins on line {began}, does not end; is the text cut off?"
+        )
     if entry is None:
         raise HloSyntaxError("hlo: the module has no ENTRY computation; is the text cut off?")
     name = header.split()[1].rstrip(",")
-    return Module(name, header, computations, entry)
+    return Module(name, header, start + 1, computations, entry)
+
+
+def _cut(line: str) -> str:
+    return repr(line.strip()[:80])
+
+
+def _signature(text: str | None, number: int) -> tuple[Shape, ...] | None:
+    """``(p: f32[2], q: s32[]) -> f32[2]`` -> the three shapes."""
+    if text is None:
+        return None
+    found, at = [], 1
+    try:
+        end = _closing(text, 0)
+        while (name := _PARAMETER.match(text, at, end)) is not None:
+            shape, at = read_shape(text, name.end())
+            found.append(shape)
+        result, _ = read_shape(text, text.index("->", end) + 2)
+    except (ValueError, IndexError):
+        raise HloSyntaxError(f"hlo: line {number} cannot be read: {_cut(text)}") from None
+    return (*found, result)
 
 
 def _instruction(line: str, number: int) -> Instruction:
     found = _HEAD.match(line)
     if found is None:
-        raise HloSyntaxError(f"hlo: line {number} is no instruction: {line.strip()[:80]!r}")
+        raise HloSyntaxError(f"hlo: line {number} is no instruction: {_cut(line)}")
     try:
         shape, at = read_shape(line, found.end())
         opcode = _OPCODE.match(line, at)
@@ -205,8 +244,7 @@ def _instruction(line: str, number: int) -> Instruction:
             raise ValueError
         end = _closing(line, opcode.end() - 1)
     except (ValueError, IndexError):
-        message = f"hlo: line {number} cannot be read: {line.strip()[:80]!r}"
-        raise HloSyntaxError(message) from None
+        raise HloSyntaxError(f"hlo: line {number} cannot be read: {_cut(line)}") from None
     inside = line[opcode.end() : end]
     return Instruction(
         name=found[2],
@@ -264,7 +302,8 @@ def _pairs(tail: str) -> Iterator[tuple[str, str]]:
         at = end
 
 
-_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+)(?: \(.*)? \{\s*$")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+)(?: (\(.*))? \{\s*$")
+_PARAMETER = re.compile(r"(?:\s|,|/\*[^*]*\*/)*%?[\w.\-]+: ")
 _HEAD = re.compile(r"\s*(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r" ([a-z][a-z0-9\-]*)\(")
 _COMMENT = re.compile(r"/\*[^*]*\*/")
