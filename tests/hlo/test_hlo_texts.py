@@ -268,9 +268,7 @@ REFUSED = {
     module("%x = f32[2] parameter(0)\n"): "line 3: %main has 0 ROOT instructions",
     module("ROOT %x = f32[2] parameter(1)\n"): "line 3: %main has the parameters 1",
     module("%x = f32[2] parameter(0)\nROOT %y = f32[3] negate(%x)\n"): "line 5: %y, negate, contra",
-    module("ROOT %x = f32[2] parameter(0)\n").rstrip(
-        "}\n"
-    ): "line 3, does not end; is the text cut",
+    module("ROOT %x = f32[2] parameter(0)\n").rstrip("}\n"): "line 3, does not end; is the text",
     module("ROOT %x = f32[2] parameter(0)\n", header=", input_output_alias={ {0}: (1, {}) }"): (
         "line 1: parameter 1 is given away, of 1"
     ),
