@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 import sys
 import time
@@ -20,7 +21,7 @@ with cli.extra("parity", "demo,train"):
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     import typer
 
-QUICK_TASK, QUICK = "digits", Size(seeds=3, share=0.05)
+FULL, QUICK, QUICK_TASK = Size(seeds=5), Size(seeds=3, share=0.05), "digits"
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(highlight=False)
@@ -38,7 +39,9 @@ def main(
             help=f"Beside float32, of: {'; '.join(list(ARMS)[1:])}. All, if none is named."
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=2, help="Trainings that differ in all but this.")] = 5,
+    seeds: Annotated[
+        int | None, typer.Option(min=2, help="Of params and batches: 5, or 3 if quick.")
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="One task, few steps: shows that it runs, no more.")
     ] = False,
@@ -59,9 +62,12 @@ def main(
     if problem := cli.folder_problem(out):
         _fail(f"cannot write to {out}: {problem}")
     if stress:
+        if task or arm or seeds:
+            _fail("--stress takes no --task, --arm or --seeds: it has its own")
         _stress(out, quick)
         return
-    size = Size(QUICK.seeds, QUICK.share) if quick else Size(seeds)
+    size = QUICK if quick else FULL
+    size = dataclasses.replace(size, seeds=seeds or size.seeds)
     _table(out, tasks, [CONTROL, *(x for x in arms if x is not CONTROL)], size)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import parity
 from parity_runs import arms, judge, peers, stress, tasks
 import pytest
@@ -99,42 +98,36 @@ def test_the_dynamic_code_is_the_published_one(signed: bool) -> None:
 
 def test_blocks_have_scales_of_their_own() -> None:
     x = jnp.concatenate([jnp.full(256, 3e-7), jnp.full(256, 5e9), jnp.zeros(256), jnp.ones(1)])
-    np.testing.assert_array_equal(peers.blockwise(x, bits=1), x)
-
-
-def small_steps(optimizer: Any, steps: int, grad: float) -> tuple[Any, Any]:
-    init, step = optimizer(jnp.float32(0.999))
-    params = {"w": jnp.linspace(-1.0, 1.0, 300)}
-    grads, state = {"w": jnp.linspace(grad, 2 * grad, 300)}, init(params)
-    for _ in range(steps):
-        params, state = jax.jit(step)(params, grads, state, jnp.float32(0.01))
-    return params, state
+    found = jax.jit(peers.blockwise, static_argnums=1)(x, 1)
+    np.testing.assert_array_equal(found, x)
 
 
 def test_all_arms_make_one_step_alike() -> None:
-    """A first step is the gradient's sign, whatever holds m and v; within the rounding of v."""
-    expected = optax.apply_updates(*_optax_step())["w"]
-    for arm in arms.ARMS.values():
+    """A first step is as long as the rate, however m and v are then held."""
+    peers_alone = [arm for arm in arms.ARMS.values() if arm.kind == "peer"]
+    for arm in (arms.LONGER, *peers_alone):
         init, step = arm.optimizer(jnp.float32(0.75))
         params = {"w": jnp.linspace(-1.0, 1.0, 300).astype(arm.dtype)}
-        grads = {"w": jnp.linspace(1.0, 2.0, 300).astype(arm.dtype)}
-        found = step(params, grads, init(params), jnp.float32(0.5 * arm.stretch))[0]["w"]
-        bound = 0.026 if arm.stretch > 1 else 2**-8 * 1.5 if arm.dtype == "bfloat16" else 1e-6
-        np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=bound)
-
-
-def _optax_step() -> tuple[Any, Any]:
-    params, grads = {"w": jnp.linspace(-1.0, 1.0, 300)}, {"w": jnp.linspace(1.0, 2.0, 300)}
-    optimizer = optax.adamw(0.5, b2=0.75, eps=peers.EPSILON, weight_decay=peers.WEIGHT_DECAY)
-    return params, optimizer.update(grads, optimizer.init(params), params)[0]
+        grads, rate = {"w": jnp.linspace(1.0, 2.0, 300).astype(arm.dtype)}, 0.5 * arm.stretch
+        found = jax.jit(step)(params, grads, init(params), jnp.float32(rate))[0]["w"]
+        p = np.asarray(params["w"], np.float64)
+        expected = p - rate * (1 + peers.WEIGHT_DECAY * p)
+        # bfloat16's spacing up to 2; optax' float32 1 - 0.9**1 is off by 7e-6 of itself.
+        bound = 2**-7 if arm.dtype == "bfloat16" else 1e-5
+        np.testing.assert_allclose(np.asarray(found, np.float64), expected, atol=bound)
 
 
 def test_bfloat16_v_stalls_to_nearest() -> None:
     """At 0.999 a v of half the squared gradient grows no more, and float32's does."""
-    _, (_, _, v) = small_steps(peers.bfloat16_state, 1500, 1.0)
-    ratio = np.asarray(v["w"], np.float32) / np.linspace(1, 2, 300) ** 2
-    assert v["w"].dtype == jnp.bfloat16
-    assert ratio.max() < 0.52 < 1 - 0.999**1500
+    init, step = peers.bfloat16_state(jnp.float32(0.999))
+    grads = jnp.linspace(1.0, 2.0, 300)
+
+    def body(carry: Any, _: None) -> tuple[Any, None]:
+        return step(carry[0], grads, carry[1], jnp.float32(0.01)), None
+
+    (_, (_, _, v)), _ = jax.lax.scan(body, (grads, init(grads)), length=1500)
+    assert v.dtype == jnp.bfloat16
+    assert (np.asarray(v, np.float32) / grads**2).max() < 0.52 < 1 - 0.999**1500
 
 
 # -------------------------------------------------------------------------------- the tasks
@@ -143,9 +136,9 @@ def test_bfloat16_v_stalls_to_nearest() -> None:
 def test_most_rows_have_no_gradient() -> None:
     task = tasks.TASKS["n-grams"]
     batch = jax.tree.map(lambda x: x[0], task.batches(0, 1))
-    grads = jax.grad(task.loss)(task.init(jax.random.key(0)), batch)["rows"]
+    rows = jax.jit(jax.grad(task.loss))(jax.jit(task.init)(jax.random.key(0)), batch)["rows"]
     touched = np.unique(batch["rows"])
-    assert (np.flatnonzero(np.abs(np.asarray(grads)).sum(1)) == touched).all()
+    assert (np.flatnonzero(np.abs(np.asarray(rows)).sum(1)) == touched).all()
     assert len(touched) < tasks.ROWS / 20
 
 
@@ -177,6 +170,7 @@ def test_it_runs_and_finds_what_is_worse(tmp_path: Path, monkeypatch: pytest.Mon
     [
         ("--task digit", "--task: 'digit' is none of digits, characters, n-grams"),
         ("--arm words", "--arm: 'words' is none of float32, float32, rate x 1.05, word, "),
+        ("--stress --task digits", "--stress takes no --task, --arm or --seeds"),
         ("--out file", "cannot write to file: File exists"),
     ],
 )
@@ -204,9 +198,6 @@ def test_the_word_under_stress(part: str) -> None:
 def test_words_to_nearest_would_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     half = (1 << 20) | (1 << 31)  # of either code's last bit
     monkeypatch.setattr(word, "random_bits", lambda ops, *_: ops.integer(half))
-    stress.advance.clear_cache()
-    try:
-        failed = [check.name for check in stress.PARTS["runs of zeros"](True) if not check.passed]
-    finally:
-        stress.advance.clear_cache()
+    monkeypatch.setattr(stress, "EPSILON", 1.1e-8)  # another config: what is compiled is not it
+    failed = [check.name for check in stress.PARTS["runs of zeros"](True) if not check.passed]
     assert "zeros after gradients: mean v / float32's" in failed

@@ -19,6 +19,9 @@ CONFIDENCE = 0.95
 TAIL = 0.1
 """The share of the steps, at the end, whose mean loss is judged."""
 
+POINTS = 50
+"""Of a curve: means over as many equal parts of the steps."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
@@ -41,6 +44,12 @@ class Finding:
 def tail_means(losses: Array) -> Array:
     """Over the last tenth of the steps, which are the last dimension."""
     return losses[..., -max(round(TAIL * losses.shape[-1]), 1) :].mean(-1, dtype=np.float64)
+
+
+def points(losses: Array) -> Array:
+    """Means over 50 parts of the steps, the last dimension; of fewer steps, the steps."""
+    parts = np.array_split(losses, min(POINTS, losses.shape[-1]), -1)
+    return np.stack([part.mean(-1, dtype=np.float64) for part in parts], -1)
 
 
 def finding(losses: Array, of_control: Array, margin: float) -> Finding:

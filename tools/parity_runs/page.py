@@ -15,15 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from parity_runs.arms import CONTROL, LONGER, Arm
-from parity_runs.judge import Array, Finding
+from parity_runs.judge import Finding, points
 from parity_runs.stress import Check
 from parity_runs.table import BEGINNINGS, BETAS, Cell, Trained, verdict
 from parity_runs.tasks import Task
 
 Findings = Mapping[str, Sequence[Cell]]
 COLORS = {"no worse": "green", "unclear": "yellow", "worse": "red"}
-POINTS = 50
-"""Of each curve in the plots and in the JSON: means over as many equal parts of the steps."""
 
 
 def task_table(task: Task, steps: int, found: Findings) -> Table:
@@ -83,12 +81,6 @@ def _no_worse(findings: Sequence[Finding]) -> int:
 # --------------------------------------------------------------------------------- plots
 
 
-def points(losses: Array) -> Array:
-    """Means over 50 parts of the steps, the last dimension; of fewer steps, the steps."""
-    parts = np.array_split(losses, min(POINTS, losses.shape[-1]), -1)
-    return np.stack([part.mean(-1, dtype=np.float64) for part in parts], -1)
-
-
 def draw(
     path: Path, tasks: Sequence[Task], found: Mapping[str, Mapping[str, Trained]], beyond: bool
 ) -> None:
@@ -110,6 +102,10 @@ def draw(
                 margin = 1e3 * task.margins[k]
                 panel.axhline(margin, color="0.4", ls=":", lw=1, label="margin")
                 panel.set_yscale("symlog", linthresh=2 * margin)
+            # What runs away must not hide the others.
+            bottom, top = panel.get_ylim()
+            most = 1e3 if beyond else 1.1 * control.mean(0).max()
+            panel.set_ylim(max(bottom, -1e3), min(top, most))
             panel.set_title(f"{task.name}, {BEGINNINGS[k]}, beta_2 {BETAS[j]}", size=9)
             panel.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel("nats x 1000 beyond float32" if beyond else "nats")

@@ -29,7 +29,7 @@ PRETRAINING_SEED = 1_000_000
 class Size:
     """How much is trained: so many seeds, and for each task a share of its steps."""
 
-    seeds: int = 5
+    seeds: int
     share: float = 1.0
 
     def steps(self, task: Task) -> int:
