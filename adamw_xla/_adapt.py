@@ -13,6 +13,7 @@ from adamw_xla._check import calls, formats, restored, trees
 from adamw_xla._check.leaves import float_leaf, path
 from adamw_xla._check.words import NATIVE, misplaced, not_a_state
 from adamw_xla._config import AdamW, check_config
+from adamw_xla._inside.grouped import frozen_leaves
 from adamw_xla._placement import (
     fixed_places,
     moved_beside,
@@ -47,7 +48,10 @@ def adapt_state(state: Any, params: Any, config: AdamW) -> AdamWState:
     it no longer uses is dropped, and cannot come back: the average of the params
     (``adamw_finalize`` returns it, before), the maxima, the remainders (``master_params`` has the
     params that they belong to), the gradients of an accumulation that is not complete. What has
-    another dtype than the config asks for is cast. All else is as it was.
+    another dtype than the config asks for is cast. The state of leaves that a group freezes is
+    dropped; a leaf without state stays without, also where no group freezes it any more: from
+    zeros its moments would be corrected as if they were as old as the count says, and its first
+    steps several times too large. All else is as it was.
 
     Args:
       state: an ``AdamWState``, or what a checkpoint returned for one without its class: a dict of
@@ -63,7 +67,8 @@ def adapt_state(state: Any, params: Any, config: AdamW) -> AdamWState:
     Raises:
       TypeError: ``state`` is none; ``config`` is no ``AdamW``; or a leaf is no array, or not of a
         real floating dtype: names its path.
-      ValueError: the state is of other params, or has fields that this version does not know.
+      ValueError: the state is of other params, or has fields that this version does not know; or
+        a group of the config has no leaf.
 
     Example:
       >>> import adamw_xla as ax, jax.numpy as jnp
@@ -86,6 +91,8 @@ def adapt_state(state: Any, params: Any, config: AdamW) -> AdamWState:
         if field in COLUMNS
     }
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    for i in frozen_leaves(config, params, len(leaves)):
+        rows[i] = dict.fromkeys(rows[i])
     new = [_Leaf(params, i, leaves[i], row, config).adapted() for i, row in enumerate(rows)]
     used = _used(config)
     trees_of = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 import dataclasses
 import functools
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -12,23 +12,22 @@ from jax import export
 from jax.typing import ArrayLike, DTypeLike
 import numpy as np
 
-from adamw_xla._check import axes, calls, formats, options
+from adamw_xla._check import axes, calls, fields, formats, options
 from adamw_xla._check.trees import is_mask_function
 from adamw_xla._check.words import NATIVE, not_a_config
+from adamw_xla._groups import Group, ScalarOrSchedule, checked
 from adamw_xla._inside import decay
-from adamw_xla._saved.static import Static, from_bytes, hashable, to_bytes
+from adamw_xla._saved.static import Compared, Static, from_bytes, to_bytes
 from adamw_xla_lowering import compute_dtype
 
-Schedule: TypeAlias = Callable[[jax.Array], ArrayLike] | Callable[[], ArrayLike]
-ScalarOrSchedule: TypeAlias = ArrayLike | Schedule
 StateFormat: TypeAlias = Literal["moments", "word16"]
 ParamsRounding: TypeAlias = Literal["nearest", "stochastic"]
 Master: TypeAlias = Literal["split"]
 
 
 @jax.tree_util.register_pytree_with_keys_class
-@dataclasses.dataclass(frozen=True)
-class AdamW:
+@dataclasses.dataclass(frozen=True, eq=False)
+class AdamW(Compared):
     r"""Hyperparameters of AdamW, with the names and defaults of Keras.
 
     With :math:`\alpha` the learning rate, :math:`\lambda` the weight decay and
@@ -132,6 +131,10 @@ class AdamW:
       cautious_decay: an element decays only where that does not oppose its step, that is where
         the step (without decay) does not move it away from 0: :math:`\lambda` counts as 0 where
         :math:`\theta_{t-1}` and what is subtracted from it differ in sign (Chen et al. 2025).
+      groups: ``Group``s: leaves, chosen by their paths, with numbers of their own, or frozen. A
+        leaf is of the first that matches it; one that none matches has the config's numbers.
+        ``describe_groups`` prints which is where. A group without a leaf is an error of
+        ``adamw_init`` and ``adamw_step``.
       axis_names: inside of ``jax.shard_map`` (and only there; elsewhere XLA knows), over which
         manual mesh axes the norms of ``clipnorm`` and ``global_clipnorm`` are summed, and
         ``skip_nonfinite`` looks, so that all devices clip and skip alike. A tuple of names, as
@@ -198,6 +201,7 @@ class AdamW:
     maximize: bool = False
     decay_times_lr: bool = True
     cautious_decay: bool = False
+    groups: tuple[Group, ...] = ()
     axis_names: Any = None
 
     _NUMBERS: ClassVar[tuple[str, ...]] = (
@@ -238,7 +242,8 @@ class AdamW:
         object.__setattr__(self, "axis_names", axes.canonical(self.axis_names))
         if self.name is None:  # Keras' own default
             object.__setattr__(self, "name", "adamw")
-        _check_fields(self)
+        object.__setattr__(self, "groups", checked(self.groups))
+        fields.check(self)
 
     def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], Hashable]:
         """Numbers are children; schedules, choices, the mask and the axes are static.
@@ -248,7 +253,7 @@ class AdamW:
         values = {name: getattr(self, name) for name in self._NUMBERS}
         schedules = tuple((name, value) for name, value in values.items() if callable(value))
         following = {
-            f"{part}_{name}": getattr(known_decay(self, name), part)
+            f"{part}_{name}": getattr(decay.known(self, name), part)
             for name, parts in _following(self.use_ema).items()
             for part in parts
         }
@@ -256,6 +261,8 @@ class AdamW:
             (jax.tree_util.GetAttrKey(name), None if callable(value) else value)
             for name, value in (values | following).items()
         )
+        if self.groups:  # without them there is no child: what was exported before has none
+            children += ((jax.tree_util.GetAttrKey("groups"), self.groups),)
         choices = tuple(getattr(self, name) for name in self._CHOICES)
         mask = self.weight_decay_mask
         kept = mask if is_mask_function(mask) else Static.of(mask)
@@ -281,18 +288,8 @@ class AdamW:
             for name, parts in _following(fields["use_ema"]).items()
         }
         object.__setattr__(config, "_decays", decays)
+        object.__setattr__(config, "groups", next(following, ()))
         return config
-
-    def _key(self) -> Hashable:
-        """Equal of equal configs, and hashable, whatever the arrays and the mask are."""
-        children, static = self.tree_flatten_with_keys()
-        return tuple(hashable(value) for _, value in children), static
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, AdamW) and self._key() == other._key())
-
-    def __hash__(self) -> int:
-        return hash(self._key())
 
     def dtype_of(self, field: str, param_dtype: Any) -> np.dtype[Any]:
         """The dtype of a field of the state for a param of this dtype."""
@@ -312,70 +309,11 @@ def _following(use_ema: bool) -> dict[str, tuple[str, ...]]:
     return {"beta_1": parts, "beta_2": parts, **({"ema_momentum": parts[:1]} if use_ema else {})}
 
 
-def known_decay(config: AdamW, name: str) -> decay.Decay:
-    """The decay of this name, with what was known of it when its config was flattened."""
-    kept: dict[str, decay.Decay] = config.__dict__.setdefault("_decays", {})
-    if name in kept:
-        return kept[name]
-    found = decay.of(getattr(config, name))
-    if isinstance(found.log, float):  # a tracer made here may not outlive the trace
-        kept[name] = found
-    return found
-
-
-_FLAGS = (
-    "amsgrad",
-    "use_ema",
-    "epsilon_hat",
-    "skip_nonfinite",
-    "nesterov",
-    "maximize",
-    "decay_times_lr",
-    "cautious_decay",
-)
-_CLIPS = ("clipnorm", "clipvalue", "global_clipnorm")
-
-
 def needs_norm(config: AdamW) -> str | None:
     """The option of the config that asks for a sum of squares; None: there is none."""
     clips = ("clipnorm", "global_clipnorm")
     clip = next((name for name in clips if getattr(config, name) is not None), None)
     return "skip_nonfinite" if clip is None and config.skip_nonfinite else clip
-
-
-def _check_fields(c: AdamW) -> None:
-    """Refuses a field that is of the wrong kind, out of its range or at odds with another."""
-    options.coefficients(
-        rates={"learning_rate": c.learning_rate, "weight_decay": c.weight_decay},
-        betas={"beta_1": c.beta_1, "beta_2": c.beta_2},
-        epsilons={"epsilon": c.epsilon},
-    )
-    if c.epsilon_root is not None:
-        expected = "at least 0, or None for none"
-        options.scalar("epsilon_root", c.epsilon_root, lambda x: x >= 0, expected)
-    options.scalar("ema_momentum", c.ema_momentum, lambda x: 0 <= x <= 1, "in [0, 1]")
-    for name in (*_CLIPS, "loss_scale_factor"):
-        if getattr(c, name) is not None:
-            options.scalar(name, getattr(c, name), lambda x: x > 0, "above 0, or None for none")
-    for name in _FLAGS:
-        options.flag(name, getattr(c, name))
-    options.choice("state_format", c.state_format, ("moments", "word16"))
-    options.choice("params_rounding", c.params_rounding, ("nearest", "stochastic"))
-    options.choice("master", c.master, (None, "split"))
-    formats.check_options(c)
-    options.mask("weight_decay_mask", c.weight_decay_mask)
-    options.count("ema_overwrite_frequency", c.ema_overwrite_frequency, 1)
-    options.count("gradient_accumulation_steps", c.gradient_accumulation_steps, 2)
-    if not isinstance(c.name, str):
-        raise TypeError(f"AdamW: name must be a string, got {c.name!r}.")
-    chosen = [name for name in _CLIPS if getattr(c, name) is not None]
-    if len(chosen) > 1:
-        raise ValueError(f"AdamW: at most one clip option may be given, got {', '.join(chosen)}.")
-    if c.ema_overwrite_frequency is not None and not c.use_ema:
-        raise ValueError(
-            "AdamW: ema_overwrite_frequency needs use_ema=True; without it there is no "
-            "average to overwrite the params with."
-        )
 
 
 def check_config(value: Any, call: str = NATIVE.call) -> None:

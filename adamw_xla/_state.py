@@ -21,6 +21,7 @@ from adamw_xla._check.words import (
     of_other_options,
 )
 from adamw_xla._config import AdamW, check_config
+from adamw_xla._inside.grouped import frozen_leaves
 from adamw_xla._placement import fixed_places, of_scalars, scalar_zero, zeros_like
 from adamw_xla._saved import flax
 
@@ -103,12 +104,13 @@ def adamw_init(params: Any, config: AdamW) -> AdamWState:
       config: the hyperparameters.
 
     Returns:
-      The state before the first update.
+      The state before the first update; None for leaves that a group freezes.
 
     Raises:
       TypeError: ``config`` is no ``AdamW``; or a leaf is no array, or not of a real floating
         dtype: names its path.
-      ValueError: ``config.state_dtype`` is float64, and JAX has none now.
+      ValueError: ``config.state_dtype`` is float64, and JAX has none now; or one of its groups
+        has no leaf.
     """
     misplaced(_INIT, params=params, config=config)
     check_config(config, _INIT.call)
@@ -120,18 +122,24 @@ def begin(params: Any, config: AdamW) -> AdamWState:
     """What ``adamw_init`` does; of shapes without values it makes real zeros, as optax does."""
     treedef: Any
     leaves, treedef = jax.tree.flatten(params)
-    trees.params(params, leaves, needs_values=config.use_ema)
-    for i, leaf in enumerate(leaves):
+    frozen = frozen_leaves(config, params, len(leaves))
+    live = {i: leaf for i, leaf in enumerate(leaves) if i not in frozen}
+    for i, leaf in live.items():
+        float_leaf("params", params, i, leaf, needs_values=config.use_ema)
+    for i, leaf in live.items():
         formats.check_param(params, i, leaf, config)
     place = of_scalars(fixed_places(leaves))
 
     def column(field: str) -> Any:
-        dtypes = [config.dtype_of(field, p.dtype) for p in leaves]
-        if field != "ema":
-            return treedef.unflatten(zeros_like(leaves, dtypes))
-        # A copy, so that params and state can be donated side by side.
-        pairs = zip(leaves, dtypes, strict=True)
-        return treedef.unflatten([jnp.array(p, dtype, copy=True) for p, dtype in pairs])
+        dtypes = [config.dtype_of(field, p.dtype) for p in live.values()]
+        if field == "ema":
+            # A copy, so that params and state can be donated side by side.
+            pairs = zip(live.values(), dtypes, strict=True)
+            new = [jnp.array(p, dtype, copy=True) for p, dtype in pairs]
+        else:
+            new = zeros_like([*live.values()], dtypes)
+        there = dict(zip(live, new, strict=True))
+        return treedef.unflatten([there.get(i) for i in range(len(leaves))])
 
     return built(config, column, lambda: scalar_zero(place))
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamw_xla._check import calls
-from adamw_xla._config import AdamW, ScalarOrSchedule
+from adamw_xla._config import AdamW
+from adamw_xla._groups import ScalarOrSchedule
 from adamw_xla._inside.run import run_step
 from adamw_xla._inside.update import Backend, as_varying_as_after
 from adamw_xla._state import AdamWState

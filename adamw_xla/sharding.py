@@ -16,8 +16,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Shard
 import numpy as np
 
 from adamw_xla._check import calls, places, trees
+from adamw_xla._check.leaves import float_leaf
 from adamw_xla._check.words import misplaced
 from adamw_xla._config import AdamW, check_config
+from adamw_xla._inside.grouped import frozen_leaves
 from adamw_xla._inside.placed import columns_of
 from adamw_xla._inside.processes import check_same_config as check_same_config
 from adamw_xla._placement import fixed_places, of_scalars, placed_at
@@ -61,7 +63,10 @@ def abstract_state(
     check_config(config, call)
     treedef: Any
     leaves, treedef = jax.tree.flatten(params)
-    trees.params(params, leaves, needs_values=False)
+    frozen = frozen_leaves(config, params, len(leaves))
+    for i, leaf in enumerate(leaves):
+        if i not in frozen:
+            float_leaf("params", params, i, leaf, needs_values=False)
     shapes = treedef.unflatten([_struct(p, None) for p in leaves])
     state = jax.eval_shape(functools.partial(adamw_init, config=config), shapes)
     beside = fixed_places(leaves)
@@ -75,9 +80,22 @@ def abstract_state(
 
     def column(field: str) -> Any:
         flat = treedef.flatten_up_to(getattr(state, field))
-        return treedef.unflatten(map(_struct, flat, given.get(field, beside)))
+        pairs = zip(flat, given.get(field, beside), strict=True)
+        return treedef.unflatten([None if x is None else _struct(x, place) for x, place in pairs])
 
     return built(config, column, lambda: _struct(state.count, scalars))
+
+
+def _frozen(config: AdamW, tree: Any, count: int) -> set[int]:
+    """The leaves without state; those of shardings are known by their paths alone."""
+    if any(isinstance(x, Sharding) for x in jax.tree.leaves(tree)):
+        for group in config.groups:
+            if callable(group.match):
+                raise TypeError(
+                    f"params: is a tree of shardings, and {group.name} of the config is called "
+                    "with leaves; give params, or jax.ShapeDtypeStruct with these shardings."
+                )
+    return frozen_leaves(config, tree, count)
 
 
 def _struct(shape: Any, place: Sharding | None) -> jax.ShapeDtypeStruct:
@@ -120,14 +138,27 @@ def state_shardings(
     return of_tree("params", params_or_shardings, config, memory_kind)
 
 
-def of_tree(argument: str, tree: Any, config: AdamW, memory_kind: str | None = None) -> AdamWState:
-    """``state_shardings`` of a tree that its caller calls ``argument``."""
+def of_tree(
+    argument: str,
+    tree: Any,
+    config: AdamW,
+    memory_kind: str | None = None,
+    params: Any = None,
+) -> AdamWState:
+    """``state_shardings`` of a tree that its caller calls ``argument``.
+
+    What groups freeze is found in ``params``, or where these are None in the tree itself.
+    """
     treedef: Any
     leaves, treedef = jax.tree.flatten(tree)
-    found = places.of_tree(argument, tree, leaves)
+    found: list[Any] = [*places.of_tree(argument, tree, leaves)]
     scalars = of_scalars(found)
     if memory_kind is not None:
         found = [s.with_memory_kind(memory_kind) for s in found]
+    if any(group.frozen for group in config.groups):
+        matched = tree if params is None else params
+        for i in _frozen(config, matched, len(leaves)):
+            found[i] = None
     return built(config, lambda field: treedef.unflatten(found), lambda: scalars)
 
 

@@ -1,6 +1,6 @@
 """Checks of trees against the params that they belong to; paths are built for errors alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -58,17 +58,23 @@ def by_names(params_tree: Any, tree: Any) -> list[Any] | None:
 
 
 def _names(path: Any) -> tuple[str, ...]:
-    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]  # Flax' variables hold a leaf each, and its optimizer takes them off
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in without_value(path))
 
 
-def grads(params_tree: Any, leaves: Sequence[Any], flat: Sequence[Any]) -> None:
-    """Checks gradients against their params; None where there is none."""
+def without_value(path: Any) -> Any:
+    """A path, but for the end that Flax' variables give it, and its optimizer takes off."""
+    return path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
+
+
+def grads(
+    params_tree: Any, leaves: Sequence[Any], flat: Sequence[Any], frozen: Collection[int] = ()
+) -> None:
+    """Checks gradients against their params; None where there is none, or a group freezes."""
     if leaves and all(g is None for g in flat):
+        trained = "param that no group freezes" if frozen else "param"
         raise ValueError(
-            "grads: every leaf is None, so there is nothing to update; pass the gradients of "
-            "at least one param."
+            f"grads: every leaf{' but frozen ones' if frozen else ''} is None, so there is nothing "
+            f"to update; pass the gradients of at least one {trained}."
         )
     for i, (g, p) in enumerate(zip(flat, leaves, strict=True)):
         if g is not None:

@@ -34,6 +34,17 @@ def of(value: Any) -> Decay:
     return Decay(wide, 1 - wide, jnp.log(wide))
 
 
+def known(holder: Any, name: str) -> Decay:
+    """The decay of this name, with what was known of it when its config was flattened."""
+    kept: dict[str, Decay] = holder.__dict__.setdefault("_decays", {})
+    if name in kept:
+        return kept[name]
+    found = of(getattr(holder, name))
+    if isinstance(found.log, float):  # a tracer made here may not outlive the trace
+        kept[name] = found
+    return found
+
+
 def rounded(value: Any, beside: Decay, dtype: DTypeLike) -> Decay:
     """A traced decay in ``dtype``, corrected by what was known of it before it was traced.
 

@@ -15,6 +15,7 @@ from adamw_xla._check import calls
 from adamw_xla._check.options import called
 from adamw_xla._check.trees import is_known_bool, is_mask_function
 from adamw_xla._config import AdamW, check_config
+from adamw_xla._groups import Group
 
 _TEXT, _DIGEST = 48, 16
 """Bytes of a value's text that are sent, for people, and of its digest, which is compared."""
@@ -69,6 +70,8 @@ def check_same_config(config: AdamW) -> None:
 
 def _text(option: str, value: Any) -> str:
     """An option's value as a text that is equal where the values are."""
+    if option == "groups":
+        return ", ".join(map(_group_text, value)) or "()"
     if is_mask_function(value):
         if option == "weight_decay_mask":  # is called with params, which are not here
             return "a function"
@@ -85,6 +88,14 @@ def _text(option: str, value: Any) -> str:
     if jax.tree_util.treedef_is_leaf(treedef):
         return str(value)
     return f"{[bool(x) if is_known_bool(x) else x for x in leaves]} in {treedef}"
+
+
+def _group_text(group: Group) -> str:
+    """A group's; functions that match are called with params, which are not here."""
+    numbers = {name: getattr(group, name) for name in group.NUMBERS}
+    given = [f"{name}={_text(name, x)}" for name, x in numbers.items() if x is not None]
+    named = repr(group.match) if isinstance(group.match, str) else "a function"
+    return f"Group({', '.join([named, *given, *['frozen'] * bool(group.frozen)])})"
 
 
 def _packed(text: str) -> bytes:

@@ -12,15 +12,16 @@ import numpy as np
 
 from adamw_xla._check import options, trees
 from adamw_xla._check.words import NATIVE, Words, misplaced
-from adamw_xla._config import AdamW, ScalarOrSchedule, check_config, needs_norm
+from adamw_xla._config import AdamW, check_config, needs_norm
+from adamw_xla._groups import ScalarOrSchedule
 from adamw_xla._inside import clipping, explicit
 from adamw_xla._inside.across import Across, axes_of_leaves
-from adamw_xla._inside.hyper import Scalar, as_scalar, evaluate, increment
+from adamw_xla._inside.grouped import is_frozen, members
+from adamw_xla._inside.hyper import Row, Scalar, as_scalar, increment, rows_of
 from adamw_xla._inside.offload import as_before, check_memory, check_places, to_device
 from adamw_xla._inside.placed import Placement, columns_of
 from adamw_xla._inside.update import (
     Backend,
-    Rates,
     groups_of,
     hyper_dtype,
     scaled_like,
@@ -86,11 +87,15 @@ def run_step(
     flat = trees.like_params("grads", params, treedef, grads)
     # What jax.grad(..., allow_int=True) has for integers and keys is no gradient either.
     flat = [None if getattr(g, "dtype", None) == jax.dtypes.float0 else g for g in flat]
+    owners = members(config.groups, params, len(leaves))
+    frozen = {i for i, owner in enumerate(owners) if is_frozen(config.groups, owner)}
+    unmoved = _unchanged(leaves, flat, frozen) if delta else leaves
+    flat = [None if i in frozen else g for i, g in enumerate(flat)]
     live = tuple(i for i, g in enumerate(flat) if g is not None)
     columns = check_state(
         params, treedef, leaves, state, config, {*live}, any_dtype_of_m=any_dtype_of_m, words=words
     )
-    trees.grads(params, leaves, flat)
+    trees.grads(params, leaves, flat, frozen)
     is_placed, offload = state_shardings is not None, backend.offload
     check_memory(params, leaves, flat, columns, live, state, config, offload, is_placed, words)
     spots: dict[str, list[Any]] = {}
@@ -102,10 +107,11 @@ def run_step(
         if offload:
             check_places(params, spots)
     first = next(iter(columns.values()))
-    held = [i for i, x in enumerate(first) if x is not None]
+    held = [i for i, x in enumerate(first) if x is not None and i not in frozen]
     trained = _trained(params, treedef, leaves, held)
     mask = trees.mask(trained, len(held), config.weight_decay_mask, words.mask)
-    for name, value in {"learning_rate": learning_rate, "weight_decay": weight_decay}.items():
+    overrides = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    for name, value in overrides.items():
         if value is not None:
             options.scalar_or_schedule(name, value)
     if not leaves:
@@ -124,7 +130,7 @@ def run_step(
         lying = tuple(names_of[i] for i in live)
         backend = backend._replace(sum_of_squares=Across(backend.sum_of_squares, lying))
     decays = dict(zip(held, mask, strict=True))
-    groups, kinds = groups_of([decays[i] for i in live])
+    groups, kinds = groups_of([(owners[i], decays[i]) for i in live])
     chosen = _Leaves(treedef, live, groups)
     old = _Moving(
         {kind: chosen.take(column) for kind, column in {"params": leaves, **columns}.items()},
@@ -137,27 +143,31 @@ def run_step(
     dtype = hyper_dtype([p.dtype for p in old.columns["params"]])
 
     calls = _calls(old.counters, config)
-    rate = config.learning_rate if learning_rate is None else learning_rate
-    decay = config.weight_decay if weight_decay is None else weight_decay
-    lr = evaluate("learning_rate", rate, calls, dtype)
-    wd = evaluate("weight_decay", decay, calls, dtype)
-    rates = Rates(lr, tuple(wd if k else 0.0 for k in kinds))
+    rows = rows_of(config, kinds, calls, dtype, overrides)
     slopes = chosen.take(flat)
     if spots:
         placement = Placement({kind: [at[i] for i in live] for kind, at in spots.items()})
         backend, slopes = placement.around(backend), placement.parts_of(slopes)
         if "accumulated" in spots:
             old.columns["accumulated"] = placement.fetched(old.columns["accumulated"])
-    new = _Step(config, old, groups, backend, dtype, rates, delta).made(slopes)
+    new = _Step(config, old, groups, backend, dtype, rows, delta).made(slopes)
     if "accumulated" in spots:
         sums = placement.kept("accumulated", new.columns["accumulated"])
         new.columns["accumulated"] = sums
 
     put = chosen.put
-    return put([None] * len(leaves) if delta else leaves, new.columns["params"]), AdamWState(
+    return put(unmoved, new.columns["params"]), AdamWState(
         **{name: as_before(x, getattr(state, name)) for name, x in new.counters.items()},
         **{kind: put(column, new.columns[kind]) for kind, column in columns.items()},
     )
+
+
+def _unchanged(leaves: Sequence[Any], grads: Sequence[Any], frozen: set[int]) -> list[Any]:
+    """The changes of leaves that are not updated: like their gradients, which may be None."""
+    return [
+        jnp.zeros_like(p, compute_dtype(p.dtype)) if i in frozen and g is not None else None
+        for i, (p, g) in enumerate(zip(leaves, grads, strict=True))
+    ]
 
 
 def _trained(params: Any, treedef: Any, leaves: Sequence[Any], held: Sequence[int]) -> Any:
@@ -182,7 +192,7 @@ class _Step:
     groups: tuple[int, ...]
     backend: Backend
     dtype: Any
-    rates: Rates
+    rows: tuple[Row, ...]
     delta: bool
 
     def made(self, grads: list[jax.Array]) -> _Moving:
@@ -205,7 +215,7 @@ class _Step:
             grads,
             scale,
             count=counters["count"],
-            rates=self.rates,
+            rows=self.rows,
             groups=self.groups,
             dtype=self.dtype,
             backend=self.backend,

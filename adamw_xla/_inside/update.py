@@ -1,7 +1,7 @@
 """A flat list of leaves: accumulate; clip, make the step's numbers, update."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 from adamw_xla._config import AdamW
 from adamw_xla._inside import clipping
 from adamw_xla._inside.clipping import SumOfSquares
-from adamw_xla._inside.hyper import Scalar, hyper_rows
+from adamw_xla._inside.hyper import Row, Scalar, hyper_rows
 from adamw_xla_lowering import (
     STATE_KINDS,
     UpdateResult,
@@ -68,13 +68,6 @@ class Backend(NamedTuple):
     offload: bool = False
 
 
-class Rates(NamedTuple):
-    """What is scheduled, evaluated for this step; ``decay`` has one entry per group."""
-
-    learning_rate: Scalar
-    decay: tuple[Scalar, ...]
-
-
 class Updated(NamedTuple):
     """What an update makes.
 
@@ -89,10 +82,14 @@ class Updated(NamedTuple):
     cleared: list[jax.Array] | None
 
 
-def groups_of(decays: Sequence[bool]) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-    """For each leaf its group, from whether it decays; and for each group whether it does."""
-    kinds = tuple(sorted(set(decays), reverse=True))
-    return tuple(kinds.index(decayed) for decayed in decays), kinds
+Kind = TypeVar("Kind", bool, tuple[int, bool])
+
+
+def groups_of(leaves: Sequence[Kind]) -> tuple[tuple[int, ...], tuple[Kind, ...]]:
+    """For each leaf its row of ``hyper``, from of what kind it is; and for each row its kind."""
+    kinds = tuple(sorted(set(leaves), reverse=True))
+    rows = {kind: row for row, kind in enumerate(kinds)}
+    return tuple(rows[kind] for kind in leaves), kinds
 
 
 def hyper_dtype(dtypes: Sequence[Any]) -> np.dtype[Any]:
@@ -137,7 +134,7 @@ def update_leaves(
     scale: Scalar,
     *,
     count: jax.Array,
-    rates: Rates,
+    rows: Sequence[Row],
     groups: Sequence[int],
     dtype: np.dtype[Any],
     backend: Backend,
@@ -147,13 +144,13 @@ def update_leaves(
     """Updates the leaves with ``scale`` times ``grads``.
 
     Args:
-      config: the hyperparameters, but for the rates.
+      config: the hyperparameters, but for what rows have of their own.
       old: params, and all state that mirrors them: kind -> leaves.
       grads: one per param.
       scale: the factor on every gradient, before clipping.
       count: int32 scalar, updates done before this one.
-      rates: this step's.
-      groups: for each leaf the entry of ``rates.decay``.
+      rows: those of ``hyper``.
+      groups: for each leaf its row.
       dtype: ``hyper_dtype`` of the params.
       backend: what does the work.
       delta: return the params' changes instead of new params.
@@ -170,8 +167,7 @@ def update_leaves(
     hyper = hyper_rows(
         config,
         count,
-        learning_rate=rates.learning_rate,
-        decay=rates.decay,
+        rows=rows,
         grad_scale=clip.tree,
         apply=1.0 if apply is None else apply,
         dtype=dtype,

@@ -34,6 +34,20 @@ class Static:
         return jax.tree.unflatten(self.treedef, self.leaves)
 
 
+class Compared:
+    """Equal to what is flattened alike, and hashable, whatever the arrays in it are."""
+
+    def _key(self) -> Hashable:
+        children, static = self.tree_flatten_with_keys()  # type: ignore[attr-defined]
+        return tuple(hashable(value) for _, value in children), static
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, type(self)) and self._key() == other._key())
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+
 def hashable(value: Any) -> Hashable:
     """A number as a hashable; what is computed with otherwise, is not equal.
 
@@ -49,6 +63,13 @@ def hashable(value: Any) -> Hashable:
     return value
 
 
+_ADVICE = "close over the config in the function that is exported, in place of passing it."
+
+
+def _is_callable(option: str) -> TypeError:
+    return TypeError(f"AdamW: {option} is a callable, which no file holds; {_ADVICE}")
+
+
 def to_bytes(names: Sequence[str], static: Any) -> bytes:
     """What of a config is no number, for ``jax.export``; ``names`` are its choices'.
 
@@ -56,11 +77,10 @@ def to_bytes(names: Sequence[str], static: Any) -> bytes:
       TypeError: it is nothing that a file can hold; names the option.
     """
     schedules, choices, mask, axis_names = static
-    advice = "close over the config in the function that is exported, in place of passing it."
     if schedules:
-        raise TypeError(f"AdamW: {schedules[0][0]} is a callable, which no file holds; {advice}")
+        raise _is_callable(schedules[0][0])
     if not isinstance(mask, Static):
-        raise TypeError(f"AdamW: weight_decay_mask is a callable, which no file holds; {advice}")
+        raise _is_callable("weight_decay_mask")
     values = (x.name if isinstance(x, np.dtype) else x for x in choices)
     fields = dict(zip(names, values, strict=True))
     trees = {"weight_decay_mask": (mask, "bools"), "axis_names": (axis_names, "names and specs")}
@@ -70,7 +90,7 @@ def to_bytes(names: Sequence[str], static: Any) -> bytes:
         except TypeError as error:
             raise TypeError(
                 f"AdamW: {name} has {error} in it, and a file holds {leaves} in dicts, lists "
-                f"and tuples; {advice}"
+                f"and tuples; {_ADVICE}"
             ) from None
     return json.dumps(fields).encode()
 
@@ -94,6 +114,26 @@ def from_bytes(names: Sequence[str], data: bytes) -> Any:
     if fields["state_dtype"] is not None:
         fields["state_dtype"] = jnp.dtype(fields["state_dtype"])
     return (), tuple(fields.get(name, NEWER.get(name)) for name in names), mask, axis_names
+
+
+def group_to_bytes(static: Any) -> bytes:
+    """What of a group is no number, likewise.
+
+    Raises:
+      TypeError: it is a callable; names it.
+    """
+    match, schedules, frozen = static
+    if not isinstance(match, str):
+        raise _is_callable("match of a Group")
+    if schedules:
+        raise _is_callable(f"{schedules[0][0]} of Group({match!r})")
+    return json.dumps({"match": match, "frozen": bool(frozen)}).encode()
+
+
+def group_from_bytes(data: bytes) -> Any:
+    """What ``group_to_bytes`` wrote."""
+    fields = json.loads(data)
+    return fields["match"], (), fields["frozen"]
 
 
 def _to_json(tree: Any) -> Any:

@@ -54,7 +54,7 @@ ALIASES = calls.called_here(
             "has it",
         ),
         **dict.fromkeys(
-            ("maximize", "decay_times_lr", "cautious_decay"),
+            ("maximize", "decay_times_lr", "cautious_decay", "groups"),
             "stock Keras has none either; adamw_xla.AdamW has it",
         ),
         "skip_nonfinite": "keras.optimizers.LossScaleOptimizer skips such steps",

@@ -14,10 +14,9 @@ import numpy as np
 
 from adamw_xla._config import AdamW, needs_norm
 from adamw_xla._inside.across import Across, axes_of_leaves
-from adamw_xla._inside.hyper import as_scalar, ema_slots
+from adamw_xla._inside.hyper import Row, as_scalar, ema_slots
 from adamw_xla._inside.update import (
     Backend,
-    Rates,
     do_if,
     groups_of,
     hyper_dtype,
@@ -119,7 +118,7 @@ class Step:
             grads,
             scale,
             count=self._count,
-            rates=Rates(learning_rate, tuple(weight_decay if k else 0.0 for k in kinds)),
+            rows=[Row(learning_rate, weight_decay if k else 0.0) for k in kinds],
             groups=groups,
             dtype=dtype,
             backend=self._backend,

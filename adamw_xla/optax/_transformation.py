@@ -14,6 +14,7 @@ import optax
 from adamw_xla._check import axes, calls, options, trees
 from adamw_xla._check.words import misplaced
 from adamw_xla._config import AdamW, Master, ParamsRounding, StateFormat
+from adamw_xla._groups import Group
 from adamw_xla._inside import clipping
 from adamw_xla._inside.across import Across, axes_of_leaves
 from adamw_xla._inside.placed import columns_of
@@ -56,6 +57,7 @@ def adamw(
     maximize: bool = False,
     decay_times_lr: bool = True,
     cautious_decay: bool = False,
+    groups: tuple[Group, ...] = (),
     updates_like_grads: bool = False,
     implementation: Implementation | None = None,
     state_shardings: Any = None,
@@ -120,6 +122,9 @@ def adamw(
       maximize: step along the gradient.
       decay_times_lr: False: the decay is ``weight_decay`` alone, not times the learning rate.
       cautious_decay: decay only where that does not oppose the step; see ``adamw_xla.AdamW``.
+      groups: of ``adamw_xla.Group``: leaves, chosen by their paths, with numbers of their own, or
+        frozen, in place of ``optax.partition``. Updates of frozen leaves are zeros, or None where
+        the gradient is.
       updates_like_grads: round the updates to the gradients' dtypes, as optax does.
         Wrappers that return gradients, or zeros like them, in place of updates need it for
         16-bit gradients: ``optax.apply_if_finite`` and ``optax.conditionally_transform``.
@@ -191,6 +196,7 @@ def adamw(
         maximize=maximize,
         decay_times_lr=decay_times_lr,
         cautious_decay=cautious_decay,
+        groups=groups,
     )
     transform = _Transform(
         config,
@@ -232,7 +238,7 @@ class _Transform:
         if self.state_shardings is None:
             return None
         found = _check.shardings_like(params, self.state_shardings)
-        return of_tree(_check.PLACES, found, self.config)
+        return of_tree(_check.PLACES, found, self.config, params=params)
 
     def _made(self, params: Any) -> AdamWOptState:
         return AdamWOptState.of(self._with_mu(begin(params, self.config)))
