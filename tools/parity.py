@@ -43,7 +43,7 @@ def main(
         int | None, typer.Option(min=2, help="Of params and batches: 5, or 3 if quick.")
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="One task, few steps: shows that it runs, no more.")
+        bool, typer.Option("--quick", help="One task, few steps, no peers: that it runs, no more.")
     ] = False,
     stress: Annotated[
         bool, typer.Option("--stress", help="Instead: 20,000 steps, and gradients of all kinds.")
@@ -54,16 +54,17 @@ def main(
     Trains small models on data that packages ship, from random params and as in fine-tuning, at
     beta_2 0.999 and 0.95, with the state held in several ways; seeds are paired. An arm is "no
     worse" in a cell if the 95 % limit of what it loses on float32 is below a margin that was set
-    before any arm but float32 was trained. Exits with 1 if an arm of this package is worse, or
+    beforehand, from float32 alone. Exits with 1 if an arm of this package is worse, or
     if a check of --stress fails.
     """
     tasks = [TASKS[x] for x in _known("--task", task, TASKS, [QUICK_TASK] if quick else None)]
-    arms = [ARMS[x] for x in _known("--arm", arm, ARMS, None)]
+    shortest = [x.name for x in ARMS.values() if x.kind != "peer"]
+    arms = [ARMS[x] for x in _known("--arm", arm, ARMS, shortest if quick else None)]
+    if stress and (task or arm or seeds):
+        _fail("--stress takes no --task, --arm or --seeds: it has its own")
     if problem := cli.folder_problem(out):
         _fail(f"cannot write to {out}: {problem}")
     if stress:
-        if task or arm or seeds:
-            _fail("--stress takes no --task, --arm or --seeds: it has its own")
         _stress(out, quick)
         return
     size = QUICK if quick else FULL

@@ -52,7 +52,7 @@ def _colored(found: Finding) -> str:
 def summary_table(arms: Sequence[Arm], found: Findings, seconds: Mapping[str, float]) -> Table:
     """All tasks: how often each arm was no worse, and how long a step its loss is like."""
     made = Table(title="All tasks")
-    for name in ("arm", "state, B/param", "no worse in", "nor than 1.05 x"):
+    for name in ("arm", "state, B/param", "no worse in", "than 1.05 x in"):
         made.add_column(name, justify="left" if name == "arm" else "right")
     made.add_column("as float32 with a rate of", justify="right")
     made.add_column("seconds", justify="right")
@@ -104,8 +104,9 @@ def draw(
                 panel.set_yscale("symlog", linthresh=2 * margin)
             # What runs away must not hide the others.
             bottom, top = panel.get_ylim()
-            most = 1e3 if beyond else 1.1 * control.mean(0).max()
-            panel.set_ylim(max(bottom, -1e3), min(top, most))
+            mean = control.mean(0)
+            least, most = (-1e3, 1e3) if beyond else (0.95 * mean.min(), 1.05 * mean.max())
+            panel.set_ylim(max(bottom, least), min(top, most))
             panel.set_title(f"{task.name}, {BEGINNINGS[k]}, beta_2 {BETAS[j]}", size=9)
             panel.spines[["top", "right"]].set_visible(False)
         row[0].set_ylabel("nats x 1000 beyond float32" if beyond else "nats")
