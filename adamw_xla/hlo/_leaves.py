@@ -15,12 +15,14 @@ from adamw_xla.hlo._syntax.text import Module
 from adamw_xla.hlo._unnamed import Family, families
 
 _FIELDS = {
-    "v": ("m", "v_max", "ema", "accumulated"),
-    "nu": ("mu", "nu_max"),
+    "v": ("m", "v", "v_max", "ema", "accumulated", "remainder"),
+    "words": ("words", "ema", "accumulated", "remainder"),
+    "nu": ("mu", "nu", "nu_max"),
 }
-"""How states call their second moment, here and in optax, and what else they keep of a leaf."""
+"""How states call their second moment, here and in optax, or the words that hold both; and all
+that they keep of a leaf."""
 
-_KEYS = {"velocity": ("momentum", "velocity_hat")}
+_KEYS = {"velocity": ("momentum", "velocity", "velocity_hat")}
 """The same in the keys of Keras' variables, of which a leaf has some."""
 
 
@@ -64,10 +66,9 @@ def leaves_of(
     found = []
     for second in read:
         for of_leaf in _readings(second.name):
-            first, *more = (by_name.get(name) for name in of_leaf.state)
-            if first is None:
+            if of_leaf.beside not in by_name:
                 continue
-            moments = (first, second, *(x for x in more if x is not None))
+            moments = tuple(by_name[name] for name in of_leaf.state if name in by_name)
             param = _param(of_leaf, second, read) or _whole(of_leaf, second, inputs)
             touched = [n for x in (param, *moments) if x for n in readers.get(x.number, ())]
             if param is not None and param.output is not None and update:
@@ -140,12 +141,15 @@ class _Reading:
 
     Attributes:
       suffix: that the path of the param ends with, in some spelling.
-      state: paths of what else is kept of the leaf, the first moment first.
+      state: paths of all that is kept of the leaf, the first moment first.
+      beside: the path of what must be there too, or it is no moment: the first one or, of words,
+        the state's count.
       is_key: whether the suffix is the last key, with underscores where the param has slashes.
     """
 
     suffix: str
     state: tuple[str, ...]
+    beside: str
     is_key: bool
 
     def is_of(self, path: str) -> bool:
@@ -165,14 +169,16 @@ def _readings(name: str) -> Iterator[_Reading]:
         for found in re.finditer(rf"\.{second}(?=$|[.\[])", name):
             prefix, suffix = name[: found.start()], name[found.end() :]
             state = tuple(f"{prefix}.{other}{suffix}" for other in others)
-            yield _Reading(suffix, state, is_key=False)
+            beside = f"{prefix}.count" if state[0] == name else state[0]
+            yield _Reading(suffix, state, beside, is_key=False)
     for second, others in _KEYS.items():
         # ``variables['adam_w/dense_kernel_velocity']`` is of ``params['dense/kernel']``.
         if (key := _LAST_KEY.search(name)) is None or not key[1].endswith(f"_{second}"):
             continue
         stem = key[1].removesuffix(second)
         state = tuple(f"{name[: key.start()]}['{stem}{other}']" for other in others)
-        yield _Reading(stem.rpartition("/")[2].removesuffix("_"), state, is_key=True)
+        suffix = stem.rpartition("/")[2].removesuffix("_")
+        yield _Reading(suffix, state, state[0], is_key=True)
 
 
 def _whole(of_leaf: _Reading, moment: Input, inputs: Sequence[Input]) -> Input | None:
@@ -181,7 +187,7 @@ def _whole(of_leaf: _Reading, moment: Input, inputs: Sequence[Input]) -> Input |
         x
         for x in inputs
         if of_leaf.is_of(x.name)
-        and x.name not in (*of_leaf.state, moment.name)
+        and x.name not in of_leaf.state
         and x.elements > moment.elements > 0
         and x.elements % moment.elements == 0
     ]
@@ -194,9 +200,7 @@ def _param(of_leaf: _Reading, moment: Input, read: Sequence[Input]) -> Input | N
     same = [
         x
         for x in read
-        if x.elements == moment.elements
-        and of_leaf.is_of(x.name)
-        and x.name not in (*of_leaf.state, moment.name)
+        if x.elements == moment.elements and of_leaf.is_of(x.name) and x.name not in of_leaf.state
     ]
     reused = [x for x in same if x.output is not None]
     return next(iter(reused or same), None)
