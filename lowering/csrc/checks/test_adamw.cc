@@ -36,8 +36,19 @@ constexpr DType kDTypes[] = {DType::kBF16, DType::kF16, DType::kF32, DType::kF64
 
 Int64 Width(DType dtype) { return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2; }
 
-// What a loop may leave out: all of it is on, one thing is, or nothing.
-enum Left { kAllOn, kCautious, kLeafScale, kClipped, kRooted, kNesterov, kNoneOn, kNumLeft };
+// Of what a loop may leave out, all is on, one thing is (or its slot), or nothing.
+enum On { kAllOn = kNumSlots, kCautious, kLeafScale, kNoneOn, kNumOn };
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kAlmostInfinity = 1e300;  // as a float, infinity; no loop leaves it out
+
+// The number that turns a slot's option off; -1 where there is none.
+double OffOf(int slot, double infinity) {
+  static_assert(kNumSlots == 17, "a number for each slot");
+  const double off[kNumSlots] = {-1, -1, -1, -1, -1, -1, -1, -1, -1,
+                                 infinity, -1, -1, -1, -1, 0, 0, -1};
+  return off[slot];
+}
 
 enum Rounding { kNearest, kStochastic, kSplit, kNumRoundings };
 
@@ -87,7 +98,7 @@ struct Case {
   DType param, grad, state;
   bool amsgrad, ema, words;
   Rounding rounding;
-  Left left = kAllOn;
+  int on = kAllOn;
 
   DType Of(int kind) const {
     switch (kind) {
@@ -114,7 +125,8 @@ struct Case {
     const bool narrow = param == DType::kBF16;
     return !(words && (amsgrad || state != DType::kF32 || param == DType::kF64)) &&
            (rounding == kNearest || (narrow && state == DType::kF32)) &&
-           (left == kAllOn || (words && !ema && grad == param));
+           (on == kAllOn || (words && !ema && grad == param)) &&
+           (on >= kNumSlots || OffOf(on, kInfinity) >= 0);
   }
 };
 
@@ -142,23 +154,20 @@ std::vector<float> MakeHyper(Int64 rows) {
   return hyper;
 }
 
-// As a float, infinity; the loop that leaves nothing out has it.
-constexpr double kAlmostInfinity = 1e300;
-
 // One slice [begin, end) of a leaf, updated in place.
 void UpdateSlice(const Case& which, const Buffers& leaf, Int64 begin, Int64 end, UpdateFn update,
-                 double infinity = std::numeric_limits<double>::infinity()) {
+                 double infinity = kInfinity) {
   static const std::vector<float> hyper = MakeHyper(1);
   Slice slice = {};
   slice.size = end - begin;
   slice.stochastic = which.rounding == kStochastic;
-  const auto has = [&](Left x) { return which.left == kAllOn || which.left == x; };
+  const auto has = [&](int x) { return which.on == kAllOn || which.on == x; };
   slice.opposed = has(kCautious) ? 0 : -infinity;
   slice.leaf_scale = has(kLeafScale) ? 0.9 : 1;
-  for (int s = 0; s < kNumSlots; ++s) slice.slots[s] = hyper[s];
-  if (!has(kClipped)) slice.slots[CLIP_VALUE] = infinity;
-  if (!has(kRooted)) slice.slots[EPSILON_ROOT] = 0;
-  if (!has(kNesterov)) slice.slots[GRAD_STEP_SIZE] = 0;
+  for (int s = 0; s < kNumSlots; ++s) {
+    const double off = OffOf(s, infinity);
+    slice.slots[s] = off < 0 || has(s) ? hyper[s] : off;
+  }
   for (int k = 0; k < kNumKinds; ++k) {
     slice.dtype[k] = which.Of(k);
     if (!which.Has(k)) continue;
@@ -172,11 +181,11 @@ void UpdateSlice(const Case& which, const Buffers& leaf, Int64 begin, Int64 end,
 void TestArithmetic(const Isa& isa) {
   const UpdateFn baseline = kIsas[kNumIsas - 1].update;
   for (DType param : kDTypes) for (DType grad : kDTypes) for (DType state : kDTypes)
-    for (int options = 0; options < 8 * kNumRoundings * kNumLeft; ++options)
+    for (int options = 0; options < 8 * kNumRoundings * kNumOn; ++options)
     for (Int64 size : {0, 1, 15, 17, 64, 1103}) {
       const Case which = {param, grad, state, (options & 1) != 0, (options & 2) != 0,
                           (options & 4) != 0, static_cast<Rounding>(options / 8 % kNumRoundings),
-                          static_cast<Left>(options / 8 / kNumRoundings)};
+                          options / 8 / kNumRoundings};
       if (!which.Occurs()) continue;
       const Buffers whole = MakeLeaf(which, size, 7);
       const Buffers single = whole, before = whole;
