@@ -37,12 +37,11 @@ inline float LessHalf(float a, float b) {
 
 // ----------------------------------------------------------------------------- words
 
-constexpr int kMantissa = 21;  // bits of a float's mantissa that a code drops
-constexpr int kScale = 5;      // m's unit is as many octaves more here, see kUZero
-constexpr uint32_t kOctave = 4u << kMantissa;           // codes of one exponent
-constexpr uint32_t kFirst = 2u << kMantissa;            // v's code where v is 0, in a word
+constexpr int kVDrops = 21, kUDrops = 20;  // bits of a float's mantissa that codes drop
+constexpr int kScale = 4;                  // m's unit is as many octaves more here, see kUZero
+constexpr uint32_t kFirst = 2u << kVDrops;              // v's code where v is 0, in a word
 constexpr uint32_t kVZero = (127u - 98) << 23;          // the least v that is not linear
-constexpr uint32_t kUZero = (127u - 10 - kScale) << 23;  // no bit of it is one of m's code's
+constexpr uint32_t kUZero = (127u - 3 - kScale) << 23;  // no bit of it is one of m's code's
 
 // A constant that the compiler does not know. What it knows, GCC makes anew from a general
 // register in each round of a loop with more of them than registers: 6 % of its time.
@@ -51,24 +50,25 @@ inline uint32_t Opaque(uint32_t x) {
   return x;
 }
 
-// A float of 2 bits of mantissa with gradual underflow: x's code is that of x + max(x, 2^least),
+// A float of few bits of mantissa with gradual underflow: x's code is that of x + max(x, 2^least),
 // a normal float's highest bits, with no case for the linear range.
 struct Codes {
   uint32_t zero, normal, end;
 
-  Codes(uint32_t least, uint32_t largest)
+  Codes(uint32_t least, uint32_t largest, int drops)
       : zero(Opaque(least)),
-        normal(Opaque(least + kOctave)),
-        end(Opaque(least + ((largest + 1) << kMantissa) - 1)) {}
+        normal(Opaque(least + (1u << 23))),
+        end(Opaque(least + (largest << drops))) {}
 
-  // Of a code, shifted by kMantissa and with `zero` added.
+  // Of a code, shifted by as many bits as it drops and with `zero` added.
   float Decode(uint32_t bits) const {
     return LessHalf(FloatOf(bits), FloatOf(Most(bits, normal)));
   }
 
-  // The same, and below it what is rounded off; the noise, of kMantissa bits, carries.
+  // The same, and below it what is rounded off; the noise, of the bits that it drops, carries.
+  // A NaN is as much as the largest, before its pattern could overflow.
   uint32_t Encode(float x, uint32_t noise) const {
-    return Least(BitsOf(x + FloatOf(Most(BitsOf(x), zero))) + noise, end);
+    return Least(BitsOf(x + FloatOf(Most(BitsOf(x), zero))), end) + noise;
   }
 };
 
@@ -83,7 +83,7 @@ class Words {
     const uint32_t code = Most(word << 15 & v_field_, first_) + offset_;
     // m's unit is a power of two of half the exponent of v.
     const uint32_t unit = (Most(code, v_.normal) + unit_) >> 1 & exponent_;
-    const float u = u_.Decode((word << kMantissa & u_field_) | u_.zero);
+    const float u = u_.Decode((word << kUDrops & u_field_) | u_.zero);
     return {u * FloatOf(unit | (word << 16 & sign_)), v_.Decode(code)};
   }
 
@@ -92,7 +92,7 @@ class Words {
     const uint32_t inverse = (inverse_ - Most(code, v_.normal)) >> 1 & exponent_;
     const uint32_t bits = BitsOf(x.m);
     const float u = FloatOf(bits & ~sign_) * FloatOf(inverse);
-    const uint32_t a = u_.Encode(u, random >> (32 - kMantissa)) >> (kMantissa - 16);
+    const uint32_t a = u_.Encode(u, random >> (32 - kUDrops)) >> (kUDrops - 16);
     // In the upper half, so that nothing is narrowed before it is all there.
     const uint32_t c = (code - offset_) << 1;
     const uint32_t size = (c & upper_) | (a & ~upper_);
@@ -108,13 +108,13 @@ class Words {
   }
 
  private:
-  const Codes v_{kVZero, 507}, u_{kUZero, 63};
+  const Codes v_{kVZero, 507, kVDrops}, u_{kUZero, 63, kUDrops};
   const uint32_t sign_ = Opaque(kSign), exponent_ = Opaque(0x7f800000u);
-  const uint32_t v_field_ = Opaque(0x1ffu << kMantissa), u_field_ = Opaque(0x3fu << kMantissa);
+  const uint32_t v_field_ = Opaque(0x1ffu << kVDrops), u_field_ = Opaque(0x3fu << kUDrops);
   const uint32_t first_ = Opaque(kFirst), offset_ = Opaque(kVZero - kFirst);
   const uint32_t unit_ = Opaque((126u + 2 * kScale) << 23);
   const uint32_t inverse_ = Opaque(((510u - 2 * kScale - 126u) << 23) - 1);
-  const uint32_t noise_ = Opaque((1u << kMantissa) - 1);
+  const uint32_t noise_ = Opaque((1u << kVDrops) - 1);
   const uint32_t upper_ = Opaque(0xffc00000u);
   const uint32_t factors_[3] = {Opaque(0x9e3779b9u), Opaque(0x7feb352du), Opaque(0x846ca68bu)};
 };

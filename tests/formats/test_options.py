@@ -188,8 +188,8 @@ def test_steps_are_as_long_as_with_moments() -> None:
         return jax.jit(lambda s: jax.lax.scan(body, s, keys))(ax.adamw_init(params, config))[1]
 
     ratio = np.asarray(lengths("word16")) / np.asarray(lengths("moments"))
-    # 0.7 % is m's noise; of the mean over 150 steps 0.2 % is chance.
-    assert abs(ratio[100:].mean() - 1.007) < 0.006
+    # 0.2 % is m's noise; of the mean over 150 steps 0.2 % is chance.
+    assert abs(ratio[100:].mean() - 1.002) < 0.006
     assert abs(ratio[:20].mean() - 1) < 0.006
 
 

@@ -55,7 +55,9 @@ def of_group(config: ax.AdamW, group: ax.Group | None) -> ax.AdamW:
     return dataclasses.replace(config, **numbers | {"learning_rate": scaled}, groups=())
 
 
-@pytest.mark.parametrize("step", [ax.adamw_step, ax.reference.adamw_step], ids=["ours", "reference"])
+@pytest.mark.parametrize(
+    "step", [ax.adamw_step, ax.reference.adamw_step], ids=["ours", "reference"]
+)
 @pytest.mark.parametrize("chosen", OPTIONS.values(), ids=OPTIONS)
 def test_each_group_is_an_optimizer_of_its_own(chosen: dict[str, Any], step: Any) -> None:
     config = ax.AdamW(0.25, 0.125, groups=GROUPS, **chosen)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from update_contract.implementations import IMPLEMENTATIONS
 import words
-from words import NUM_NOISES, Scale, formats
+from words import Scale, formats
 from words.formats import Format
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -67,7 +67,7 @@ def rounded(by: Format, name: str, x: Any, noise: Any) -> Any:
     noise = np.asarray(noise, np.uint32)
     if name == "v":
         return by.decode(by.encode(0, x, noise))[1].astype(np.float64)
-    return by.decode(by.encode(x, 1, noise << np.uint32(11)))[0].astype(np.float64)
+    return by.decode(by.encode(x, 1, noise << np.uint32(12)))[0].astype(np.float64)
 
 
 # ------------------------------------------------------------------------------- every pattern
@@ -111,10 +111,10 @@ def test_words_mean_what_the_format_says() -> None:
     assert v[-1, 0, 0] == LARGEST
     one = 4 + 4 * 98  # the code of v = 1, whose unit is 1; of v = 2 too, and 2 at v = 4
     assert (v[[one, one + 4, one + 8], 0, 0] == [1, 2, 4]).all()
-    assert (m[[one, one + 4, one + 8, one - 1], 0, 63] == [28, 28, 56, 14]).all()
-    np.testing.assert_array_equal(m[one, 1, :6] * 2.0**12, [0, -1, -2, -3, -4, -5])
-    assert m[0, 0, 63] == m[7, 0, 63] == m[11, 0, 63] == 28 * 2.0**-49
-    assert m[12, 0, 63] == 28 * 2.0**-48
+    assert (m[[one, one + 4, one + 8, one - 1], 0, 63] == [15, 15, 30, 7.5]).all()
+    np.testing.assert_array_equal(m[one, 1, :6] * 2.0**6, [0, -1, -2, -3, -4, -5])
+    assert m[0, 0, 63] == m[7, 0, 63] == m[11, 0, 63] == 15 * 2.0**-49
+    assert m[12, 0, 63] == 15 * 2.0**-48
     assert patterns(legal)[0, 0, 0] == 0x0080
     assert patterns(legal)[-1, 1, -1] == 0xFF7F
     np.testing.assert_array_equal(np.signbit(m[:, 1]), np.ones((508, 64), bool))
@@ -131,22 +131,24 @@ def test_rounding_is_right_on_average_at_every_boundary(by: Format, name: str) -
     lower, ups = scale.place(x)
     below = scale.values[lower]
     above = np.where(ups > 0, scale.values[np.minimum(lower + 1, scale.num_codes - 1)], below)
-    first = np.minimum(NUM_NOISES - ups, NUM_NOISES - 1)
+    count = scale.num_noises
+    first = np.minimum(count - ups, count - 1)
     for noise, want in (
         (np.zeros(x.shape), below),
-        (NUM_NOISES - 1 - ups, below),
+        (count - 1 - ups, below),
         (first, above),
-        (np.full(x.shape, NUM_NOISES - 1), above),
+        (np.full(x.shape, count - 1), above),
     ):
         np.testing.assert_array_equal(rounded(by, name, x, noise), want)
-    mean = below + ups / NUM_NOISES * (above - below)
+    mean = below + ups / count * (above - below)
     np.testing.assert_array_equal(mean, expected(scale, x))
 
 
 @pytest.mark.parametrize("name", SCALES)
 def test_rounding_is_right_on_average_by_counting(name: str) -> None:
     """Every noise, for some numbers: so the noise at which rounding changes is the only one."""
-    scale, noise = SCALES[name], np.arange(NUM_NOISES)
+    scale = SCALES[name]
+    noise = np.arange(scale.num_noises)
     values = scale.values
     step = scale.num_codes // 3
     points = np.concatenate([values[:6], values[6::step], values[6::step] * 1.07]).astype(F32)
@@ -154,8 +156,8 @@ def test_rounding_is_right_on_average_by_counting(name: str) -> None:
     for x in points:
         codes = scale.code(np.full(1, x), noise)
         mean = (
-            values[codes[0]] * NUM_NOISES + (values[codes] - values[codes[0]]).sum()
-        ) / NUM_NOISES
+            values[codes[0]] * noise.size + (values[codes] - values[codes[0]]).sum()
+        ) / noise.size
         np.testing.assert_array_equal(mean, expected(scale, x))
         assert np.diff(codes).min() >= 0
 
@@ -166,7 +168,7 @@ def test_what_a_word_cannot_hold_becomes_its_largest(by: Format) -> None:
     assert (v == LARGEST).all()
     for sign in (1, -1):
         m, v = by.decode(by.encode(np.copysign(x, sign), 1, SWEEP))
-        assert (m == sign * 28).all()
+        assert (m == sign * 15).all()
         assert (v == 1).all()
 
 

@@ -36,7 +36,7 @@ def test_where_betas_bound_nothing() -> None:
 def test_the_unit_bounds_v_whichever_way_v_was_rounded() -> None:
     values = words.V.values
     v = np.concatenate([values, np.nextafter(values.astype(F32), F32(np.inf))])[:-1]
-    for random in (0, words.NUM_NOISES - 1):
+    for random in (0, words.V.num_noises - 1):
         code = words.V.code(v[v <= values[-1]], random)
         assert (np.sqrt(v[v <= values[-1]]) < 2 * words.unit(code)).all()
 
@@ -57,7 +57,7 @@ def test_gradients_of_any_size_make_steps_of_few_learning_rates(epsilon: float) 
         early = np.maximum(early, step * (1 - 0.999 ** (t + 1)) ** 0.5)
         r = rng.integers(0, 2**32, g.shape, dtype=np.uint32)
         m, v = words.decode(words.encode(m, v, r))
-    assert 10 < late.max() < 15
+    assert 7 < late.max() < 9
     assert early[g < 15_000].max() < 2
 
 
@@ -95,15 +95,16 @@ def test_the_chain_is_what_training_on_noise_tends_to() -> None:
     assert abs(np.mean(deviation[100:]) - 0.23) < 5e-3
 
 
-def test_the_noise_of_m_is_what_is_said() -> None:
+@pytest.mark.parametrize("b1", [0.8, 0.9, 0.95])
+def test_the_noise_of_m_is_what_is_said(b1: float) -> None:
     rng = np.random.default_rng(0)
     size, unit = 4000, F32(1)
     scale = np.exp2(rng.uniform(0, 1, size)).astype(F32)
     m = exact = np.zeros(size, F32)
-    for _ in range(60):
+    for _ in range(120):
         g = rng.standard_normal(size).astype(F32) * scale
-        m, exact = (F32(0.9) * x + F32(0.1) * g for x in (m, exact))
+        m, exact = (F32(b1) * x + F32(1 - b1) * g for x in (m, exact))
         r = rng.integers(0, 2**32, size, dtype=np.uint32)
         m = words.decode(words.encode(m, np.full(size, unit), r))[0]
     relative = np.std((m - exact) / scale) / np.std(exact / scale)
-    assert abs(relative - noise.deviation_of_m(0.9)) < 0.01
+    assert abs(relative - noise.deviation_of_m(b1)) < 0.01

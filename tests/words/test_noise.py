@@ -76,7 +76,8 @@ def uniform(noise: Any, values: int) -> Any:
 
 
 def of_codes(r: Any) -> tuple[Any, Any]:
-    return tuple(uniform(x, words.NUM_NOISES) for x in words.noises(r))
+    of_v, of_m = words.noises(r)
+    return uniform(of_v, words.V.num_noises), uniform(of_m, words.U.num_noises)
 
 
 def assert_small(z: Any, tests: int | None = None) -> None:

@@ -24,11 +24,11 @@ Array = np.ndarray[Any, Any]
 
 ELEMENTS, CHUNK = 4096, 100
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
-U_LARGEST = 28.0
+U_LARGEST = 15.0
 """The largest |m| over 2^floor(e/2), where 2^e <= v; so also of |m| / sqrt(v), as stored."""
 LONGEST_STEP = BETA_1 * U_LARGEST / math.sqrt(BETA_2) + (1 - BETA_1) / math.sqrt(1 - BETA_2)
 """Of |m| / sqrt(v) after a step: sqrt(v) is at least what each of its two terms has as a root.
-Where v is below 2^-98, m is below 28 * 2^-49, of which epsilon makes a step of 5e-6."""
+Where v is below 2^-98, m is below 15 * 2^-49, of which epsilon makes a step of 5e-6."""
 MODERATE = 1e4
 """Above 2^14 a squared gradient is beyond the word's largest v; float32's is 1e15 times as far."""
 FORMATS: dict[str, dict[str, Any]] = {

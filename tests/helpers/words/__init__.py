@@ -12,7 +12,6 @@ from .noise import noise_of_param as noise_of_param
 from .noise import noises as noises
 from .noise import random_bits as random_bits
 from .noise import with_random_bits as with_random_bits
-from .scales import NUM_NOISES as NUM_NOISES
 from .scales import Scale as Scale
 from .scales import U as U
 from .scales import V as V

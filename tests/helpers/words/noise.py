@@ -42,9 +42,9 @@ def with_random_bits(r: Any, grad: Any, number: Any) -> Array:
 
 
 def noises(r: Any) -> tuple[Array, Array]:
-    """That of v's code and that of m's: the lower and the upper 21 bits of the 32, uint32."""
+    """That of v's code and that of m's: the lower 21 and the upper 20 bits of the 32, uint32."""
     r = np.asarray(r, np.uint32)
-    return r % np.uint32(2**21), r // np.uint32(2**11)
+    return r % np.uint32(2**21), r // np.uint32(2**12)
 
 
 def noise_of_param(r: Any) -> Array:

@@ -23,7 +23,7 @@ def _assemble(v: Array, sign: Array, u: Array) -> Array:
 
 def unit(code: Array) -> Array:
     """float64: what m is stored in units of, for v's code: a power of two at most sqrt(v)."""
-    exponent = V.min_exponent + np.maximum(code // 4 - 1, 0)
+    exponent = V.min_exponent + np.maximum(code // 2**V.mantissa - 1, 0)
     return np.exp2(exponent // 2)
 
 
