@@ -4,6 +4,7 @@ The float32 nearest to 0.999 is 1.3e-8 off, and one less it is 1.3e-5 off, relat
 follows is computed in float64 where the decay is known, and goes beside it where it is traced.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -32,6 +33,41 @@ def of(value: Any) -> Decay:
         return Decay(number, 1 - number, math.log(number) if number > 0 else _LEAST_LOG)
     wide = value.astype(jnp.promote_types(value.dtype, np.float32))
     return Decay(wide, 1 - wide, jnp.log(wide))
+
+
+class Beta:
+    """A beta at update ``t``; what follows from it is made once, when a row first reads it."""
+
+    def __init__(self, decay: Decay, t: jax.Array) -> None:
+        self.value, self.complement, self._log = decay
+        self.t = t
+
+    def _power_minus_one(self, t: jax.Array) -> jax.Array:
+        """``beta**t - 1`` without cancellation."""
+        log = self._log
+        known = isinstance(log, float)
+        same: Any = np.asarray(log, t.dtype) if known else lax.convert_element_type(log, t.dtype)
+        return lax.expm1(lax.mul(t, same))
+
+    @functools.cached_property
+    def minus_bias(self) -> jax.Array:
+        """``beta**t - 1``."""
+        return self._power_minus_one(self.t)
+
+    @functools.cached_property
+    def following(self) -> jax.Array:
+        """``beta**(t + 1) - 1``."""
+        return self._power_minus_one(lax.add(self.t, np.ones((), self.t.dtype)))
+
+    @functools.cached_property
+    def bias(self) -> jax.Array:
+        """``1 - beta**t``."""
+        return lax.neg(self.minus_bias)
+
+    @functools.cached_property
+    def root(self) -> jax.Array:
+        """The square root of ``bias``."""
+        return lax.sqrt(self.bias)
 
 
 def known(holder: Any, name: str) -> Decay:

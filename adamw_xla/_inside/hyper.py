@@ -21,13 +21,11 @@ from adamw_xla._check import options
 from adamw_xla._config import AdamW
 from adamw_xla._groups import Group, ScalarOrSchedule
 from adamw_xla._inside import decay, explicit
-from adamw_xla._inside.decay import Decay
+from adamw_xla._inside.decay import Beta, Decay
 from adamw_xla_lowering import NUM_SLOTS, Slot
 from adamw_xla_lowering.formats.noise import step_factor
 
 Scalar: TypeAlias = float | jax.Array
-Column: TypeAlias = Scalar | np.ndarray[Any, Any]
-"""A scalar that all rows of ``hyper`` have, or an array of [rows]."""
 
 
 def as_scalar(value: Any, dtype: DTypeLike) -> Scalar:
@@ -104,10 +102,9 @@ def rows_of(
         return evaluate(group.called(name), value, step, dtype)
 
     @functools.cache
-    def of_group(member: int) -> tuple[Group | None, Any, Scalar]:
+    def of_group(member: int) -> tuple[Group | None, Scalar, Scalar]:
         group = config.groups[member] if member < len(config.groups) else None
-        learning_rate: Any = rate(group, "learning_rate")
-        decay = rate(group, "weight_decay")
+        learning_rate, decay = rate(group, "learning_rate"), rate(group, "weight_decay")
         if group is not None and group.scale is not None:
             learning_rate = _times(learning_rate, as_scalar(group.scale, dtype), dtype)
         return group, learning_rate, decay
@@ -145,79 +142,34 @@ def hyper_rows(
     # cost a copy of it where it is donated.
     update = increment(count)
     t = lax.convert_element_type(update, dtype)
-    groups = _numbers(config, rows, dtype)
-    if len(groups) == 1:  # rows differ in decay alone
-        (own,), parts = groups.values(), [[row] for row in rows]
-    else:  # one operation for all rows: one for each would be kernels more on some devices
-        parts = [[*rows]]
-        each = [groups[id(row.group)] for row in rows]
-        own = jax.tree.map(lambda *values: _column(values, dtype), *each)
-    along = t if len(groups) == 1 else lax.broadcast(t, (len(rows),))
-    slots: dict[Slot, Column] = {
+    betas: dict[tuple[int, str], Beta] = {}
+    own: dict[int, dict[Slot, Scalar]] = {}  # rows that differ in decay alone have one for all
+
+    def beta(group: Group | None, name: str) -> Beta:
+        holder = _holder(config, group, name)
+        key = id(holder), name
+        if key not in betas:
+            betas[key] = Beta(decay_of(holder, name, dtype), t)
+        return betas[key]
+
+    for row in rows:
+        if id(row.group) not in own:
+            own[id(row.group)] = _own_slots(
+                config, row, beta(row.group, "beta_1"), beta(row.group, "beta_2"), dtype
+            )
+    shared: dict[Slot, Scalar] = {
         Slot.GRAD_SCALE: grad_scale,
-        Slot.BETA_1: own.beta_1.value,
-        Slot.ONE_MINUS_BETA_1: own.beta_1.complement,
-        Slot.BETA_2: own.beta_2.value,
-        Slot.ONE_MINUS_BETA_2: own.beta_2.complement,
-        Slot.EPSILON: _at_least(_LEAST[config.state_format], own.epsilon, dtype),
         Slot.APPLY: apply,
         **({Slot.SALT: t} if is_salted(config) else {}),
-        **_step_slots(config, own, along),
         **_clip_slots(config, dtype),
         **ema_slots(config, update, dtype),
     }
     packed = []
-    for part in parts:
-        decay = _column([row.decay for row in part], dtype)
-        times = own.learning_rate if config.decay_times_lr else 1.0
-        decays = {Slot.DECAY_RATE: _times(times, decay, dtype)}
-        packed.append(_pack({**slots, **decays}, dtype, len(part)))
-    return lax.concatenate(packed, 0) if len(packed) > 1 else packed[0]
-
-
-class _Numbers(NamedTuple):
-    """What follows from a group: scalars, or columns of one for each row."""
-
-    learning_rate: Column
-    beta_1: Decay
-    beta_2: Decay
-    epsilon: Column
-
-
-def _numbers(config: AdamW, rows: Sequence[Row], dtype: DTypeLike) -> dict[int, _Numbers]:
-    """The numbers of each group that rows are of, by its identity."""
-
-    @functools.cache
-    def beta(owner: int, name: str) -> Decay:
-        return decay_of(holders[owner], name, dtype)
-
-    holders: dict[int, AdamW | Group] = {id(config): config}
-    found: dict[int, _Numbers] = {}
     for row in rows:
-        group = row.group
-        if id(group) in found:
-            continue
-        owners = {name: id(config) for name in ("beta_1", "beta_2", "epsilon")}
-        if group is not None:
-            holders[id(group)] = group
-            owners |= {name: id(group) for name in owners if getattr(group, name) is not None}
-        found[id(group)] = _Numbers(
-            row.learning_rate,
-            beta(owners["beta_1"], "beta_1"),
-            beta(owners["beta_2"], "beta_2"),
-            as_scalar(holders[owners["epsilon"]].epsilon, dtype),
-        )
-    return found
-
-
-def _column(values: Sequence[Scalar], dtype: DTypeLike) -> Column:
-    """One value as it is; several as an array of [rows], in NumPy where all are known."""
-    if len(values) == 1:
-        return values[0]
-    if all(isinstance(x, float) for x in values):
-        return np.asarray(values)
-    parts = [jnp.asarray(x, dtype).reshape(1) for x in values]
-    return lax.concatenate(explicit.on_one_mesh(parts), 0)
+        times = row.learning_rate if config.decay_times_lr else 1.0
+        decay = {Slot.DECAY_RATE: times * row.decay}
+        packed.append(_pack({**shared, **own[id(row.group)], **decay}, dtype))
+    return lax.concatenate(explicit.on_one_mesh(packed), 0) if len(packed) > 1 else packed[0]
 
 
 def is_salted(config: AdamW) -> bool:
@@ -230,47 +182,56 @@ _LEAST = {"moments": float(np.finfo(np.float32).tiny), "word16": 1e-14}
 where some leaves may be float32. In words a v below 2^-100 may be 0 while m is not."""
 
 
-def _at_least(least: float, epsilon: Column, dtype: DTypeLike) -> Column:
+def _at_least(least: float, value: Any, dtype: DTypeLike) -> Scalar:
+    epsilon = as_scalar(value, dtype)
     if isinstance(epsilon, float):
         return max(epsilon, least)
-    if isinstance(epsilon, np.ndarray):
-        return np.maximum(epsilon, least)
-    return lax.max(epsilon, np.full(epsilon.shape, least, dtype))
+    return lax.max(epsilon, np.asarray(least, dtype))
 
 
-def _power_minus_one(beta: Decay, t: jax.Array) -> jax.Array:
-    """``beta**t - 1`` without cancellation."""
-    return lax.expm1(lax.mul(t, _array(beta.log, t.dtype)))
+def _holder(config: AdamW, group: Group | None, name: str) -> AdamW | Group:
+    """Whose number of this name counts."""
+    return config if group is None or getattr(group, name) is None else group
 
 
-def _step_slots(config: AdamW, own: _Numbers, t: jax.Array) -> dict[Slot, Column]:
+def _own_slots(
+    config: AdamW, row: Row, beta_1: Beta, beta_2: Beta, dtype: DTypeLike
+) -> dict[Slot, Scalar]:
+    """What follows from the betas, the epsilon and the rate of a row."""
+    epsilon = _holder(config, row.group, "epsilon").epsilon
+    return {
+        Slot.BETA_1: beta_1.value,
+        Slot.ONE_MINUS_BETA_1: beta_1.complement,
+        Slot.BETA_2: beta_2.value,
+        Slot.ONE_MINUS_BETA_2: beta_2.complement,
+        Slot.EPSILON: _at_least(_LEAST[config.state_format], epsilon, dtype),
+        **_step_slots(config, _array(row.learning_rate, dtype), beta_1, beta_2, dtype),
+    }
+
+
+def _step_slots(
+    config: AdamW, learning_rate: Any, beta_1: Beta, beta_2: Beta, dtype: DTypeLike
+) -> dict[Slot, Scalar]:
     """How far to go along ``m`` (and the gradient), and what to divide by."""
-    dtype, (rate, beta_1, beta_2, _) = t.dtype, own
-    learning_rate, one = _array(rate, dtype), np.ones(t.shape, dtype)
-    bias_2 = lax.neg(_power_minus_one(beta_2, t))
-    root_2 = lax.sqrt(bias_2)
+    root_2 = beta_2.root
     # Both signs are turned, so that a constant rate costs no operation.
     is_known = isinstance(learning_rate, np.ndarray)
     minus_rate = np.negative(learning_rate) if is_known else lax.neg(learning_rate)
-    slots: dict[Slot, Any] = {Slot.STEP_SIZE: lax.div(minus_rate, _power_minus_one(beta_1, t))}
+    slots: dict[Slot, Any] = {Slot.STEP_SIZE: lax.div(minus_rate, beta_1.minus_bias)}
     if config.nesterov:
-        slots[Slot.GRAD_STEP_SIZE] = lax.mul(
-            slots[Slot.STEP_SIZE], _array(beta_1.complement, dtype)
-        )
-        following = _power_minus_one(beta_1, lax.add(t, one))
-        slots[Slot.STEP_SIZE] = lax.mul(lax.div(minus_rate, following), _array(beta_1.value, dtype))
+        complement, value = (_array(x, dtype) for x in (beta_1.complement, beta_1.value))
+        slots[Slot.GRAD_STEP_SIZE] = lax.mul(slots[Slot.STEP_SIZE], complement)
+        slots[Slot.STEP_SIZE] = lax.mul(lax.div(minus_rate, beta_1.following), value)
     if config.state_format == "word16":
-        factor = step_factor(_array(beta_2.complement, dtype), t)
+        factor = step_factor(_array(beta_2.complement, dtype), beta_2.t)
         slots = {slot: lax.mul(size, factor) for slot, size in slots.items()}
     if config.epsilon_hat:
         slots = {slot: lax.mul(size, root_2) for slot, size in slots.items()}
-    slots[Slot.V_CORRECTION] = 1.0 if config.epsilon_hat else lax.div(one, root_2)
+    slots[Slot.V_CORRECTION] = 1.0 if config.epsilon_hat else lax.div(np.ones((), dtype), root_2)
     if config.epsilon_root is not None:
         # v / bias_2 + epsilon_root = (v + epsilon_root * bias_2) / bias_2
         root: Any = _array(as_scalar(config.epsilon_root, dtype), dtype)
-        slots[Slot.EPSILON_ROOT] = (
-            root if config.epsilon_hat else lax.mul(_broadcast(root, t.shape), bias_2)
-        )
+        slots[Slot.EPSILON_ROOT] = root if config.epsilon_hat else lax.mul(root, beta_2.bias)
     return slots
 
 
@@ -295,43 +256,26 @@ def ema_slots(config: AdamW, update: jax.Array, dtype: DTypeLike) -> dict[Slot, 
     return slots
 
 
-def _pack(slots: Mapping[Slot, Column], dtype: DTypeLike, rows: int) -> jax.Array:
-    """So many rows, [rows, NUM_SLOTS]; neighbouring constants make one constant."""
+def _pack(slots: Mapping[Slot, Scalar], dtype: DTypeLike) -> jax.Array:
+    """One row, [1, NUM_SLOTS]; neighbouring constants make one constant."""
     values = [slots.get(Slot(slot), 0.0) for slot in range(NUM_SLOTS)]
     parts: list[Any] = []
-    for is_constant, run in itertools.groupby(values, _is_known):
+    for is_constant, run in itertools.groupby(values, lambda x: isinstance(x, float | int)):
         if is_constant:
-            columns = [np.broadcast_to(x, rows) for x in run]
-            parts.append(np.stack(columns, 1).astype(dtype))
+            parts.append(np.array([list(run)], dtype))
         else:
-            cells = (_array(x, dtype) for x in run)
-            parts.extend(
-                lax.reshape(x, (rows, 1)) if x.size == rows else lax.broadcast(x, (rows, 1))
-                for x in cells
-            )
+            parts.extend(lax.reshape(_array(x, dtype), (1, 1)) for x in run)
     return lax.concatenate(explicit.on_one_mesh(parts), 1)
 
 
-def _is_known(value: Any) -> bool:
-    return isinstance(value, float | int | np.ndarray)
-
-
-def _array(value: Column, dtype: DTypeLike) -> jax.Array | np.ndarray[Any, Any]:
-    if isinstance(value, float | int | np.ndarray):
+def _array(value: Scalar, dtype: DTypeLike) -> jax.Array | np.ndarray[Any, Any]:
+    if isinstance(value, float | int):
         return np.asarray(value, dtype)
     return lax.convert_element_type(value, dtype)
 
 
-def _broadcast(x: Any, shape: tuple[int, ...]) -> Any:
-    """A scalar for each row; a column as it is."""
-    if x.ndim == len(shape):
-        return x
-    return np.broadcast_to(x, shape) if isinstance(x, np.ndarray) else lax.broadcast(x, shape)
-
-
-def _times(a: Column, b: Column, dtype: DTypeLike) -> Column:
-    """A product, which is known where both are; each a scalar, or a column of the other's shape."""
-    if _is_known(a) and _is_known(b):
+def _times(a: Scalar, b: Scalar, dtype: DTypeLike) -> Scalar:
+    """A product, a Python float where both are."""
+    if isinstance(a, float) and isinstance(b, float):
         return a * b
-    shape = np.broadcast_shapes(np.shape(a), np.shape(b))
-    return lax.mul(*(_broadcast(_array(x, dtype), shape) for x in (a, b)))
+    return lax.mul(jnp.asarray(a, dtype), jnp.asarray(b, dtype))

@@ -1,21 +1,22 @@
-"""Groups of leaves with numbers of their own: against the oracle, and separate optimizers."""
+"""Groups of leaves with numbers of their own: against the oracle, peers, and a step by hand."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
+import functools
 from typing import Any
 
-from checks.steps import TREE, doubles, errors, random_array
+from checks.steps import NONE, TREE, errors, random_array
 from comparing import close, same
 import jax
-from jax import export
 import jax.numpy as jnp
 import numpy as np
 import optax
+import peers
 import pytest
 from runs import tree
 from small import equations
+import torch
 
 import adamw_xla as ax
 import adamw_xla.optax as axo
@@ -28,64 +29,210 @@ GROUPS = (
     ax.Group(lambda path, leaf: leaf.ndim == 3, weight_decay=0.0, beta_2=0.5),
     ax.Group("5", learning_rate=lambda count: 0.5 / (1 + count), scale=0.25),
 )
-"""Of ``TREE``; leaf 2 is of none."""
+OWNERS = [0, 1, None, 1, 2, 3]
+"""For each leaf of ``TREE`` its group; one has none."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "pytorch": {"epsilon_hat": False, "amsgrad": True, "nesterov": True, "decay_times_lr": False},
+    "independent_decay": {"decay_times_lr": False, "amsgrad": True, "nesterov": True},
+    "accumulated": {"gradient_accumulation_steps": 2, "loss_scale_factor": 4.0, "clipvalue": 0.5},
     "masked": {
+        "epsilon_hat": False,
+        "epsilon_root": 1e-3,
         "use_ema": True,
         "ema_momentum": 0.75,
         "weight_decay_mask": [True, False, True, True, True, False],
-        "epsilon_root": 1e-3,
         "clipnorm": 0.5,
         "maximize": True,
         "cautious_decay": True,
     },
-    "accumulated": {"gradient_accumulation_steps": 2, "loss_scale_factor": 4.0, "clipvalue": 0.5},
 }
 
 
-def of_group(config: ax.AdamW, group: ax.Group | None) -> ax.AdamW:
-    """The config that a group's leaves would have by themselves."""
-    numbers = {x: y for x in ax.Group.NUMBERS if (y := getattr(group, x, None)) is not None}
-    scale = numbers.pop("scale", 1.0)
-    rate = numbers.get("learning_rate", config.learning_rate)
-    scaled = (lambda count: rate(count) * scale) if callable(rate) else rate * scale
-    return dataclasses.replace(config, **numbers | {"learning_rate": scaled}, groups=())
+def alone(config: ax.AdamW, owner: int | None) -> ax.AdamW:
+    """The config that the leaves of a group would have by themselves."""
+    mask = config.weight_decay_mask
+    kept = {"weight_decay_mask": None if mask is None else part(mask, owner), "groups": ()}
+    if owner is None:
+        return dataclasses.replace(config, **kept)
+    group = GROUPS[owner]
+    numbers = {name: getattr(group, name) for name in ax.Group.NUMBERS}
+    own = {name: value for name, value in numbers.items() if value is not None}
+    scale, rate = own.pop("scale", 1.0), own.get("learning_rate", config.learning_rate)
+    own["learning_rate"] = (lambda k: rate(k) * scale) if callable(rate) else rate * scale
+    return dataclasses.replace(config, **own, **kept)
 
 
-@pytest.mark.parametrize(
-    "step", [ax.adamw_step, ax.reference.adamw_step], ids=["ours", "reference"]
-)
-@pytest.mark.parametrize("chosen", OPTIONS.values(), ids=OPTIONS)
-def test_each_group_is_an_optimizer_of_its_own(chosen: dict[str, Any], step: Any) -> None:
-    config = ax.AdamW(0.25, 0.125, groups=GROUPS, **chosen)
-    owners = [0, 1, None, 1, 2, 3]
-    step = jax.jit(step)
+def part(value: Any, owner: int | None) -> Any:
+    """Of a list of all leaves those of one group; of a state that of these leaves."""
+    if isinstance(value, ax.AdamWState):
+        fields = {x.name: getattr(value, x.name) for x in dataclasses.fields(value)}
+        return ax.AdamWState(**{name: part(x, owner) for name, x in fields.items()})
+    if not isinstance(value, list):
+        return value
+    return [x for x, its in zip(value, OWNERS, strict=True) if its == owner]
+
+
+STEPS = [
+    *((name, ax.adamw_step) for name in OPTIONS if name != "plain"),
+    ("plain", ax.reference.adamw_step),
+]
+
+
+@pytest.mark.parametrize(("name", "step"), STEPS, ids=[name for name, _ in STEPS])
+def test_each_group_is_an_optimizer_of_its_own(name: str, step: Any) -> None:
+    options = OPTIONS[name]
+    config = ax.AdamW(0.25, 0.125, groups=GROUPS, **options)
+    step = jax.jit(step)  # the config is traced
     rng = np.random.default_rng(0)
     params = [jnp.asarray(random_array(rng, shape, dtype)) for shape, dtype, _ in TREE]
     state = ax.adamw_init(params, config)
-    for _ in range(4):
+    for _ in range(3):
         grads = [jnp.asarray(random_array(rng, shape, dtype)) for shape, _, dtype in TREE]
         new, new_state = step(params, grads, state, config)
         for owner in (None, *range(len(GROUPS))):
-            own = [i for i, x in enumerate(owners) if x == owner]
-
-            def part(x: Any, own: list[int] = own) -> Any:
-                return [x[i] for i in own] if isinstance(x, list) else x
-
-            def state_of(x: ax.AdamWState) -> ax.AdamWState:
-                fields = {f.name: part(getattr(x, f.name)) for f in dataclasses.fields(x)}  # noqa: B023
-                return ax.AdamWState(**fields)
-
-            alone = of_group(config, None if owner is None else GROUPS[owner])
-            alone = dataclasses.replace(alone, weight_decay_mask=part(config.weight_decay_mask))
-            found = errors(
-                *(part(params), part(grads), state_of(state), alone, part(new)),
-                state_of(new_state),
-                slack=Slack(),
-            )
-            for what, off in found:
+            of = functools.partial(part, owner=owner)
+            before, after = map(of, (params, grads, state)), map(of, (new, new_state))
+            for what, off in errors(*before, alone(config, owner), *after, slack=NONE):
                 assert off <= 1, f"{what} of group {owner}: {off:.2f} times as far as allowed"
         params, state = new, new_state
+
+
+# ------------------------------------------------------------------------------- peers
+
+PATHS = {str(i): shape for i, shape in enumerate(peers.SHAPES)}
+RATES = {"0": (peers.LR, peers.B1, peers.WD), "[12]": (4 * peers.LR, 0.75, 0.0)}
+"""For each pattern a rate, beta_1 and decay; what is left has four times the decay."""
+
+
+def grouped() -> tuple[ax.Group, ...]:
+    return tuple(
+        ax.Group(pattern, learning_rate=rate, beta_1=beta, weight_decay=decay)
+        for pattern, (rate, beta, decay) in RATES.items()
+    )
+
+
+def by_path(leaves: Any) -> dict[str, Any]:
+    return dict(zip(PATHS, map(jnp.asarray, leaves), strict=True))
+
+
+def optax_partition() -> Any:
+    pairs = {"0": 0, "1": 1, "2": 1, "3": 2}
+    kinds = [*RATES.values(), (peers.LR, peers.B1, 4 * peers.WD)]
+    parts = {
+        i: optax.adamw(rate, beta, peers.B2, weight_decay=decay)
+        for i, (rate, beta, decay) in enumerate(kinds)
+    }
+    return optax.partition(parts, pairs)
+
+
+def ours_by_optax() -> Any:
+    return axo.adamw(peers.LR, peers.B1, peers.B2, weight_decay=4 * peers.WD, groups=grouped())
+
+
+def trained(solver: Any, params: Any, grads: Any) -> Any:
+    @jax.jit
+    def step(params: Any, grads: Any, state: Any) -> Any:
+        updates, state = solver.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = by_path(params)
+    state = solver.init(params)
+    for g in grads:
+        params, state = step(params, by_path(g), state)
+    return params.values()
+
+
+def torch_groups(params: Any, grads: Any) -> Any:
+    leaves = [torch.nn.Parameter(torch.from_numpy(p.copy())) for p in params]
+    kinds = [*RATES.values(), (peers.LR, peers.B1, 4 * peers.WD)]
+    members = [leaves[:1], leaves[1:3], leaves[3:]]
+    optimizer = torch.optim.AdamW(
+        {"params": own, "lr": rate, "betas": (beta, peers.B2), "weight_decay": decay}
+        for own, (rate, beta, decay) in zip(members, kinds, strict=True)
+    )
+    for g in grads:
+        for p, x in zip(leaves, g, strict=True):
+            p.grad = torch.from_numpy(np.asarray(x))
+        optimizer.step()
+    return [p.detach().numpy() for p in leaves]
+
+
+def test_as_torch_param_groups_and_optax_partition() -> None:
+    params, grads = peers.problem(20)
+    ours = trained(ours_by_optax(), params, grads)
+    peers.close(ours, trained(optax_partition(), params, grads))
+    peers.close(ours, torch_groups(params, grads))
+
+
+# ----------------------------------------------------------------------- traced numbers
+
+TWO = (
+    ax.Group("^b", learning_rate=0.5, beta_1=0.5, epsilon=0.0),
+    ax.Group("w", weight_decay=0.5, scale=2.0),
+)
+
+
+def step_with(config: ax.AdamW, **overrides: Any) -> Any:
+    params = tree()
+    return ax.adamw_step(params, tree(1), ax.adamw_init(params, config), config, **overrides)
+
+
+def test_a_changed_number_does_not_recompile() -> None:
+    @jax.jit
+    def step(config: ax.AdamW) -> Any:
+        traces.append(config)
+        return step_with(config)
+
+    traces: list[ax.AdamW] = []
+    bias, matrix = TWO
+    changes = {"learning_rate": 0.25, "beta_1": 0.75, "epsilon": 1e-3}
+    others = (dataclasses.replace(bias, **changes), dataclasses.replace(matrix, scale=3.0))
+    for groups in (TWO, others):
+        config = ax.AdamW(groups=groups)
+        close(step(config), jax.jit(functools.partial(step_with, config))())
+    assert len(traces) == 1
+    step(ax.AdamW(groups=(dataclasses.replace(bias, match="b/"), matrix)))  # a match is static
+    assert len(traces) == 2
+
+
+def test_a_rate_is_batched() -> None:
+    def step(rate: Any) -> Any:
+        return step_with(ax.AdamW(groups=(dataclasses.replace(TWO[0], learning_rate=rate), TWO[1])))
+
+    rates = jnp.array([0.5, 0.125])
+    close(jax.vmap(step)(rates), jax.tree.map(lambda *x: jnp.stack(x), *map(step, rates)))
+
+
+def test_an_override_is_of_the_config_alone() -> None:
+    config = ax.AdamW(0.125, 0.25, groups=TWO)
+    plain, _ = step_with(ax.AdamW(1.0, 0.125, groups=TWO))
+    same(step_with(config, learning_rate=1.0, weight_decay=0.125)[0], plain)
+    scaled, _ = step_with(ax.AdamW(2.0, 0.5))
+    close(plain["w"], scaled["w"])
+    own, _ = step_with(ax.AdamW(0.5, 0.125, beta_1=0.5, epsilon=0.0))
+    close(plain["b"], own["b"])
+
+
+# ------------------------------------------------------------------ what is not computed
+
+ONE = {
+    "all match": (ax.Group(""),),
+    "none has numbers": (),
+}
+
+
+@pytest.mark.parametrize("mask", [None, {"w": True, "b": False}], ids=["", "masked"])
+def test_one_group_is_traced_as_none(mask: Any) -> None:
+    texts = [
+        str(jax.make_jaxpr(step_with)(ax.AdamW(weight_decay_mask=mask, groups=groups)))
+        for groups in ((), (ax.Group("", beta_1=0.9, beta_2=0.999, learning_rate=0.001),))
+    ]
+    fewer = [x.count("\n") for x in texts]
+    assert fewer[0] == fewer[1]
+
+
+def test_groups_are_rows_of_one_equation() -> None:
+    config = ax.AdamW(groups=TWO, weight_decay_mask={"w": True, "b": [True, False]})
+    (equation,) = equations(jax.make_jaxpr(functools.partial(step_with, config))().jaxpr)
+    assert equation.invars[0].aval.shape[0] == 3
