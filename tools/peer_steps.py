@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import os
 from typing import Any
 
@@ -105,6 +106,39 @@ def of_optax(optimizer: Any) -> tuple[Init, Step]:
         return optax.apply_updates(params, updates), state
 
     return optimizer.init, step
+
+
+GPT2_GROUPS = ("wte", "wpe", "ln_1", "ln_2", "ln_f", "attn", "c_fc", "mlp")
+"""Eight groups of GPT-2's leaves, by what stands in their paths; the first that does counts."""
+
+
+def ours_grouped(implementation: Any = None) -> tuple[Init, Step]:
+    """This package, with a rate and a decay for each of ``GPT2_GROUPS``."""
+    groups = tuple(
+        ax.Group(pattern, learning_rate=LEARNING_RATE * (i + 1), weight_decay=WEIGHT_DECAY * i)
+        for i, pattern in enumerate(GPT2_GROUPS)
+    )
+    config = ax.AdamW(
+        LEARNING_RATE, WEIGHT_DECAY, epsilon=EPSILON, epsilon_hat=False, groups=groups
+    )
+    return of_config(config, implementation)
+
+
+def optax_grouped() -> tuple[Init, Step]:
+    """The same by ``optax.multi_transform``."""
+    import optax
+
+    def label(path: Any, leaf: Any) -> int:
+        del leaf
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return next(i for i, pattern in enumerate(GPT2_GROUPS) if pattern in name)
+
+    solvers = {
+        i: optax.adamw(LEARNING_RATE * (i + 1), eps=EPSILON, weight_decay=WEIGHT_DECAY * i)
+        for i in range(len(GPT2_GROUPS))
+    }
+    labels = functools.partial(jax.tree_util.tree_map_with_path, label)
+    return of_optax(optax.multi_transform(solvers, labels))
 
 
 def keras_adamw(options: Options = Options()) -> tuple[Init, Step]:

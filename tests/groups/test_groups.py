@@ -16,7 +16,6 @@ import peers
 import pytest
 from runs import tree
 from small import equations
-import torch
 
 import adamw_xla as ax
 import adamw_xla.optax as axo
@@ -144,6 +143,7 @@ def trained(solver: Any, params: Any, grads: Any) -> Any:
 
 
 def torch_groups(params: Any, grads: Any) -> Any:
+    torch = pytest.importorskip("torch")
     leaves = [torch.nn.Parameter(torch.from_numpy(np.array(p))) for p in params]
     kinds = [*RATES.values(), (peers.LR, peers.B1, 4 * peers.WD)]
     members = [leaves[:1], leaves[1:3], leaves[3:]]
@@ -158,11 +158,14 @@ def torch_groups(params: Any, grads: Any) -> Any:
     return [p.detach().numpy() for p in leaves]
 
 
-def test_as_torch_param_groups_and_optax_partition() -> None:
+def by_partition(params: Any, grads: Any) -> Any:
+    return trained(optax_partition(), params, grads)
+
+
+@pytest.mark.parametrize("theirs", [by_partition, torch_groups])
+def test_as_optax_partition_and_torch_param_groups(theirs: Any) -> None:
     params, grads = peers.problem(20)
-    ours = trained(ours_by_optax(), params, grads)
-    peers.close(ours, trained(optax_partition(), params, grads))
-    peers.close(ours, torch_groups(params, grads))
+    peers.close(trained(ours_by_optax(), params, grads), theirs(params, grads))
 
 
 # ----------------------------------------------------------------------- traced numbers
