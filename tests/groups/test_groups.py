@@ -143,7 +143,7 @@ def trained(solver: Any, params: Any, grads: Any) -> Any:
 
 
 def torch_groups(params: Any, grads: Any) -> Any:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="pip finds no CPU build of it for this Python")
     leaves = [torch.nn.Parameter(torch.from_numpy(np.array(p))) for p in params]
     kinds = [*RATES.values(), (peers.LR, peers.B1, 4 * peers.WD)]
     members = [leaves[:1], leaves[1:3], leaves[3:]]
