@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import adamw_xla as ax
-from checks import norms, steps, updates
+from checks import norms, steps, stored, updates
 from checks.tables import BATCHES
 
 DTYPES = [
@@ -52,6 +52,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "weight_decay_mask": [True, False, True, False, True, False],
     },
     "accumulation": {"gradient_accumulation_steps": 3, "loss_scale_factor": 24.0},
+    "cautious": {"cautious_decay": True, "maximize": True, "decay_times_lr": False},
 }
 
 BIG_BYTES = 2**31 * 20
@@ -108,6 +109,9 @@ def _checks(implementation: str, platform: str) -> Iterator[Check]:
         yield update(f"large leaves, {param}", updates.large, param)
         yield update(f"in place, {param}", updates.in_place, param)
         yield update(f"skipped, {param}", updates.skipped, param)
+    for params in stored.FORMATS:
+        run = functools.partial(stored.check, implementation, params, implementation == "native")
+        yield Check(f"{implementation}: words, {params}", run)
     for seed in range(12):
         yield update(f"random tree {seed}", updates.random, seed)
     for case, shape in itertools.product(BATCHES, [(5, 7), (64,), (65,)]):
