@@ -64,12 +64,14 @@ def adamw_step(
         are None it may hold anything: a function, a key, integers.
       grads: the gradients, built and shaped like params, of any of those dtypes. A leaf
         that is None is frozen: its param and state stay as they are. So is one that is
-        ``float0``, as ``jax.grad(..., allow_int=True)`` makes them.
+        ``float0``, as ``jax.grad(..., allow_int=True)`` makes them. What a group of the config
+        freezes needs none, and its gradient is not looked at.
       state: from ``adamw_init(params, config)`` or the last step. Of a model that holds other
         things than arrays, init takes the part that is trained, with None for the rest.
       config: the hyperparameters.
       learning_rate: takes the place of the config's for this step: a number or scalar array,
-        traced or not, or a schedule.
+        traced or not, or a schedule. A group with a rate of its own keeps that; one with a
+        ``scale`` alone scales this.
       weight_decay: likewise.
       implementation: "xla" (StableHLO on every platform; what ``jax.export`` writes),
         "native" (this platform's own kernel, or an error that says why not), or None: what

@@ -332,6 +332,31 @@ def gpu_leaves_keep_their_shapes() -> None:
         assert "tensor<16xf32>" in line, line
 
 
+def groups() -> None:
+    kinds = ax.Group("^[wu]$", beta_1=0.5, scale=2.0), ax.Group("s", frozen=True)
+    config = ax.AdamW(0.01, global_clipnorm=0.5, groups=kinds)
+
+    @jax.jit
+    def step(params: Any, grads: Any, rate: Any) -> Any:
+        state = ax.adamw_init(params, config)
+        return ax.adamw_step(params, grads, state, config, learning_rate=rate)
+
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        where = mesh(kind)
+        with jax.set_mesh(where):
+            params, grads = put(tree(0), where), put(tree(1), where)
+            new, state = step(params, grads, 0.01)
+            assert all(new[k].sharding.spec == spec for k, spec in SPECS.items())
+            many = jax.device_put(
+                np.array([0.01, 0.02] * 4, np.float32), NamedSharding(where, P("x"))
+            )
+            if kind == AxisType.Explicit:  # rates lie on the mesh, constants nowhere
+                whole = put(tree(0), where, dict.fromkeys(SPECS, P()))
+                batched, _ = jax.jit(jax.vmap(step, (None, None, 0)))(whole, whole, many)
+                assert batched["w"].shape == (8, 8, 16)
+        close((new, state), expected(tree(0), tree(1), config))
+
+
 CHECKS = {
     f.__name__: f
     for f in (
@@ -340,6 +365,7 @@ CHECKS = {
         global_norm_reduces_scalars_only,
         explicit,
         explicit_vmap,
+        groups,
         explicit_gradients_that_are_cut_less,
         explicit_mismatches_name_the_leaf,
         manual_sharded,

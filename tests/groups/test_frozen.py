@@ -45,7 +45,11 @@ def test_a_frozen_leaf_is_as_if_it_were_not_there(options: dict[str, Any], given
 
 
 def test_what_is_frozen_in_mid_training_keeps_its_state_until_it_is_adapted() -> None:
-    plain, config = ax.AdamW(), ax.AdamW(groups=FROZEN)
+    def mask(params: Any) -> Any:
+        assert params["b"][0] is None
+        return jax.tree.map(lambda p: True, params)
+
+    plain, config = ax.AdamW(), ax.AdamW(groups=FROZEN, weight_decay_mask=mask)
     params, state = ax.adamw_step(tree(), tree(1), ax.adamw_init(tree(), plain), plain)
     new, kept = ax.adamw_step(params, tree(2), state, config)
     assert kept.m["b"][0] is state.m["b"][0]

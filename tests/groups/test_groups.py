@@ -233,6 +233,7 @@ def test_one_group_costs_no_operation(mask: Any) -> None:
         for c in configs
     )
     assert grouped == plain
+    assert plain.count(" div ") == 1  # rows that differ in their decay alone share the rest
 
 
 def test_groups_are_rows_of_one_equation() -> None:
