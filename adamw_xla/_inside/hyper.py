@@ -169,7 +169,7 @@ def hyper_rows(
         times = row.learning_rate if config.decay_times_lr else 1.0
         decay = {Slot.DECAY_RATE: times * row.decay}
         packed.append(_pack({**shared, **own[id(row.group)], **decay}, dtype))
-    return lax.concatenate(explicit.on_one_mesh(packed), 0) if len(packed) > 1 else packed[0]
+    return lax.concatenate(packed, 0) if len(packed) > 1 else packed[0]
 
 
 def is_salted(config: AdamW) -> bool:
