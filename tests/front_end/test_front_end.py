@@ -325,7 +325,8 @@ def test_one_bool_for_all(value: bool) -> None:
     "module",
     [
         *("_adapt", "_config", "_step", "_state", "_inside.hyper", "_inside.clipping"),
-        *("_check.trees", "reference", "lowering", "sharding", "hlo._report"),
+        *("_groups", "_inside.grouped", "_check.trees", "reference", "lowering", "sharding"),
+        "hlo._report",
     ],
 )
 def test_examples_in_docstrings(module: str) -> None:
