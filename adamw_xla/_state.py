@@ -226,7 +226,7 @@ def check_state(
     if leaves and is_wrong["words"] and is_wrong["m"]:
         raise in_another_format(words, needs["words"][1])
     for field, (option, needed) in needs.items():
-        if is_wrong[field] and leaves:
+        if is_wrong[field] and leaves and not (needed and field in ("m", "v", "words")):
             changed = [x for x, wrong in is_wrong.items() if wrong and needs[x][0] == option]
             raise of_other_options(words, field, option, needed, changed)
     for field in COUNTERS:
@@ -238,7 +238,7 @@ def check_state(
     columns = {
         field: trees.state_like_params(words, field, params_tree, treedef, tree)
         for field, tree in trees_of.items()
-        if tree is not None
+        if tree is not None or (leaves and needs.get(field, ("", False))[1])
     }
     dtype_of = functools.cache(c.dtype_of)
     for i, (p, *row) in enumerate(zip(leaves, *columns.values(), strict=True)):

@@ -31,6 +31,7 @@ PLACES = {
     "lowering/csrc/adamw.h",
     "lowering/csrc/tree.cc",
     "adamw_xla/_config.py",
+    "adamw_xla/_check/fields.py",
     "adamw_xla/_inside/hyper.py",
     "adamw_xla/_inside/update.py",
     "adamw_xla/reference.py",

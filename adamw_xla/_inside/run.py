@@ -106,7 +106,7 @@ def run_step(
         spots = columns_of(state_shardings, params, treedef, config)
         if offload:
             check_places(params, spots)
-    first = next(iter(columns.values()))
+    first = next(iter(columns.values()), [])
     held = [i for i, x in enumerate(first) if x is not None and i not in frozen]
     trained = _trained(params, treedef, leaves, held)
     mask = trees.mask(trained, len(held), config.weight_decay_mask, words.mask)

@@ -60,7 +60,7 @@ KEYWORDS: dict[str, str] = {
     "epsilom": "did you mean epsilon?",
     "weight_decays": "did you mean weight_decay?",
     "fused": "it has learning_rate, weight_decay, beta_1",
-    "maximize": "it has learning_rate, weight_decay, beta_1",
+    "differentiable": "it has learning_rate, weight_decay, beta_1",
 }
 
 
