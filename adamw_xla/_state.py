@@ -1,5 +1,7 @@
 """``AdamWState`` and how it begins."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Collection, Sequence
 import dataclasses
 import functools
@@ -34,7 +36,12 @@ COUNTERS = ("count", "micro_step", "skipped")
 """Fields that are int32 scalars."""
 
 
-@jax.tree_util.register_dataclass
+NEWER = ("words", "remainder")
+"""Fields that are part of the tree where they are used alone: a checkpoint from before they were
+has the tree of a state without them."""
+
+
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class AdamWState:
     """What AdamW remembers between steps: a pytree.
@@ -73,13 +80,26 @@ class AdamWState:
         if "flax.serialization" in sys.modules:
             flax.register(type(self))
 
+    def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], tuple[str, ...]]:
+        """Each field is a child; the newer ones where they are used."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        used = tuple(name for name in NEWER if fields[name] is not None)
+        names = (*(name for name in fields if name not in NEWER), *used)
+        return tuple((jax.tree_util.GetAttrKey(name), fields[name]) for name in names), used
+
+    @classmethod
+    def tree_unflatten(cls, used: tuple[str, ...], children: Any) -> AdamWState:
+        """Rebuilds without checks: the leaves may be anything."""
+        names = (field.name for field in dataclasses.fields(cls) if field.name not in NEWER)
+        return cls(**dict(zip((*names, *used), children, strict=True)))
+
 
 # Lets `jax.export` write functions that take or return a state.
 export.register_pytree_node_serialization(
     AdamWState,
     serialized_name="adamw_xla.AdamWState",
-    serialize_auxdata=lambda aux: b"",
-    deserialize_auxdata=lambda data: (),
+    serialize_auxdata=lambda used: " ".join(used).encode(),
+    deserialize_auxdata=lambda data: tuple(data.decode().split()),
 )
 
 
