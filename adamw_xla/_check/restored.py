@@ -23,7 +23,10 @@ FIELDS = {
     OPTAX_STATE: ("count", "mu", "nu", *_OPTIONAL[1], *_LATER),
     STOCK_STATE: ("count", "mu", "nu"),
 }
-"""The fields of each class that holds AdamW's state, in order; the first three are never None."""
+"""The fields of each class that holds AdamW's state, in order.
+
+The count is never None, and the moments behind it are None where there are words alone.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +62,10 @@ def find(tree: Any, where: str, state_class: str | None = None) -> Restored | No
     Args:
       tree: what a checkpoint returned.
       where: what it is called.
-      state_class: what a list or tuple of fields without names was; None: one of optax' two.
+      state_class: what it was where its fields do not tell; None: of those without names, one of
+        optax' two.
     """
-    found = _of_mapping(tree, where) if isinstance(tree, Mapping) else None
+    found = _of_mapping(tree, where, state_class) if isinstance(tree, Mapping) else None
     if found is None and type(tree) in (tuple, list):
         found = _of_sequence(tree, where, state_class)
     if found is not None:
@@ -78,16 +82,18 @@ def parts(tree: Any) -> Iterator[tuple[Any, Any]]:
         yield from enumerate(tree)
 
 
-def _of_mapping(tree: Mapping[Any, Any], where: str) -> Restored | None:
+def _of_mapping(tree: Mapping[Any, Any], where: str, state_class: str | None) -> Restored | None:
     shared = {name: len({*fields} & {*tree}) for name, fields in FIELDS.items()}
-    name = max(shared, key=lambda name: (shared[name], -len(FIELDS[name])))
+    name = max(shared, key=lambda x: (shared[x], x == state_class, -len(FIELDS[x])))
     fields = FIELDS[name]
-    moments = [x for x in fields[1:3] if tree.get(x) is not None]
+    is_in_words = tree.get("words") is not None and "words" in fields
+    needed = ("count", "words") if is_in_words else fields[:3]
+    moments = [x for x in needed[1:] if tree.get(x) is not None]
     if not moments or ("count" not in tree and len(moments) < 2 and shared[name] < 4):
         return None
     if name == STOCK_STATE and tree.keys() > {*fields}:
         name = OPTAX_STATE
-    lacking = tuple(x for x in fields[:3] if tree.get(x) is None)
+    lacking = tuple(x for x in needed if tree.get(x) is None)
     unknown = tuple(x for x in tree if x not in fields)
     return Restored(where, name, "**", lacking, unknown)
 
