@@ -124,12 +124,7 @@ def _column(field: str, params: Any, treedef: Any, tree: Any, count: int) -> lis
     """A field's value for each leaf of the params; None where there is none."""
     if tree is None:
         return [None] * count
-    try:
-        return trees.like_params(_ADAPT.of_state(field), params, treedef, tree)
-    except ValueError:
-        if (found := trees.by_names(params, tree)) is None:
-            raise
-        return found
+    return trees.like_params_or_by_names(_ADAPT.of_state(field), params, treedef, tree)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from adamw_xla._check import calls, trees
+from adamw_xla._check import calls, formats, trees
 from adamw_xla._check.words import NATIVE, misplaced
 from adamw_xla._inside.offload import to_device
 from adamw_xla._state import AdamWState, check_kind
@@ -31,7 +31,7 @@ def unpack_state(state: AdamWState) -> AdamWState:
       One with float32 ``m`` and ``v`` in place of words, shaped and sharded like them.
 
     Raises:
-      TypeError: ``state`` is no ``AdamWState``.
+      TypeError: ``state`` is no ``AdamWState``, or its words are no bfloat16.
 
     Example:
       >>> import adamw_xla as ax, jax.numpy as jnp
@@ -49,6 +49,8 @@ def unpack_state(state: AdamWState) -> AdamWState:
         return state
     treedef: Any
     words, treedef = jax.tree.flatten(state.words)
+    for i, x in enumerate(words):
+        trees.bits("state.words", state.words, i, x, formats.DTYPES["words"])
     m, v = zip(*(unpack(to_device(x)) for x in words), strict=True) if words else ((), ())
     return dataclasses.replace(state, m=treedef.unflatten(m), v=treedef.unflatten(v), words=None)
 
@@ -91,7 +93,7 @@ def master_params(params: Any, state: AdamWState) -> Any:
       A tree like ``params``, with float32 in place of bfloat16, and all else as it is.
 
     Raises:
-      TypeError: ``state`` is no ``AdamWState``.
+      TypeError: ``state`` is no ``AdamWState``, or its remainders are no int16.
       ValueError: the state has no remainders, or is of other params.
 
     Example:
@@ -112,7 +114,11 @@ def master_params(params: Any, state: AdamWState) -> Any:
         )
     treedef: Any
     leaves, treedef = jax.tree.flatten(params)
-    flat = trees.state_like_params(words, "remainder", params, treedef, state.remainder)
+    argument = words.of_state("remainder")
+    flat = trees.like_params_or_by_names(argument, params, treedef, state.remainder)
+    for i, (p, r) in enumerate(zip(leaves, flat, strict=True)):
+        if r is not None:
+            trees.state_leaf(argument, params, i, r, p, formats.DTYPES["remainder"])
     return treedef.unflatten(
         join_params(p, to_device(r)) if r is not None and p.dtype == jnp.bfloat16 else p
         for p, r in zip(leaves, flat, strict=True)

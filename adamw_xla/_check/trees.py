@@ -42,6 +42,16 @@ def state_like_params(
     raise in_other_containers(words, field)
 
 
+def like_params_or_by_names(argument: str, params_tree: Any, treedef: Any, tree: Any) -> list[Any]:
+    """As ``like_params``, of a tree in whatever containers."""
+    try:
+        return like_params(argument, params_tree, treedef, tree)
+    except ValueError:
+        if (found := by_names(params_tree, tree)) is None:
+            raise
+        return found
+
+
 def by_names(params_tree: Any, tree: Any) -> list[Any] | None:
     """The leaves of a tree in the order of the params', found by the names on their paths.
 
@@ -96,16 +106,26 @@ def state_leaf(
             f"{argument}{path(params_tree, index)}: lacks a leaf that grads has; give it state "
             "there, or give grads None there to leave the param as it is."
         )
-    if getattr(leaf, "dtype", None) != pattern or not hasattr(leaf, "shape"):
-        if pattern is None or not hasattr(leaf, "dtype"):
-            float_leaf(argument, params_tree, index, leaf)
-        else:
-            raise TypeError(
-                f"{argument}{path(params_tree, index)}: has dtype {leaf.dtype}; must be {pattern}, "
-                "whose bits are the state, so a cast would lose it: restore it in the dtype that "
-                "it was saved in."
-            )
+    if pattern is None:
+        float_leaf(argument, params_tree, index, leaf)
+    else:
+        bits(argument, params_tree, index, leaf, pattern)
     same_shape(argument, params_tree, index, leaf, param)
+
+
+def bits(argument: str, tree: Any, index: int, leaf: Any, pattern: np.dtype[Any]) -> None:
+    """Refuses a leaf that is no array of this dtype, whose bits are what counts."""
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+        float_leaf(argument, tree, index, leaf)
+    if leaf.dtype != pattern:
+        # NumPy's files have bfloat16 as "V2", two bytes of anything.
+        is_like = leaf.dtype.itemsize == pattern.itemsize and leaf.dtype.kind in "uiV"
+        view = f", or, if these are its bits, take x.view(jax.numpy.{pattern}) of each leaf x"
+        raise TypeError(
+            f"{argument}{path(tree, index)}: has dtype {leaf.dtype}; must be {pattern}, whose bits "
+            "are the state, so a cast would lose it: restore it in the dtype that it was saved in"
+            f"{view if is_like else ''}."
+        )
 
 
 _INT32 = "put the count in its place as jax.numpy.int32(...)."

@@ -126,6 +126,8 @@ def _way_to(words: Words, value: Any) -> str:
         where, state = held
         if kind(state) == words.state_class:
             return f"{where} is one."
+        if hasattr(state, "native"):
+            return f"{where}.native() is one."
         return _from_optax_state(words, words.state)
     found = restored.find(value, words.state, words.state_class)
     if found is None:

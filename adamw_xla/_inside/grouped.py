@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import dataclasses
 import difflib
 import math
 from typing import Any
@@ -143,7 +144,7 @@ def describe_groups(params: Any, config: AdamW) -> str:
       0      head/bias    float32[3]
       -      head/kernel  float32[2,3]
     """
-    misplaced(NATIVE, params=params, config=config)
+    misplaced(dataclasses.replace(NATIVE, call=_DESCRIBE), params=params, config=config)
     check_config(config, _DESCRIBE)
     leaves = paths_of(params)
     found = first_matches(config.groups, leaves)

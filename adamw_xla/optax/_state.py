@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from adamw_xla._check import calls
+from adamw_xla._formats import pack_state, unpack_state
 from adamw_xla._state import AdamWState
 from adamw_xla.optax import _check, _wrappers
 
@@ -71,7 +72,8 @@ State = TypeVar("State")
 def from_optax_state(opt_state: Any, like: State) -> State:
     """Goes on here with a training that ``optax.adamw`` began.
 
-    The count and the moments come from ``opt_state``, in the dtypes of ``like``. So does what
+    The count and the moments come from ``opt_state``, in the dtypes of ``like``; moments become
+    words, to the nearest, and words moments, where ``like`` has the other. So does what
     wrappers hold that both have, in the same order around AdamW: what ``optax.MultiSteps`` has
     accumulated, hyperparameters that ``optax.inject_hyperparams`` holds (also those that were
     set by hand), the traces of others in an ``optax.chain``. Wrappers that ``like`` alone has
@@ -146,7 +148,23 @@ def _values(state: AdamWState, target: Any) -> list[Any]:
 
 
 def _filled(like: AdamWState, source: Any, argument: str) -> AdamWState:
-    """``like`` with what ``source`` has, in the dtypes of ``like``."""
+    """``like`` with what ``source`` has, in the format and the dtypes of ``like``."""
+    to_words = like.words is not None
+    if to_words == (_as_native(source).words is not None):
+        return _filled_alike(like, source, argument)
+    there, back = (unpack_state, pack_state) if to_words else (pack_state, unpack_state)
+    new = back(_filled_alike(there(dataclasses.replace(like, v_max=None)), source, argument))
+    if to_words:
+        return new
+    m, v = (
+        jax.tree.map(lambda x, place: x.astype(place.dtype), *pair)
+        for pair in ((new.m, like.m), (new.v, like.v))
+    )
+    return dataclasses.replace(new, m=m, v=v, v_max=like.v_max)
+
+
+def _filled_alike(like: AdamWState, source: Any, argument: str) -> AdamWState:
+    """The same of two states in one format."""
     new, old = {}, _as_native(source)
     is_native = isinstance(source, AdamWState)
     for field in dataclasses.fields(like):

@@ -226,6 +226,20 @@ def test_to_optax_and_back() -> None:
     )
     like = ax.adamw_init(params, ax.AdamW(0.01))
     same(ax.pack_state(axo.from_optax_state(theirs, like)).words, state.words)
+    # The two convert where formats differ, in the dtypes of like.
+    narrow = axo.to_optax_state(state, stock.init(params))[0]
+    same(narrow.mu, theirs[0].mu)
+    same(narrow.nu, jax.tree.map(lambda v, p: v.astype(p.dtype), theirs[0].nu, params))
+    same(axo.from_optax_state(theirs, ax.adamw_init(params, WORDS)), state)
+    ours = axo.AdamWOptState.of(state)
+    largest = axo.from_optax_state(ours, axo.adamw(0.01, amsgrad=True).init(params))
+    same((largest.mu, largest.nu), (theirs[0].mu, theirs[0].nu))
+    with pytest.raises(ValueError, match=r"opt_state\.nu_max: is there, but like has no place"):
+        axo.from_optax_state(largest, ax.adamw_init(params, WORDS))
+    with pytest.raises(
+        TypeError, match=r"got adamw_xla\.optax\.AdamWOptState\. state\.native\(\) "
+    ):
+        ax.unpack_state(ours)  # type: ignore[arg-type]
 
 
 def test_a_state_is_exported_and_restored() -> None:
@@ -286,6 +300,11 @@ STATES = {
             s,
             words=jax.tree.map(lambda x: x * 1.0, s.words) | {"a": s.words["a"].astype(np.float32)},
         ),
+    ),
+    r"words\['a'\]: has dtype uint16; must be bfloat16, .* take x\.view\(jax\.numpy\.bfloat16\)": (
+        WORDS,
+        WORDS,
+        lambda s: dataclasses.replace(s, words=jax.tree.map(lambda x: x.view("u2"), s.words)),
     ),
     r"state\.words\['b'\]: has shape \(3,\); must be \(7,\)": (
         WORDS,

@@ -211,6 +211,11 @@ OPTIONS: dict[str, tuple[Call, type[Exception], str]] = {
         TypeError,
         "config | got float | adapt_state(state, params, config)",
     ),
+    "groups of a config": (
+        lambda: ax.describe_groups(CONFIG, PARAMS),
+        TypeError,
+        "params: got an AdamW | describe_groups(params, config)",
+    ),
     "a state of optax, adapted": (
         lambda: ax.adapt_state(STOCK.init(PARAMS), PARAMS, CONFIG),
         TypeError,

@@ -1,0 +1,69 @@
+"""States in words, and remainders, that were saved, cast or moved: read as they are, or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from comparing import same
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import adamw_xla as ax
+import adamw_xla.optax as axo
+
+WORDS = ax.AdamW(0.01, state_format="word16")
+
+
+def tree() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    shapes = {"a": ((5, 16), jnp.bfloat16), "b": ((7,), np.float32)}
+    return {k: jnp.asarray(rng.standard_normal(s), d) for k, (s, d) in shapes.items()}
+
+
+def test_what_is_no_state_in_words_is_not_read_as_one() -> None:
+    params = tree()
+    state = ax.adamw_init(params, ax.AdamW(state_format="word16", master="split"))
+    for dtype, advice in {
+        "uint16": r"x\.view\(jax\.numpy\.\w+\)",
+        "float32": "saved in\\.$",
+    }.items():
+        cast = jax.tree.map(lambda x, d=dtype: x.astype(d), state)
+        with pytest.raises(TypeError, match=rf"^state\.words\['a'\]: has dtype {dtype}.*{advice}"):
+            ax.unpack_state(cast)
+        with pytest.raises(
+            TypeError, match=rf"^state\.remainder\['a'\]: has dtype {dtype}.*{advice}"
+        ):
+            ax.master_params(params, cast)
+    with pytest.raises(
+        ValueError, match=r"^state\.remainder\['b'\]: has shape \(7,\); must be \(1,\)"
+    ):
+        ax.master_params(params | {"b": params["b"][:1]}, state)
+
+
+def test_masters_of_params_in_other_containers() -> None:
+    """As Flax' optimizer holds them, and a checkpoint returns them without a template."""
+    params = tree()
+    state = ax.adamw_init(params, ax.AdamW(master="split"))
+    low = jax.tree.map(lambda x: x + 3, state.remainder)
+    masters = ax.master_params(params, dataclasses.replace(state, remainder=low))
+    lists = dataclasses.replace(state, remainder={k: [x] for k, x in low.items()})
+    tuples = {k: (x,) for k, x in params.items()}
+    same(ax.master_params(tuples, lists), {k: (x,) for k, x in masters.items()})
+
+
+def test_words_that_a_checkpoint_returned_without_their_class() -> None:
+    params, ours = tree(), axo.adamw(0.01, state_format="word16")
+    state = ours.init(params)
+    with pytest.raises(TypeError, match=r"adamw_xla\.optax\.AdamWOptState\(\*\*opt_state\) has"):
+        ours.update(params, state._asdict(), params)
+    fields = {"count": state.count, "words": state.words}
+    with pytest.raises(TypeError, match=r"adamw_xla\.AdamWState\(\*\*state\) has the same moments"):
+        ax.adamw_step(params, params, fields, WORDS)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"AdamWOptState\(\*\*opt_state\) has the same moments"):
+        ours.update(params, fields, params)
+    fields = {**state._asdict(), "count": None}
+    with pytest.raises(TypeError, match=r"lacks 'count', which each state has"):
+        ours.update(params, fields, params)
