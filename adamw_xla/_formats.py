@@ -66,7 +66,7 @@ def pack_state(state: AdamWState) -> AdamWState:
       One with ``words`` in place of ``m`` and ``v``, for ``AdamW(state_format="word16")``.
 
     Raises:
-      TypeError: ``state`` is no ``AdamWState``.
+      TypeError: ``state`` is no ``AdamWState``, or a moment of it no array of real floats.
       ValueError: it has ``v_max``, which does not go with words.
     """
     check_kind(state, dataclasses.replace(NATIVE, call="pack_state(state)"))
@@ -77,6 +77,9 @@ def pack_state(state: AdamWState) -> AdamWState:
             "state.v_max: a state in words has no maxima of v; adamw_xla.adapt_state(state, "
             'params, AdamW(state_format="word16")) drops them, and keeps the moments.'
         )
+    for field in ("m", "v"):
+        tree = getattr(state, field)
+        trees.params(tree, jax.tree.leaves(tree), f"state.{field}")
     words = jax.tree.map(lambda m, v: pack(to_device(m), to_device(v)), state.m, state.v)
     return dataclasses.replace(state, m=None, v=None, words=words)
 

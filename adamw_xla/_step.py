@@ -25,7 +25,11 @@ LACKING = {
 }
 OPTIONS = {
     alias: f"it is an option of the config: AdamW({name.replace(' and ', '=..., ')}=...)"
-    for alias, name in {**calls.ALIASES, **{name: name for name in calls.ALIASES.values()}}.items()
+    for alias, name in {
+        **{field.name: field.name for field in dataclasses.fields(AdamW)},
+        **calls.ALIASES,
+        **{name: name for name in calls.ALIASES.values()},
+    }.items()
 }
 ALIASES = {
     **OPTIONS,

@@ -115,7 +115,8 @@ def state_leaf(
 
 def bits(argument: str, tree: Any, index: int, leaf: Any, pattern: np.dtype[Any]) -> None:
     """Refuses a leaf that is no array of this dtype, whose bits are what counts."""
-    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+    is_array = hasattr(leaf, "dtype") and hasattr(leaf, "shape")
+    if not is_array or isinstance(leaf, jax.ShapeDtypeStruct):
         float_leaf(argument, tree, index, leaf)
     if leaf.dtype != pattern:
         # NumPy's files have bfloat16 as "V2", two bytes of anything.

@@ -37,6 +37,14 @@ def test_what_is_no_state_in_words_is_not_read_as_one() -> None:
             TypeError, match=rf"^state\.remainder\['a'\]: has dtype {dtype}.*{advice}"
         ):
             ax.master_params(params, cast)
+    shapes = jax.eval_shape(lambda: state)
+    for call, field in {
+        lambda: ax.unpack_state(shapes): "words",
+        lambda: ax.master_params(params, shapes): "remainder",
+        lambda: ax.pack_state(jax.eval_shape(ax.unpack_state, state)): "m",
+    }.items():
+        with pytest.raises(TypeError, match=rf"^state\.{field}\['a'\]: is a jax\.ShapeDtypeStruct"):
+            call()
     with pytest.raises(
         ValueError, match=r"^state\.remainder\['b'\]: has shape \(7,\); must be \(1,\)"
     ):

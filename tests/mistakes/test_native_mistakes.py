@@ -79,6 +79,7 @@ STEP_KEYWORDS = {
     "betas": "an option of the config: AdamW(beta_1=..., beta_2=...)",
     "eps": "an option of the config: AdamW(epsilon=...)",
     "weight_decay_mask": "an option of the config: AdamW(weight_decay_mask=...)",
+    "state_format": "an option of the config: AdamW(state_format=...)",
     "backend": "here it is implementation.",
     "implmentation": "did you mean implementation?",
     "donate": "it has params, grads, state, config, learning_rate, weight_decay",
