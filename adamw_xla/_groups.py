@@ -47,8 +47,9 @@ class Group(Compared):
       beta_2: decay of the second moment, in [0, 1).
       epsilon: the small constant in the denominator.
       frozen: the leaves stay as they are, and have no state: ``adamw_init`` allocates none. They
-        need no gradient; one that is given is not looked at, and counts in no norm. State that
-        they have already is kept (``adapt_state`` drops it).
+        need no gradient (None in its place); one that is given is not looked at, and counts in no
+        norm. State that they have already is kept (``adapt_state`` drops it). Leaves that are to
+        be trained later need theirs: give them a schedule that begins with a rate of 0 instead.
 
     Raises:
       TypeError: an argument is of the wrong kind.

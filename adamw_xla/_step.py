@@ -149,8 +149,9 @@ def adamw_finalize(params: Any, state: AdamWState, config: AdamW) -> Any:
       config: the hyperparameters.
 
     Returns:
-      ``state.ema`` in the dtypes of ``params``. A leaf that has no average, since the state has
-      None there, is that of ``params``.
+      ``state.ema`` in the dtypes of ``params``: of bfloat16 params rounded to nearest, whatever
+      ``master`` is (``state.ema`` itself is float32). A leaf that has no average, since the state
+      has None there, is that of ``params``.
 
     Raises:
       TypeError: ``config``, ``state`` or a leaf of ``params`` is of the wrong kind or dtype.

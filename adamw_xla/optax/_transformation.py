@@ -118,7 +118,8 @@ def adamw(
       params_rounding: "nearest", or "stochastic": updates of bfloat16 params lead to one of the
         two numbers beside what they would be, at random.
       master: "split": ``state.remainder`` and a bfloat16 param are a float32 number together; then
-        nothing that changes updates may follow in the chain.
+        nothing that changes updates may follow in the chain, and ``optax.apply_updates`` is to add
+        them: what does not cast, as Equinox' function, makes float32 params, which have no master.
       maximize: step along the gradient.
       decay_times_lr: False: the decay is ``weight_decay`` alone, not times the learning rate.
       cautious_decay: decay only where that does not oppose the step; see ``adamw_xla.AdamW``.
