@@ -32,13 +32,11 @@ Tree = TypeVar("Tree")
 COLUMNS = ("m", "v", "words", "v_max", "ema", "remainder", "accumulated")
 """Fields that mirror the params."""
 
+LATER = ("words", "remainder")
+"""Fields that states of version 0.1.0 have not."""
+
 COUNTERS = ("count", "micro_step", "skipped")
 """Fields that are int32 scalars."""
-
-
-NEWER = ("words", "remainder")
-"""Fields that are part of the tree where they are used alone: a checkpoint from before they were
-has the tree of a state without them."""
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -81,25 +79,32 @@ class AdamWState:
             flax.register(type(self))
 
     def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], tuple[str, ...]]:
-        """Each field is a child; the newer ones where they are used."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        used = tuple(name for name in NEWER if fields[name] is not None)
-        names = (*(name for name in fields if name not in NEWER), *used)
-        return tuple((jax.tree_util.GetAttrKey(name), fields[name]) for name in names), used
+        """All fields are children, but for later ones that are None.
+
+        So a state that has none of them is the tree that versions before them saved.
+        """
+        kept = vars(self).get("_kept", ())
+        later = tuple(x for x in LATER if getattr(self, x) is not None or x in kept)
+        keys = (*_FIRST, *later)
+        return tuple((jax.tree_util.GetAttrKey(x), getattr(self, x)) for x in keys), later
 
     @classmethod
-    def tree_unflatten(cls, used: tuple[str, ...], children: Any) -> AdamWState:
-        """Rebuilds without checks: the leaves may be anything."""
-        names = (field.name for field in dataclasses.fields(cls) if field.name not in NEWER)
-        return cls(**dict(zip((*names, *used), children, strict=True)))
+    def tree_unflatten(cls, later: tuple[str, ...], children: Any) -> AdamWState:
+        """The state of these children."""
+        state = cls(**dict(zip((*_FIRST, *later), children, strict=True)))
+        if any(getattr(state, x) is None for x in later):  # a leaf that was taken out of the tree
+            object.__setattr__(state, "_kept", later)
+        return state
 
+
+_FIRST = tuple(x.name for x in dataclasses.fields(AdamWState) if x.name not in LATER)
 
 # Lets `jax.export` write functions that take or return a state.
 export.register_pytree_node_serialization(
     AdamWState,
     serialized_name="adamw_xla.AdamWState",
-    serialize_auxdata=lambda used: " ".join(used).encode(),
-    deserialize_auxdata=lambda data: tuple(data.decode().split()),
+    serialize_auxdata=lambda later: ",".join(later).encode(),
+    deserialize_auxdata=lambda data: tuple(filter(None, bytes(data).decode().split(","))),
 )
 
 

@@ -75,3 +75,21 @@ def test_words_that_a_checkpoint_returned_without_their_class() -> None:
     fields = {**state._asdict(), "count": None}
     with pytest.raises(TypeError, match=r"lacks 'count', which each state has"):
         ours.update(params, fields, params)
+
+
+def test_a_state_without_words_is_the_tree_that_it_was_before_there_were_any() -> None:
+    """Orbax' templates, and what was exported, compare trees with all their fields."""
+    params = jnp.ones(3)
+    keys = jax.tree_util.tree_flatten_with_path(
+        ax.adamw_init(params, ax.AdamW()), is_leaf=lambda x: x is None
+    )[0]
+    fields = ["count", "m", "v", "v_max", "ema", "accumulated", "micro_step", "skipped"]
+    assert [key[0].name for key, _ in keys] == fields
+    state = ax.adamw_init(params, WORDS)
+    assert jax.tree.structure(jax.tree.map(lambda x: x, state)) == jax.tree.structure(state)
+    # A whole field that is taken out keeps its place, as Equinox' partition needs.
+    without = jax.tree.map(lambda x: x if x.dtype == np.int32 else None, state)
+    merged = jax.tree.map(
+        lambda a, b: b if a is None else a, without, state, is_leaf=lambda x: x is None
+    )
+    same(merged, state)
