@@ -172,12 +172,15 @@ def update_leaves(
         apply=1.0 if apply is None else apply,
         dtype=dtype,
     )
+    # A caller may have state that this update leaves as it is: Keras' average, say.
+    unused = {"v_max": not config.amsgrad, "ema": not config.use_ema}
+    kept = [kind for kind in STATE_KINDS if not unused.get(kind, False)]
     new = backend.update(
         hyper,
         old["params"],
         grads,
         leaf_scale=clip.per_leaf,
-        **{kind: column for kind, column in old.items() if kind in STATE_KINDS},
+        **{kind: column for kind, column in old.items() if kind in kept},
         groups=groups,
         ema_overwrite=config.ema_overwrite_frequency is not None,
         clip_value=config.clipvalue is not None,
