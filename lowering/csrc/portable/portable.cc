@@ -7,6 +7,7 @@
 #include <condition_variable>
 #include <mutex>
 #include <new>
+#include <sstream>
 
 // glibc 2.32: std::shared_ptr counts without atomics where this is not 0. XLA has threads.
 extern "C" char __libc_single_threaded;
@@ -21,5 +22,9 @@ void condition_variable::wait(unique_lock<mutex>& lock) {
 
 // GLIBCXX_3.4.29: std::allocator's refusal of more than the address space.
 void __throw_bad_array_new_length() { throw bad_array_new_length(); }
+
+// GLIBCXX_3.4.26: their constructors without arguments, where these are not inlined.
+template class basic_stringbuf<char>;
+template class basic_stringstream<char>;
 
 }  // namespace std
