@@ -23,6 +23,12 @@ def report(script: Path, *checks: str) -> str:
     return run.stdout + run.stderr[-3000:]
 
 
+def assert_passed(check: str, script: Path, *checks: str) -> None:
+    """One of a file's checks, or of these of them, which run once for all."""
+    printed = report(script, *checks)
+    assert f"passed {check}\n" in printed, printed
+
+
 def main(checks: Mapping[str, Callable[[], None]]) -> None:
     """Runs the checks named on the command line, or all of them."""
     assert jax.device_count() == 8

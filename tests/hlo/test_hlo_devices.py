@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from eight_devices import main, report
+from eight_devices import assert_passed, main
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
@@ -241,8 +241,7 @@ CHECKS = (
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [check.__name__ for check in CHECKS])
 def test_on_eight_devices(name: str) -> None:
-    said = report(Path(__file__))
-    assert f"passed {name}\n" in said, said
+    assert_passed(name, Path(__file__))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import tempfile
 from typing import Any
 
 from comparing import same
-from eight_devices import main, report
+from eight_devices import assert_passed, main
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
@@ -302,7 +302,7 @@ CHECKS: dict[str, Callable[[], None]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 def test_on_eight_devices(name: str) -> None:
-    assert f"passed {name}\n" in report(Path(__file__)), report(Path(__file__))
+    assert_passed(name, Path(__file__))
 
 
 if __name__ == "__main__":

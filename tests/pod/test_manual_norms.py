@@ -30,7 +30,7 @@ from by_hand import (
     spread,
     tree,
 )
-from eight_devices import main, report
+from eight_devices import assert_passed, main
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
@@ -275,15 +275,13 @@ SLOW = [name for name in CHECKS if name not in QUICK]
 
 @pytest.mark.parametrize("check", QUICK)
 def test_on_eight_devices(check: str) -> None:
-    printed = report(Path(__file__), *QUICK)
-    assert f"passed {check}\n" in printed, printed
+    assert_passed(check, Path(__file__), *QUICK)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", SLOW)
 def test_more_on_eight_devices(check: str) -> None:
-    printed = report(Path(__file__), *SLOW)
-    assert f"passed {check}\n" in printed, printed
+    assert_passed(check, Path(__file__), *SLOW)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from eight_devices import main, report
+from eight_devices import assert_passed, main
 import jax
 from jax import export
 import jax.numpy as jnp
@@ -347,15 +347,13 @@ SLOW |= {f"{layout}_manual": functools.partial(manual, layout) for layout in ("r
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_eight_devices(check: str) -> None:
-    printed = report(Path(__file__), *CHECKS)
-    assert f"passed {check}\n" in printed, printed
+    assert_passed(check, Path(__file__), *CHECKS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", SLOW)
 def test_slowly_on_eight_devices(check: str) -> None:
-    printed = report(Path(__file__), *SLOW)
-    assert f"passed {check}\n" in printed, printed
+    assert_passed(check, Path(__file__), *SLOW)
 
 
 # ------------------------------------------------------------------------- on one device

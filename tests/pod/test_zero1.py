@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from eight_devices import main, report
+from eight_devices import assert_passed, main
 from elsewhere import target
 from inspection import aot
 import jax
@@ -291,15 +291,13 @@ for layout in MESHES:
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_eight_devices(check: str) -> None:
-    printed = report(Path(__file__), *CHECKS)
-    assert f"passed {check}\n" in printed, printed
+    assert_passed(check, Path(__file__), *CHECKS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", SLOW)
 def test_slowly_on_eight_devices(check: str) -> None:
-    printed = report(Path(__file__), *SLOW)
-    assert f"passed {check}\n" in printed, printed
+    assert_passed(check, Path(__file__), *SLOW)
 
 
 # -------------------------------------------------------------------- which dimension is cut
