@@ -1,7 +1,7 @@
 """The equations of ``contract.py``, for whatever makes operations of them.
 
 ``stablehlo.py`` and the kernel of ``gpu/triton_builder.py`` build the same update from
-this one description, the first with the StableHLO dialect itself as ``ops``.
+this one description, each with ``ops`` of its own.
 """
 
 from collections.abc import Callable, Iterable
@@ -9,14 +9,13 @@ from typing import Any
 
 from .contract import Slot, UpdateSpec
 from .formats import narrow, word
-from .formats.ops import BitOps
+from .formats.ops import Ops
 
 
 def update(
-    ops: BitOps,
+    ops: Ops,
     spec: UpdateSpec,
     slot: Callable[[Slot], Any],
-    is_set: Callable[[Any], Any],
     x: dict[str, Any],
     scales: Iterable[Any],
     *,
@@ -28,7 +27,6 @@ def update(
       ops: what makes the operations.
       spec: what kind of update it is.
       slot: the value of a column of ``hyper``, for each element.
-      is_set: whether such a value is not 0.
       x: the leaf's operands by kind, in the compute dtype.
       scales: further factors on the gradient.
       is_narrow: the param is bfloat16.
@@ -79,7 +77,7 @@ def update(
         momentum, rest = slot(Slot.EMA_MOMENTUM), slot(Slot.ONE_MINUS_EMA_MOMENTUM)
         new["ema"] = average = _mix(ops, momentum, x["ema"], rest, new["params"])
         if spec.ema_overwrite:
-            overwrite = is_set(slot(Slot.EMA_OVERWRITE))
+            overwrite = ops.is_set(slot(Slot.EMA_OVERWRITE))
             kind, there = "params", average
             if by_change:
                 kind, there = "updates", ops.subtract(average, p)
@@ -96,5 +94,5 @@ def update(
     return new
 
 
-def _mix(ops: BitOps, a: Any, x: Any, b: Any, y: Any) -> Any:
+def _mix(ops: Ops, a: Any, x: Any, b: Any, y: Any) -> Any:
     return ops.add(ops.multiply(a, x), ops.multiply(b, y))

@@ -19,7 +19,7 @@ params, float32 for all others), written with the slots of ``hyper`` in capitals
     the first result is p's change, in the compute dtype         (delta; else p)
 
 With ``words`` m and v come from one word of 16 bits, and go back into one, rounded; with
-``stochastic`` and ``split_master`` the new p is rounded, or cut in two: ``word.py`` says how.
+``stochastic`` and ``split_master`` the new p is rounded, or cut in two: ``formats/`` says how.
 
 The complements have slots of their own because ``1 - float32(0.999)`` is wrong in
 the fifth digit. The decay is a rate that is subtracted and not a factor
@@ -120,7 +120,7 @@ class UpdateSpec:
         bfloat16 param it is the param's float32 master.
       delta: the first result is what to add to the param, not the new param.
       leaf_scale: an operand ``leaf_scale`` of shape [leaves] follows ``hyper``.
-      offload: m, v, v_max and ema may lie in host memory, and their results do.
+      offload: a leaf's state may lie in host memory, and its results do.
       batch_rank: how many leading batch dimensions every operand has. An operand
         that does not vary along one of them has size 1 there.
       implementation: "xla", "native", or None for the platform's own choice.

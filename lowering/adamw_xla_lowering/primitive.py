@@ -99,8 +99,8 @@ def adamw_update(
       cautious: let an element decay only where that does not oppose its step.
       stochastic: round new bfloat16 params at random, and look at the SALT slot.
       delta: return the params' changes, unrounded, instead of the new params.
-      offload: m, v, v_max and ema lie in host memory and come to the device a few leaves at
-        a time; what replaces them lies in host memory, wherever they did.
+      offload: the state (all but params and grads) lies in host memory and comes to the device
+        a few leaves at a time; what replaces them lies in host memory, wherever they did.
       implementation: "xla", "native", or None to let the platform choose.
 
     Returns:

@@ -215,7 +215,6 @@ def _update(
         loop.ops,
         spec,
         functools.partial(loop.scalar, row),
-        loop.ops.is_set,
         {kind: loop.operand(value) for kind, value in operands.items()},
         (loop.scalar(scale, 0) for scale in scales),
         is_narrow=loop.is_narrow,

@@ -9,8 +9,8 @@ import numpy as np
 
 from . import narrow, word
 
-_HALVES = (1 << 31) | (1 << 20)
-"""Random bits with which both codes are rounded to the nearest."""
+_HALVES = (1 << 31) | (1 << (word.V_DROPS - 1))
+"""Random bits with which both codes are rounded to the nearest: m's noise ends at the highest."""
 
 
 class ArrayOps:
@@ -19,11 +19,8 @@ class ArrayOps:
     add = staticmethod(lax.add)
     subtract = staticmethod(lax.sub)
     multiply = staticmethod(lax.mul)
-    divide = staticmethod(lax.div)
     maximum = staticmethod(jnp.maximum)
     minimum = staticmethod(jnp.minimum)
-    negate = staticmethod(lax.neg)
-    sqrt = staticmethod(lax.sqrt)
     less = staticmethod(jnp.less)
     both = staticmethod(jnp.bitwise_and)
     either = staticmethod(jnp.bitwise_or)
@@ -33,11 +30,6 @@ class ArrayOps:
     def select(condition: Any, yes: Any, no: Any) -> jax.Array:
         """Of two values the one that a condition chooses, for each element."""
         return jnp.where(condition, yes, no)
-
-    @staticmethod
-    def clamp(low: Any, x: Any, high: Any) -> jax.Array:
-        """``x`` within bounds."""
-        return jnp.clip(x, low, high)
 
     @staticmethod
     def number(value: float) -> Any:

@@ -1,4 +1,4 @@
-"""``BitOps`` in StableHLO, on tensors of one shape."""
+"""``Ops`` in StableHLO, on tensors of one shape."""
 
 from collections.abc import Callable
 import dataclasses

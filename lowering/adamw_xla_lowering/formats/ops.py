@@ -3,25 +3,17 @@
 from typing import Any, Protocol
 
 
-class Ops(Protocol):
-    """Makers of elementwise operations on values of one shape and dtype."""
+class BitOps(Protocol):
+    """Makes elementwise operations on float32 values, and on int32 values, their patterns.
+
+    ``add``, ``subtract``, ``multiply``, ``maximum`` and ``select`` take either; integers wrap.
+    """
 
     def add(self, a: Any, b: Any, /) -> Any: ...  # noqa: D102
     def subtract(self, a: Any, b: Any, /) -> Any: ...  # noqa: D102
     def multiply(self, a: Any, b: Any, /) -> Any: ...  # noqa: D102
-    def divide(self, a: Any, b: Any, /) -> Any: ...  # noqa: D102
     def maximum(self, a: Any, b: Any, /) -> Any: ...  # noqa: D102
-    def negate(self, x: Any, /) -> Any: ...  # noqa: D102
-    def sqrt(self, x: Any, /) -> Any: ...  # noqa: D102
-    def clamp(self, low: Any, x: Any, high: Any, /) -> Any: ...  # noqa: D102
     def select(self, condition: Any, yes: Any, no: Any, /) -> Any: ...  # noqa: D102
-
-
-class BitOps(Ops, Protocol):
-    """Those on float32 values and on int32 values, which their patterns are.
-
-    ``add``, ``subtract``, ``multiply``, ``maximum`` and ``select`` take either; integers wrap.
-    """
 
     def number(self, value: float, /) -> Any:
         """A float32 constant."""
@@ -55,3 +47,15 @@ class BitOps(Ops, Protocol):
 
     def right(self, x: Any, places: int, /) -> Any:
         """An integer shifted to the right; zeros come in."""
+
+
+class Ops(BitOps, Protocol):
+    """What a whole update needs: of float64 values too, but for patterns."""
+
+    def divide(self, a: Any, b: Any, /) -> Any: ...  # noqa: D102
+    def negate(self, x: Any, /) -> Any: ...  # noqa: D102
+    def sqrt(self, x: Any, /) -> Any: ...  # noqa: D102
+    def clamp(self, low: Any, x: Any, high: Any, /) -> Any: ...  # noqa: D102
+
+    def is_set(self, flag: Any, /) -> Any:
+        """Where a flag is not 0; NaN is not 0."""

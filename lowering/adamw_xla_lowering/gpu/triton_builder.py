@@ -104,7 +104,7 @@ class _Update:
         x = {name: ops.operand(value) for name, value in stored.items()}
         is_narrow = kind.operands[0] == jnp.bfloat16
         new = arithmetic.update(
-            ops, spec, slot, ops.is_set, x, self._scales(ops, work, member), is_narrow=is_narrow
+            ops, spec, slot, x, self._scales(ops, work, member), is_narrow=is_narrow
         )
         for i, name in enumerate(spec.result_kinds):
             value = convert(new[name], mlir.dtype_to_ir_type(kind.results[i]))

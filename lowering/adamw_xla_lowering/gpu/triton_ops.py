@@ -35,7 +35,7 @@ def _on(floats: Callable[..., Any], integers: Callable[..., Any]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class BlockOps:
-    """``BitOps`` on blocks of one width and dtype."""
+    """``Ops`` on blocks of one width and dtype."""
 
     width: int
     dtype: ir.Type
