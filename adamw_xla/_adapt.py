@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 import dataclasses
 from typing import Any
 
@@ -22,7 +22,7 @@ from adamw_xla._placement import (
     scalar_zero,
     zeros_like,
 )
-from adamw_xla._state import COLUMNS, COUNTERS, AdamWState, optional_fields
+from adamw_xla._state import COLUMNS, COUNTERS, AdamWState, used_fields
 from adamw_xla_lowering import pack, unpack
 
 _ADAPT = dataclasses.replace(NATIVE, call="adapt_state(state, params, config)")
@@ -94,17 +94,11 @@ def adapt_state(state: Any, params: Any, config: AdamW) -> AdamWState:
     for i in frozen_leaves(config, params, len(leaves)):
         rows[i] = dict.fromkeys(rows[i])
     new = [_Leaf(params, i, leaves[i], row, config).adapted() for i, row in enumerate(rows)]
-    used = _used(config)
+    used = used_fields(config)
     trees_of = {
-        field: treedef.unflatten([row[field] for row in new]) for field in COLUMNS if used[field]
+        field: treedef.unflatten([row[field] for row in new]) for field in COLUMNS if field in used
     }
     return AdamWState(**_counters(old, used), **trees_of)
-
-
-def _used(c: AdamW) -> dict[str, bool]:
-    """For each field of the state whether the config uses it."""
-    optional = optional_fields(c)
-    return {x: x not in optional or optional[x][1] for x in (*COUNTERS, *COLUMNS)}
 
 
 def _fields(value: Any) -> dict[str, Any]:
@@ -154,20 +148,20 @@ class _Leaf:
                 )
         formats.check_param(self.params, self.index, self.param, self.config)
         there = {field: x for field, x in self.state.items() if x is not None}
-        used = _used(self.config)
-        if used["words"] and "words" not in there:
+        used = used_fields(self.config)
+        if "words" in used and "words" not in there:
             there["words"] = pack(there["m"], there["v"])
-        elif used["v"] and "v" not in there:
+        elif "v" in used and "v" not in there:
             there["m"], there["v"] = unpack(there["words"])
         kept = {field: self._cast(field, x) for field, x in there.items()}
-        first = next(kept[x] for x in ("v", "words") if used[x])
+        first = next(kept[x] for x in ("v", "words") if x in used)
         begins: dict[str, Callable[[], jax.Array]] = {
             "v_max": lambda: _copy(first, self._dtype("v_max"), first),
             "ema": lambda: _copy(self.param, self._dtype("ema"), first),
             "remainder": lambda: zeros_like([first], [self._dtype("remainder")])[0],
             "accumulated": lambda: zeros_like([first], [self._dtype("accumulated")])[0],
         }
-        new = {x: begin() for x, begin in begins.items() if used[x] and x not in kept}
+        new = {x: begin() for x, begin in begins.items() if x in used and x not in kept}
         return dict.fromkeys(self.state) | kept | new
 
     def _dtype(self, field: str) -> Any:
@@ -183,7 +177,7 @@ def _copy(x: Any, dtype: Any, like: Any) -> jax.Array:
     return jnp.array(moved_beside(x, like), dtype, copy=True)
 
 
-def _counters(old: Mapping[str, Any], used: Mapping[str, bool]) -> dict[str, Any]:
+def _counters(old: Mapping[str, Any], used: Collection[str]) -> dict[str, Any]:
     """The counters; a checkpoint may have returned them as numbers."""
     count = old["count"]
     if type(count) is int:
@@ -192,7 +186,7 @@ def _counters(old: Mapping[str, Any], used: Mapping[str, bool]) -> dict[str, Any
     trees.counter(_ADAPT.of_state("count"), count)
     found = {"count": count}
     for name in COUNTERS[1:]:
-        if used[name]:
+        if name in used:
             value = old[name]
             if value is None or type(value) is int:
                 value = scalar_zero(placed_at(count)) + (value or 0)

@@ -188,9 +188,13 @@ def built(config: AdamW, column: Callable[[str], Any], counter: Callable[[], Any
       column: makes the tree of a field that mirrors the params.
       counter: makes one of the others.
     """
-    used = [x for x, (_, is_used) in optional_fields(config).items() if is_used]
-    fields = {x: counter() if x in COUNTERS else column(x) for x in ("count", *used)}
-    return AdamWState(**fields)
+    used = used_fields(config)
+    return AdamWState(**{x: counter() if x in COUNTERS else column(x) for x in used})
+
+
+def used_fields(config: AdamW) -> tuple[str, ...]:
+    """The fields that a state for this config has."""
+    return ("count", *(x for x, (_, is_used) in optional_fields(config).items() if is_used))
 
 
 def optional_fields(c: AdamW) -> dict[str, tuple[str, bool]]:

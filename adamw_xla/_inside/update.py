@@ -11,6 +11,7 @@ from adamw_xla._config import AdamW
 from adamw_xla._inside import clipping
 from adamw_xla._inside.clipping import SumOfSquares
 from adamw_xla._inside.hyper import Row, Scalar, hyper_rows
+from adamw_xla._state import used_fields
 from adamw_xla_lowering import (
     STATE_KINDS,
     UpdateResult,
@@ -173,14 +174,13 @@ def update_leaves(
         dtype=dtype,
     )
     # A caller may have state that this update leaves as it is: Keras' average, say.
-    unused = {"v_max": not config.amsgrad, "ema": not config.use_ema}
-    kept = [kind for kind in STATE_KINDS if not unused.get(kind, False)]
+    used = used_fields(config)
     new = backend.update(
         hyper,
         old["params"],
         grads,
         leaf_scale=clip.per_leaf,
-        **{kind: column for kind, column in old.items() if kind in kept},
+        **{kind: old[kind] for kind in STATE_KINDS if kind in used},
         groups=groups,
         ema_overwrite=config.ema_overwrite_frequency is not None,
         clip_value=config.clipvalue is not None,
