@@ -166,13 +166,21 @@ OF_THIS_RUN = ("trace and lower", "compile")
 # ------------------------------------------------------------- collectives and kernels
 
 
+def _headed(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
+    """An empty table of columns of words, and then of numbers."""
+    table = Table(title=title)
+    for head in words:
+        table.add_column(head)
+    for head in numbers:
+        table.add_column(head, justify="right")
+    return table
+
+
 def collectives(x: Inspected) -> Table:
     """What a device exchanges in a step; what is alike stands in one row. Rows add up."""
-    table = Table(title=f"exchanged by each of {x.report.devices} devices: {x.name}, {x.target}")
-    for head in ("", "among", "runs"):
-        table.add_column(head)
-    for head in ("bytes each", "in all", "of the update", "of the norm"):
-        table.add_column(head, justify="right")
+    title = f"exchanged by each of {x.report.devices} devices: {x.name}, {x.target}"
+    numbers = ("bytes each", "in all", "of the update", "of the norm")
+    table = _headed(title, ("", "among", "runs"), numbers)
     groups: dict[tuple[object, ...], list[Collective]] = {}
     for c in x.report.collectives:
         key = (c.kind, c.bytes, c.devices, c.times, *sorted(c.bytes_of.items()))
@@ -203,11 +211,8 @@ def _total(group: Sequence[Collective], part: str | None = None) -> int:
 
 def kernels(x: Inspected) -> Table:
     """Those that move most, with the least time that this takes."""
-    table = Table(title=f"the heaviest kernels: {x.name}, {x.target}")
-    for head in ("", "kind", "of"):
-        table.add_column(head)
-    for head in ("runs", "bytes each", "in all", "at least"):
-        table.add_column(head, justify="right")
+    title = f"the heaviest kernels: {x.name}, {x.target}"
+    table = _headed(title, ("", "kind", "of"), ("runs", "bytes each", "in all", "at least"))
     found = sorted(x.report.program.kernels, key=lambda kernel: -_bytes(kernel))
     rest = found[HEAVIEST:]
     for kernel in found[:HEAVIEST]:
