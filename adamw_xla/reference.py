@@ -28,6 +28,7 @@ from adamw_xla_lowering import (
     small_unit,
     unpack,
 )
+from adamw_xla_lowering.contract import Sums
 from adamw_xla_lowering.formats import narrow, word
 from adamw_xla_lowering.formats.arrays import OPS
 
@@ -108,6 +109,8 @@ def adamw_update(
     cautious: bool = False,
     stochastic: bool = False,
     delta: bool = False,
+    sums: Sums | None = None,
+    grad_sums: bool = False,
 ) -> UpdateResult:
     """Updates all leaves; see ``adamw_xla_lowering.contract`` for the equations.
 
@@ -117,7 +120,8 @@ def adamw_update(
     nothing = [None] * n
     state = {"m": m, "v": v, "words": words, "v_max": v_max, "ema": ema, "remainder": remainder}
     columns = {"params": params, **state}
-    new: dict[str, list[jax.Array]] = {k: [] for k, x in columns.items() if x is not None}
+    new: dict[str, Any] = {k: [] for k, x in columns.items() if x is not None}
+    summed: list[jax.Array] = []
     for i in range(n):
         old = {kind: (column or nothing)[i] for kind, column in columns.items()}
         row = hyper[0 if groups is None else groups[i]]
@@ -144,7 +148,21 @@ def adamw_update(
             assert kept is not None
             after = leaf[kind].astype(kept.dtype)
             column.append(jnp.where(row[Slot.APPLY] != 0, after, kept) if skip else after)
-    return UpdateResult(**new)
+        if sums is not None:
+            first = new["params"][-1].astype(dtype)
+            added = leaf["added"]
+            squared = {
+                "params": params[i].astype(dtype) + first if delta else first,
+                "updates": jnp.where(row[Slot.APPLY] != 0, added, 0) if skip else added,
+            }
+            if grad_sums:
+                own = grads[i].astype(dtype)
+                squared = {"grads": own, "small_grads": own * small_unit(dtype), **squared}
+            summed.append(jnp.stack([jnp.sum(jnp.square(x)) for x in squared.values()]))
+    if sums is None:
+        return UpdateResult(**new)
+    table = jnp.stack(summed).astype(hyper.dtype)
+    return UpdateResult(**new, sums=table if sums == "leaves" else jnp.sum(table, 0))
 
 
 class _Rounding:
@@ -223,13 +241,16 @@ def _update_leaf(
     decay = row[Slot.DECAY_RATE] * p
     if cautious:
         decay = jnp.where(p * step < 0, 0, decay)
-    p = p - (decay + step)
-    new = {"params": p, "m": m, "v": v, "v_max": w}
+    added = -(decay + step)
+    old, p = p, p + added
+    new = {"params": p, "m": m, "v": v, "v_max": w, "added": added}
     if "ema" in x:
         momentum, rest = row[Slot.EMA_MOMENTUM], row[Slot.ONE_MINUS_EMA_MOMENTUM]
         new["ema"] = momentum * x["ema"] + rest * p
         if ema_overwrite:
-            new["params"] = jnp.where(row[Slot.EMA_OVERWRITE] != 0, new["ema"], p)
+            overwrite = row[Slot.EMA_OVERWRITE] != 0
+            new["params"] = jnp.where(overwrite, new["ema"], p)
+            new["added"] = jnp.where(overwrite, new["ema"] - old, added)
     return new
 
 

@@ -90,7 +90,9 @@ class Placement:
             if not inner.offload:  # else fetched a few leaves at a time
                 rest |= {kind: self.fetched(rest[kind]) for kind in STATE_KINDS if kind in rest}
             new = inner.update(hyper, self.parts_of(params), self.fetched(grads), **rest)
-            kept = {k: self.kept(k, xs) for k, xs in new._asdict().items() if k in self.columns}
+            kept: dict[str, Any] = {
+                k: self.kept(k, xs) for k, xs in new._asdict().items() if k in self.columns
+            }
             whole = map(moved_beside, self.fetched(new.params), params)
             return new._replace(params=list(whole), **kept)
 

@@ -32,7 +32,8 @@ def update(
       is_narrow: the param is bfloat16.
 
     Returns:
-      A value for each of ``spec.result_kinds`` (and perhaps more), in the compute dtype.
+      A value for each of ``spec.result_kinds`` (and perhaps more), in the compute dtype; with
+      ``spec.sums`` also ``"added"``, what is added to the param before that is rounded.
     """
     p, m, v = x["params"], x.get("m"), x.get("v")
     rounds = is_narrow and (spec.stochastic or spec.split_master)
@@ -82,6 +83,10 @@ def update(
             if by_change:
                 kind, there = "updates", ops.subtract(average, p)
             new[kind] = ops.select(overwrite, there, new[kind])
+    if spec.sums:
+        new["added"] = new["updates"] if by_change else ops.negate(change)
+        if spec.ema and spec.ema_overwrite and not by_change:
+            new["added"] = ops.select(overwrite, ops.subtract(average, p), new["added"])
     if spec.split_master:
         new["remainder"] = x["remainder"]
     if rounds:

@@ -18,6 +18,10 @@ params, float32 for all others), written with the slots of ``hyper`` in capitals
     all results <- what they replace where APPLY == 0            (skip)
     the first result is p's change, in the compute dtype         (delta; else p)
 
+With ``sums`` there are sums of squares over each leaf, or over the tree: of g as it came
+(``grads``, and in a small unit ``small_grads``), of the new p as it is stored (``params``; with
+``delta``, as it will be), and of what is added to p before it is rounded (``updates``).
+
 With ``words`` m and v come from one word of 16 bits, and go back into one, rounded; with
 ``stochastic`` and ``split_master`` the new p is rounded, or cut in two: ``formats/`` says how.
 
@@ -51,6 +55,7 @@ CPU_TARGET_NAME = "adamw_xla_update_cpu"
 
 Item = TypeVar("Item")
 Implementation: TypeAlias = Literal["xla", "native"]
+Sums: TypeAlias = Literal["tree", "leaves"]
 
 PARAM_DTYPES = (
     np.dtype(jnp.bfloat16),
@@ -120,6 +125,10 @@ class UpdateSpec:
         bfloat16 param it is the param's float32 master.
       delta: the first result is what to add to the param, not the new param.
       leaf_scale: an operand ``leaf_scale`` of shape [leaves] follows ``hyper``.
+      sums: what sums of squares are of that the last result holds, [*batch, kinds] of the whole
+        tree or [*batch, leaves, kinds] of each leaf, in the dtype of ``hyper``; None: no such
+        result.
+      grad_sums: the gradients' are among them.
       offload: a leaf's state may lie in host memory, and its results do.
       batch_rank: how many leading batch dimensions every operand has. An operand
         that does not vary along one of them has size 1 there.
@@ -140,6 +149,8 @@ class UpdateSpec:
     split_master: bool = False
     delta: bool = False
     leaf_scale: bool = False
+    sums: Sums | None = None
+    grad_sums: bool = False
     offload: bool = False
     batch_rank: int = 0
     implementation: Implementation | None = None
@@ -165,6 +176,13 @@ class UpdateSpec:
         return ("updates" if self.delta else "params", *self.state_kinds)
 
     @property
+    def sum_kinds(self) -> tuple[str, ...]:
+        """What is squared and summed, in the order of the last result's columns."""
+        if self.sums is None:
+            return ()
+        return (*("grads", "small_grads") * self.grad_sums, "params", "updates")
+
+    @property
     def replaced_kinds(self) -> tuple[str, ...]:
         """What each result takes the place of: of its shape, and but for updates its dtype."""
         return ("grads" if self.delta else "params", *self.state_kinds)
@@ -183,13 +201,14 @@ class UpdateSpec:
     def options(self) -> dict[str, bool]:
         """The choices that a reader of a dump wants to see: what is computed, not where."""
         flags = [field.name for field in dataclasses.fields(self) if field.default is False]
-        names = [name for name in flags if name != "offload"]
+        names = [name for name in flags if name not in ("offload", "grad_sums")]
         return {name: getattr(self, name) for name in names}
 
     def __repr__(self) -> str:
         chosen = [name for name, on in self.options().items() if on]
         rows = len(set(self.groups))
         shown = [f"leaves={self.num_leaves}", f"groups={rows}", *chosen]
+        shown += [f"sums={self.sums}"] if self.sums else []
         shown += ["offload"] * self.offload
         if self.batch_rank:
             shown.append(f"batch_rank={self.batch_rank}")
@@ -246,6 +265,17 @@ def split_operands(spec: UpdateSpec, operands: Sequence[Any]) -> Operands:
     leaf_scale = operands[1] if spec.leaf_scale else None
     leaves = split_leaves(operands[spec.num_scalars :], spec.num_leaves)
     return Operands(operands[0], leaf_scale, leaves)
+
+
+def split_results(spec: UpdateSpec, results: Sequence[Any]) -> tuple[list[tuple[Any, ...]], Any]:
+    """The flat result list (or one of avals), as one tuple per leaf, and the sums or None."""
+    n = spec.num_leaves * len(spec.result_kinds)
+    return split_leaves(results[:n], spec.num_leaves), results[n] if spec.sums else None
+
+
+def join_results(leaves: Sequence[Sequence[Any]], sums: Any) -> list[Any]:
+    """What ``split_results`` cut up."""
+    return join_leaves(leaves) if sums is None else [*join_leaves(leaves), sums]
 
 
 def split_leaves(flat: Sequence[Any], n: int) -> list[tuple[Any, ...]]:

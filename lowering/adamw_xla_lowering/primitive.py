@@ -1,6 +1,7 @@
 """``adamw_update_p``: one equation that updates a whole parameter tree."""
 
 from collections.abc import Sequence
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +26,7 @@ from .contract import (
     PARAM_DTYPES,
     UPDATE_NAME,
     Implementation,
+    Sums,
     UpdateSpec,
     check_implementation,
     compute_dtype,
@@ -40,7 +42,7 @@ Leaves = Sequence[jax.Array]
 
 
 class UpdateResult(NamedTuple):
-    """What ``adamw_update`` returns: a list per kind, one entry per leaf, or None."""
+    """What ``adamw_update`` returns: a list per kind, one entry per leaf, or None; and sums."""
 
     params: list[jax.Array]
     m: list[jax.Array] | None = None
@@ -49,6 +51,7 @@ class UpdateResult(NamedTuple):
     ema: list[jax.Array] | None = None
     words: list[jax.Array] | None = None
     remainder: list[jax.Array] | None = None
+    sums: jax.Array | None = None
 
 
 def adamw_update(
@@ -72,6 +75,8 @@ def adamw_update(
     cautious: bool = False,
     stochastic: bool = False,
     delta: bool = False,
+    sums: Sums | None = None,
+    grad_sums: bool = False,
     offload: bool = False,
     implementation: Implementation | None = None,
 ) -> UpdateResult:
@@ -99,13 +104,19 @@ def adamw_update(
       cautious: let an element decay only where that does not oppose its step.
       stochastic: round new bfloat16 params at random, and look at the SALT slot.
       delta: return the params' changes, unrounded, instead of the new params.
+      sums: return sums of squares too, of the whole "tree" or of its "leaves": of new params and
+        of what was added to them.
+      grad_sums: among them, before these, those of the gradients as they came: of their squares,
+        and of the squares of ``contract.small_unit`` times them.
       offload: the state (all but params and grads) lies in host memory and comes to the device
         a few leaves at a time; what replaces them lies in host memory, wherever they did.
       implementation: "xla", "native", or None to let the platform choose.
 
     Returns:
       The new leaves, each of the shape, dtype and sharding of what it replaces; with
-      ``delta``, ``params`` holds the changes, in float32 (float64 for float64 params).
+      ``delta``, ``params`` holds the changes, in float32 (float64 for float64 params). ``sums``
+      is [kinds] or [leaves, kinds], of the dtype of ``hyper``, with the columns of
+      ``UpdateSpec.sum_kinds``.
 
     Raises:
       TypeError: an operand's shape, dtype or memory does not fit; the message names it.
@@ -139,6 +150,8 @@ def adamw_update(
         delta=delta,
         offload=offload,
         leaf_scale=leaf_scale is not None,
+        sums=sums,
+        grad_sums=grad_sums,
         implementation=implementation,
     )
     if spec.num_leaves != n:
@@ -147,13 +160,22 @@ def adamw_update(
         raise ValueError(f"groups[{low[0]}] is {spec.groups[low[0]]}; must be a row of hyper")
     scalars = [hyper] if leaf_scale is None else [hyper, leaf_scale]
     leaves = [x for column in given.values() for x in column]
-    results = adamw_update_p.bind(*scalars, *leaves, spec=spec) if n else []
+    results = adamw_update_p.bind(*scalars, *leaves, spec=spec) if n else _of_no_leaf(spec, hyper)
+    end = n * len(spec.result_kinds)
     if offload:
         # JAX looks for transfers in jaxprs, and not in lowerings: where it finds none and no
         # argument lies in host memory, it takes all memory for the device's.
-        results[n:] = [jax.device_put(x, jax.memory.Space.Host) for x in results[n:]]
+        results[n:end] = [jax.device_put(x, jax.memory.Space.Host) for x in results[n:end]]
     first, *rest = (list(results[i * n : (i + 1) * n]) for i in range(len(spec.result_kinds)))
-    return UpdateResult(first, **dict(zip(spec.state_kinds, rest, strict=True)))
+    summed = results[end] if sums else None
+    return UpdateResult(first, **dict(zip(spec.state_kinds, rest, strict=True)), sums=summed)
+
+
+def _of_no_leaf(spec: UpdateSpec, hyper: jax.Array) -> list[jax.Array]:
+    if spec.sums is None:
+        return []
+    shape = (0,) * (spec.sums == "leaves") + (len(spec.sum_kinds),)
+    return [jnp.zeros(shape, hyper.dtype)]
 
 
 def _check_formats(state: dict[str, Leaves | None], stochastic: bool) -> None:
@@ -263,21 +285,37 @@ def _abstract_eval(*avals: Any, spec: UpdateSpec) -> list[Any]:
         raise TypeError(f"{UPDATE_NAME}: {len(avals)} operands; expected {num_operands(spec)}.")
     scalars, rows = avals[: spec.num_scalars], split_operands(spec, avals).leaves
     _check_scalars(spec, scalars, any(row[0].dtype == np.float64 for row in rows))
+    sums = [_sums(spec, avals)] if spec.sums else []
     # Trees repeat few kinds of leaves, and JAX interns types: each kind is worked out once.
     known: dict[tuple[Any, ...], list[Any]] = {}
     for leaf, row in enumerate(rows):
         if row not in known:
             known[row] = _leaf_results(spec, leaf, scalars, row)
-    return join_leaves([known[row] for row in rows])
+    return [*join_leaves([known[row] for row in rows]), *sums]
+
+
+def _sums(spec: UpdateSpec, avals: Sequence[Any]) -> Any:
+    """The type of the last result."""
+    r = spec.batch_rank
+    batch = np.broadcast_shapes(*(aval.shape[:r] for aval in avals)) if r else ()
+    tail = (*[spec.num_leaves] * (spec.sums == "leaves"), len(spec.sum_kinds))
+    partition = (*batch_spec(batch, avals), *(None for _ in tail))
+    aval = with_shape_and_spec(avals[0], (*batch, *tail), partition, avals)
+    return varying_like(aval.update(weak_type=False), avals)
 
 
 # -------------------------------------------------------------------------- dead code
 
 
 def _dead_code(used: list[bool], eqn: JaxprEqn) -> tuple[list[bool], JaxprEqn | None]:
-    """Drops the leaves none of whose results is used."""
+    """Drops the sums where they are not used, and the leaves none of whose results is."""
     spec: UpdateSpec = eqn.params["spec"]
     n = spec.num_leaves
+    if spec.sums:
+        if used[-1]:
+            return [True] * len(eqn.invars), eqn
+        spec = dataclasses.replace(spec, sums=None, grad_sums=False)
+        eqn, used = eqn.replace(outvars=eqn.outvars[:-1], params={"spec": spec}), used[:-1]
     keep = [any(used[leaf::n]) for leaf in range(n)]
     if not any(keep):
         return [False] * len(eqn.invars), None

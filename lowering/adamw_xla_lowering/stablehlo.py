@@ -24,19 +24,20 @@ from .contract import (
     Slot,
     UpdateSpec,
     compute_dtype,
-    join_leaves,
-    split_leaves,
+    join_results,
     split_operands,
+    split_results,
 )
 from .formats.hlo_ops import HloOps
+from .sums import beside
 
 
 def lower(
     ctx: mlir.LoweringRuleContext, *operands: ir.Value, spec: UpdateSpec
 ) -> Sequence[ir.Value]:
     """Lowers the whole tree: one composite per leaf."""
-    leaves = range(spec.num_leaves)
-    return join_leaves(lower_leaves(ctx, operands, spec, leaves))
+    rows, sums = lower_leaves(ctx, operands, spec, range(spec.num_leaves))
+    return join_results(rows, beside.result(ctx, spec, sums) if spec.sums else None)
 
 
 def lower_leaves(
@@ -44,10 +45,16 @@ def lower_leaves(
     operands: Sequence[ir.Value],
     spec: UpdateSpec,
     leaves: Sequence[int],
-) -> list[list[ir.Value]]:
-    """Lowers some of the leaves; returns the results of each."""
+) -> tuple[list[list[ir.Value]], list[list[ir.Value]]]:
+    """Lowers some of the leaves; returns the results of each, and the sums of each."""
     tree = Tree(ctx, operands, spec)
-    return [with_shardings(ctx, tree.composite(leaf), tree.outs[leaf]) for leaf in leaves]
+    rows, sums = [], []
+    for leaf in leaves:
+        new = tree.composite(leaf)
+        outs = tree.outs[leaf]
+        rows.append(with_shardings(ctx, new[: len(outs)], outs))
+        sums.append(new[len(outs) :])
+    return rows, sums
 
 
 class Tree:
@@ -59,7 +66,7 @@ class Tree:
         _check_static(ctx, spec)
         self.ctx, self.spec = ctx, spec
         self.values, self.avals = split_operands(spec, operands), split_operands(spec, ctx.avals_in)
-        self.outs = split_leaves(ctx.avals_out, spec.num_leaves)
+        self.outs, _ = split_results(spec, ctx.avals_out)
         self._rows: dict[int, ir.Value] = {}
         self._functions: dict[Any, func.FuncOp] = {}
 
@@ -74,7 +81,7 @@ class Tree:
           anchor: an array of ones for the gradient to be multiplied by (``gpu/merge.py`` says why).
 
         Returns:
-          The results, of the shapes that ``values`` make.
+          The results, of the shapes that ``values`` make, and behind them the leaf's sums.
         """
         values = self.values.leaves[leaf] if values is None else values
         scalars = [self._row(self.spec.groups[leaf])]
@@ -89,6 +96,9 @@ class Tree:
             **options,
             "group": ir.IntegerAttr.get(i64, self.spec.groups[leaf]),
             "leaf": ir.IntegerAttr.get(i64, leaf),
+            **(
+                {"sums": ir.StringAttr.get(" ".join(self.spec.sum_kinds))} if self.spec.sums else {}
+            ),
         }
         op = hlo.CompositeOp(
             function.type.results,
@@ -117,6 +127,8 @@ class Tree:
             dtype = mlir.dtype_to_ir_type(compute_dtype(self.avals.leaves[leaf][0].dtype))
             is_narrow = self.avals.leaves[leaf][0].dtype == jnp.bfloat16
             loop = _Loop(shape, dtype, rank, is_narrow)
+            sums = ir.RankedTensorType.get(shape[:rank], dtype)
+            results += [sums] * len(self.spec.sum_kinds)
             function = _decomposition(self.ctx, self.spec, loop, types, results)
             self._functions[shape, types] = function
         return self._functions[shape, types]
@@ -154,22 +166,22 @@ class _Loop:
 
     @functools.cached_property
     def ops(self) -> HloOps:
-        return HloOps(self.shape, self.dtype, lambda x: self._spread(x, []))
+        return HloOps(self.shape, self.dtype, self.spread)
 
     def operand(self, x: ir.Value) -> ir.Value:
         """A leaf operand, in the arithmetic's dtype and with the whole batch."""
         is_integer = isinstance(ir.RankedTensorType(x.type).element_type, ir.IntegerType)
         dtype = ir.IntegerType.get_signless(32) if is_integer else self.dtype
-        return self._spread(_convert(x, dtype), range(len(self.shape)))
+        return self.spread(_convert(x, dtype), range(len(self.shape)))
 
     def scalar(self, row: ir.Value, slot: int) -> ir.Value:
         """Column ``slot`` of ``row`` [*batch, ..., slots], for every element."""
         value = _convert(slice_at(row, slot), self.dtype)
         batch = ir.RankedTensorType(value.type).shape[: self.batch_rank]
         value = hlo.reshape(ir.RankedTensorType.get(batch, self.dtype), value)
-        return self._spread(value, range(self.batch_rank))
+        return self.spread(value, range(self.batch_rank))
 
-    def _spread(self, x: ir.Value, dims: Sequence[int]) -> ir.Value:
+    def spread(self, x: ir.Value, dims: Sequence[int] = ()) -> ir.Value:
         kind = ir.RankedTensorType(x.type)
         if tuple(kind.shape) == self.shape:
             return x
@@ -196,12 +208,35 @@ def _decomposition(
         new = _update(loop, spec, row, scales, leaf)
         stored = [
             _convert(new[kind], ir.RankedTensorType(result).element_type)
-            for kind, result in zip(spec.result_kinds, results, strict=True)
+            for kind, result in zip(
+                spec.result_kinds, results[: len(spec.result_kinds)], strict=True
+            )
         ]
         if spec.skip:
             stored = _skip(loop, spec, row, stored, leaf)
-        func.ReturnOp(stored)
+        sums = _sums(loop, spec, row, leaf, stored[0], new["added"]) if spec.sums else []
+        func.ReturnOp([*stored, *sums])
     return function
+
+
+def _sums(
+    loop: _Loop,
+    spec: UpdateSpec,
+    row: ir.Value,
+    leaf: dict[str, ir.Value],
+    first: ir.Value,
+    added: ir.Value,
+) -> list[ir.Value]:
+    """The leaf's sums of squares; ``first`` is its first result."""
+    if spec.skip:
+        apply = loop.ops.is_set(loop.scalar(row, Slot.APPLY))
+        added = hlo.select(apply, added, loop.ops.number(0.0))
+    params = loop.operand(first)
+    if spec.delta:
+        params = hlo.add(loop.operand(leaf["params"]), params)
+    values = {"grads": loop.operand(leaf["grads"]), "params": params, "updates": added}
+    squares = beside.squares(spec, values, loop.spread)
+    return beside.of_leaf(squares, loop.batch_rank)
 
 
 def _update(

@@ -86,7 +86,7 @@ def _lower_native(
     n = spec.num_leaves
     outs = split_leaves(ctx.avals_out, n)
     short = [i for i in range(n) if _has_short_rows(ctx, spec, avals.leaves[i], outs[i])]
-    lowered = stablehlo.lower_leaves(ctx, operands, spec, short) if short else []
+    lowered, _ = stablehlo.lower_leaves(ctx, operands, spec, short) if short else ([], [])
     results: dict[int, Sequence[ir.Value]] = dict(zip(short, lowered, strict=True))
     calls, donation = 0, Donation(ctx)
     for bucket in _buckets({i: row for i, row in enumerate(avals.leaves) if i not in results}):

@@ -82,7 +82,7 @@ def _lower_native(
     outs = split_leaves(ctx.avals_out, spec.num_leaves)
     empty = [i for i, row in enumerate(outs) if 0 in row[0].shape]
     full = [i for i in range(spec.num_leaves) if i not in set(empty)]
-    lowered = stablehlo.lower_leaves(ctx, operands, spec, empty) if empty else []
+    lowered, _ = stablehlo.lower_leaves(ctx, operands, spec, empty) if empty else ([], [])
     results: dict[int, Sequence[ir.Value]] = dict(zip(empty, lowered, strict=True))
     streams = len(spec.operand_kinds) + len(spec.result_kinds)
     most = (MAX_POINTERS - spec.num_scalars) // streams

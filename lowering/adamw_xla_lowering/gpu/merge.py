@@ -27,8 +27,9 @@ from jax.interpreters import mlir
 import numpy as np
 
 from .._jax_private import devices_hold_whole_operands
-from ..contract import UpdateSpec, cut_evenly, join_leaves
+from ..contract import UpdateSpec, cut_evenly, join_results
 from ..stablehlo import Tree, with_shardings
+from ..sums import beside
 
 MAX_FUSION_OPERANDS = 94
 """How many operands and results XLA:GPU was seen to let one fusion have, together."""
@@ -46,6 +47,7 @@ def lower(
     tree = Tree(ctx, operands, spec)
     flatten = devices_hold_whole_operands(ctx)  # elsewhere it could move shards
     results: list[Sequence[ir.Value]] = [()] * spec.num_leaves
+    sums: list[Sequence[ir.Value]] = [()] * spec.num_leaves
     for index, group in enumerate(_groups(tree, flatten)):
         ones = anchor(index, spec.batch_rank) if len(group) > 1 else None
         for leaf in group:
@@ -56,12 +58,13 @@ def lower(
                     reshape(x, flat_shape(x, spec.batch_rank)) for x in tree.values.leaves[leaf]
                 ]
                 new = tree.composite(leaf, flat, ones)
-                avals = tree.outs[leaf]
-                new = [reshape(x, a.shape) for x, a in zip(new, avals, strict=True)]
             else:
                 new = tree.composite(leaf, anchor=ones)
-            results[leaf] = with_shardings(ctx, new, tree.outs[leaf])
-    return join_leaves(results)
+            avals = tree.outs[leaf]
+            new, sums[leaf] = new[: len(avals)], new[len(avals) :]
+            shaped = [reshape(x, a.shape) for x, a in zip(new, avals, strict=True)]
+            results[leaf] = with_shardings(ctx, shaped, avals)
+    return join_results(results, beside.result(ctx, spec, sums) if spec.sums else None)
 
 
 def _groups(tree: Tree, flatten: bool) -> Iterator[Sequence[int]]:

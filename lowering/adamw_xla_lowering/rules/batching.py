@@ -34,7 +34,7 @@ def _batch(
     at = split_operands(spec, dims)
     every = at.hyper is not None or at.leaf_scale is not None
     batched = [every or any(d is not None for d in leaf) for leaf in at.leaves]
-    batched *= len(spec.result_kinds)
+    batched = batched * len(spec.result_kinds) + [any(batched)] * (spec.sums is not None)
     values = [
         x if is_batched else jax.lax.squeeze(x, (0,))
         for x, is_batched in zip(results, batched, strict=True)

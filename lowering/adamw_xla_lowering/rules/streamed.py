@@ -29,12 +29,16 @@ from ..contract import (
     UpdateSpec,
     compute_dtype,
     join_leaves,
-    split_leaves,
+    join_results,
     split_operands,
+    split_results,
 )
 
 Row: TypeAlias = tuple[jax.Array, ...]
 """What belongs to one leaf."""
+
+Made: TypeAlias = tuple[list[Row], list[jax.Array]]
+"""A run's results, and its sums where there are some."""
 
 MIN_RUN_BYTES = 16 << 20
 """Smaller leaves travel together: a copy has to pay for its start."""
@@ -57,15 +61,23 @@ def _streamed(*operands: jax.Array, spec: UpdateSpec, in_turn: bool) -> list[jax
     bound = max(*sizes, MIN_RUN_BYTES) if in_turn else MIN_RUN_BYTES
     runs = list(_runs(sizes, bound))
     if not in_turn or len(runs) == 1:
-        rows = [row for run in runs for row in _updated(operands, spec, run)]
-        return join_leaves(rows)
+        return _joined(spec, [_updated(operands, spec, run) for run in runs])
     # What XLA does not know to be 0: it would dissolve a loop whose rounds it can count.
     turn = jax.lax.optimization_barrier(jnp.zeros(2, np.int32))[0]
-    rows = []
+    made = []
     for number, run in enumerate(runs):
         turn, new = _in_turn(turn, number, operands, spec, run)
-        rows += new
-    return join_leaves(rows)
+        made.append(new)
+    return _joined(spec, made)
+
+
+def _joined(spec: UpdateSpec, made: Sequence[Made]) -> list[jax.Array]:
+    """The equation's results, from those of its runs."""
+    rows = [row for own, _ in made for row in own]
+    sums = [x for _, own in made for x in own]
+    if spec.sums == "leaves":
+        sums = [jnp.concatenate(sums, axis=spec.batch_rank)]
+    return join_results(rows, functools.reduce(jnp.add, sums) if sums else None)
 
 
 def _bytes(x: jax.Array) -> int:
@@ -87,13 +99,13 @@ def _runs(sizes: Sequence[int], bound: int) -> Iterator[list[int]]:
 
 def _in_turn(
     turn: jax.Array, number: int, operands: Sequence[jax.Array], spec: UpdateSpec, run: list[int]
-) -> tuple[jax.Array, list[Row]]:
+) -> tuple[jax.Array, Made]:
     """The run's results, made in place once ``turn`` is its number; and the next turn."""
     places = _places(spec)
 
-    def update(carry: tuple[jax.Array, list[Row]]) -> tuple[jax.Array, list[Row]]:
+    def update(carry: tuple[jax.Array, Made]) -> tuple[jax.Array, Made]:
         given = list(operands)
-        for leaf, row in zip(run, carry[1], strict=True):
+        for leaf, row in zip(run, carry[1][0], strict=True):
             for place, x in list(zip(places, row, strict=True))[spec.delta :]:
                 given[place + leaf] = x
         return carry[0] + 1, _updated(given, spec, run)
@@ -104,9 +116,11 @@ def _in_turn(
         if spec.delta:
             first = jnp.zeros_like(first, compute_dtype(operands[spec.num_scalars + leaf].dtype))
         rows.append((first, *map(_to_host, state)))
-    after: Any = jax.eval_shape(update, (turn, rows))
-    carry = jax.tree.map(_varying, (turn, rows), after)
-    made: tuple[jax.Array, list[Row]] = jax.lax.while_loop(
+    _, (_, summed) = jax.eval_shape(update, (turn, (rows, [])))
+    first_sums = [jnp.zeros(x.shape, x.dtype) for x in summed]
+    after: Any = jax.eval_shape(update, (turn, (rows, first_sums)))
+    carry = jax.tree.map(_varying, (turn, (rows, first_sums)), after)
+    made: tuple[jax.Array, Made] = jax.lax.while_loop(
         lambda carry: carry[0] == number, update, carry
     )
     return made
@@ -124,7 +138,7 @@ def _varying(x: jax.Array, after: Any) -> jax.Array:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def _updated(operands: Sequence[jax.Array], spec: UpdateSpec, run: list[int]) -> list[Row]:
+def _updated(operands: Sequence[jax.Array], spec: UpdateSpec, run: list[int]) -> Made:
     """The results for the leaves of a run."""
     values = split_operands(spec, operands)
     own = dataclasses.replace(spec.of_leaves(run), offload=False)
@@ -139,8 +153,9 @@ def _updated(operands: Sequence[jax.Array], spec: UpdateSpec, run: list[int]) ->
         (*values.leaves[i][:NUM_BESIDE_STATE], *state) for i, state in zip(run, here, strict=True)
     ]
     (primitive,) = _primitives
-    results = split_leaves(primitive.bind(*scalars, *join_leaves(rows), spec=own), len(run))
-    return [(first, *map(_to_host, state)) for first, *state in results]
+    results, sums = split_results(own, primitive.bind(*scalars, *join_leaves(rows), spec=own))
+    rows = [(first, *map(_to_host, state)) for first, *state in results]
+    return rows, [] if sums is None else [sums]
 
 
 def _to_device(x: jax.Array) -> jax.Array:

@@ -1,0 +1,1 @@
+"""Sums of squares that leave the update itself."""
