@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from adamw_xla._check import calls
 from adamw_xla._check.words import NATIVE, misplaced
 from adamw_xla._config import AdamW, check_config
 from adamw_xla._groups import ScalarOrSchedule
+from adamw_xla._info.step_info import ReturnInfo, StepInfo
 from adamw_xla._inside.run import run_step
 from adamw_xla._inside.update import Backend
 from adamw_xla._state import AdamWState, check_kind, check_state
@@ -41,8 +42,42 @@ ALIASES = {
     "gradients": "grads",
     "model": "params",
     "backend": "implementation",
+    "has_aux": "return_info",
+    "return_metrics": "return_info",
 }
 _FINALIZE = dataclasses.replace(NATIVE, call="adamw_finalize(params, state, config)")
+
+
+@overload
+def adamw_step(
+    params: Any,
+    grads: Any,
+    state: AdamWState,
+    config: AdamW,
+    *,
+    learning_rate: ScalarOrSchedule | None = None,
+    weight_decay: ScalarOrSchedule | None = None,
+    implementation: Implementation | None = None,
+    state_shardings: AdamWState | None = None,
+    offload: bool = False,
+    return_info: Literal[False] = False,
+) -> tuple[Any, AdamWState]: ...
+
+
+@overload
+def adamw_step(
+    params: Any,
+    grads: Any,
+    state: AdamWState,
+    config: AdamW,
+    *,
+    learning_rate: ScalarOrSchedule | None = None,
+    weight_decay: ScalarOrSchedule | None = None,
+    implementation: Implementation | None = None,
+    state_shardings: AdamWState | None = None,
+    offload: bool = False,
+    return_info: Literal[True, "per_leaf"],
+) -> tuple[Any, AdamWState, StepInfo]: ...
 
 
 @calls.explained("adamw_step", aliases=ALIASES, lacking=LACKING)
@@ -57,7 +92,8 @@ def adamw_step(
     implementation: Implementation | None = None,
     state_shardings: AdamWState | None = None,
     offload: bool = False,
-) -> tuple[Any, AdamWState]:
+    return_info: ReturnInfo = False,
+) -> tuple[Any, ...]:
     """Makes one step of AdamW: the whole tree in one operation.
 
     Call it inside of ``jax.jit`` with params and state donated; then the update is made
@@ -91,9 +127,13 @@ def adamw_step(
         ``adamw_xla.sharding.state_shardings(params, config, memory_kind="pinned_host")``. It
         comes to the device a few leaves at a time, and goes back. Donate params and state
         together: JAX may take the state's memory for new params otherwise.
+      return_info: True: return a ``StepInfo`` too: norms of gradient, params and update, which
+        the update sums while it passes, the rates, and whether it was applied. "per_leaf": with
+        the norms of each leaf. False: nothing of it is computed.
 
     Returns:
-      New params and new state, of the structures, shapes and dtypes of the old.
+      New params and new state, of the structures, shapes and dtypes of the old; and the info,
+      where it is asked for.
 
     Raises:
       TypeError: a leaf's dtype or kind does not fit; the message names its path. Or a rate, or
@@ -123,7 +163,7 @@ def adamw_step(
       >>> bool(loss < 1e-3), int(state.count)
       (True, 100)
     """
-    return run_step(
+    made = run_step(
         params,
         grads,
         state,
@@ -136,7 +176,9 @@ def adamw_step(
             offload=offload,
         ),
         state_shardings=state_shardings,
+        return_info=return_info,
     )
+    return made[: 2 + bool(return_info)]
 
 
 @calls.explained("adamw_finalize", aliases=ALIASES, lacking=LACKING)

@@ -15,6 +15,7 @@ import numpy as np
 from adamw_xla._check import calls
 from adamw_xla._config import AdamW
 from adamw_xla._groups import ScalarOrSchedule
+from adamw_xla._info.step_info import ReturnInfo
 from adamw_xla._inside.run import run_step
 from adamw_xla._inside.update import Backend, as_varying_as_after
 from adamw_xla._state import AdamWState
@@ -44,7 +45,8 @@ def adamw_step(
     *,
     learning_rate: ScalarOrSchedule | None = None,
     weight_decay: ScalarOrSchedule | None = None,
-) -> tuple[Any, AdamWState]:
+    return_info: ReturnInfo = False,
+) -> tuple[Any, ...]:
     """Makes one step of AdamW, differentiable with respect to everything but the counts.
 
     Arguments and results are those of ``adamw_xla.adamw_step``, but for ``implementation``, and
@@ -61,7 +63,7 @@ def adamw_step(
       >>> print(f"{jax.grad(after)(0.1):.3f}")
       -1.000
     """
-    return run_step(
+    made = run_step(
         params,
         grads,
         state,
@@ -69,7 +71,9 @@ def adamw_step(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         backend=Backend(adamw_update, sum_of_squares, _do_if),
+        return_info=return_info,
     )
+    return made[: 2 + bool(return_info)]
 
 
 def _do_if(condition: jax.Array, body: Callable[[Any], Any], x: Any) -> Any:
@@ -79,6 +83,10 @@ def _do_if(condition: jax.Array, body: Callable[[Any], Any], x: Any) -> Any:
 
 def sum_of_squares(scale: jax.Array, leaves: Leaves, *, per_leaf: bool = False) -> Squares:
     """Sums ``(scale * x)**2`` over all leaves or each, in a unit that fits: [] or [leaves]."""
+
+    if not leaves:
+        zeros = jnp.zeros((0,) * per_leaf, scale.dtype)
+        return Squares(zeros, jnp.ones_like(zeros))
 
     def summed(unit: float) -> jax.Array:
         scaled = (x.astype(scale.dtype) * scale * unit for x in leaves)
@@ -161,7 +169,8 @@ def adamw_update(
             summed.append(jnp.stack([jnp.sum(jnp.square(x)) for x in squared.values()]))
     if sums is None:
         return UpdateResult(**new)
-    table = jnp.stack(summed).astype(hyper.dtype)
+    empty = jnp.zeros((0, 4 if grad_sums else 2))
+    table = (jnp.stack(summed) if summed else empty).astype(hyper.dtype)
     return UpdateResult(**new, sums=table if sums == "leaves" else jnp.sum(table, 0))
 
 

@@ -93,10 +93,10 @@ def misplaced(words: Words, **arguments: Any) -> None:
     """
     for name, value in arguments.items():
         name = words.state if name == "state" else name
-        if type(value) is tuple and len(value) == 2 and is_state(value[1]):
+        if type(value) is tuple and len(value) in (2, 3) and is_state(value[1]):
             raise TypeError(
-                f"{name}: got a tuple of 2, the second an {type(value[1]).__name__}: {words.step}; "
-                f"unpack it, and pass the one of the two that {name} stands for."
+                f"{name}: got a tuple of {len(value)}, the second an {type(value[1]).__name__}: "
+                f"{words.step}; unpack it, and pass the one of them that {name} stands for."
             )
     for name, value in arguments.items():
         wrong = _is_config(value) if name != "config" else is_state(value)

@@ -14,7 +14,7 @@ from adamw_xla._check import axes
 from adamw_xla._check.leaves import path
 from adamw_xla._check.words import Words
 from adamw_xla._inside.clipping import SumOfSquares
-from adamw_xla_lowering import Squares, manual_axes, small_unit, types_say_varying, varying_axes
+from adamw_xla_lowering import Squares, manual_axes, types_say_varying, varying_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Across:
         pairs = []
         for names, indices in alike.items():
             own = self.sum_of_squares(scale, [leaves[i] for i in indices], per_leaf=per_leaf)
-            pairs.append(_total(_both(own), names))
+            pairs.append(_total(own.in_both_units(), names))
         if not per_leaf:
             return Squares.chosen(*sum(pairs[1:], pairs[0]))
         if len(alike) == 1:
@@ -55,18 +55,6 @@ def _total(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
         return x
     total: jax.Array = jax.lax.psum(x, names)  # type: ignore[no-untyped-call]
     return total
-
-
-def _both(squares: Squares) -> jax.Array:
-    """[2] or [2, leaves]: a sum in units of 1 and ``small_unit``, to be added to others.
-
-    Where it is known in the small unit alone, the other is infinite, and where in units of 1
-    alone, what underflows on the way is nothing beside a total that needs the small unit.
-    """
-    # Twice, and by no constant, which the compiler might square first: the square is no number.
-    factor = small_unit(squares.sum.dtype) / squares.unit
-    plain = jnp.where(squares.unit == 1, squares.sum, jnp.inf)
-    return jnp.stack([plain, squares.sum * factor * factor])
 
 
 def axes_of_leaves(

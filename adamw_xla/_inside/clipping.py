@@ -23,12 +23,13 @@ class Scales(NamedTuple):
     """The factors on the gradients of one update, and what was summed to know them.
 
     ``tree`` is a scalar, ``per_leaf`` has shape [leaves]; ``squares`` is of [] or [leaves], or
-    None where no sum was needed.
+    None where no sum was needed. ``factor`` is what clips: a scalar, or [leaves].
     """
 
     tree: float | jax.Array
     per_leaf: jax.Array | None = None
     squares: Squares | None = None
+    factor: float | jax.Array = 1.0
 
 
 def scales(
@@ -42,14 +43,14 @@ def scales(
     if config.clipnorm is not None:
         squares = sum_of_squares(jnp.asarray(scale, dtype), grads, per_leaf=True)
         unit, quotient = factors(squares, config.clipnorm)
-        return Scales(scale, unit * quotient, squares)
+        return Scales(scale, unit * quotient, squares, unit * quotient)
     if config.global_clipnorm is None and not config.skip_nonfinite:
         return Scales(scale)
     squares = sum_of_squares(jnp.asarray(scale, dtype), grads)
-    if config.global_clipnorm is not None:
-        unit, quotient = global_factors(squares, config.global_clipnorm)
-        scale = scale * (unit * quotient)
-    return Scales(scale, None, squares)
+    if config.global_clipnorm is None:
+        return Scales(scale, None, squares)
+    unit, quotient = global_factors(squares, config.global_clipnorm)
+    return Scales(scale * (unit * quotient), None, squares, unit * quotient)
 
 
 def is_good(config: AdamW, squares: Squares) -> jax.Array:
@@ -79,8 +80,13 @@ def factors(squares: Squares, bound: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """
     dtype = squares.sum.dtype
     bound = jnp.asarray(bound, dtype)
-    is_zero = squares.sum == 0  # where the root has no derivative
-    root = jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, squares.sum)))
-    is_within = root <= bound * squares.unit
+    norm = root(squares.sum)
+    is_within = norm <= bound * squares.unit
     unit = jnp.where(is_within, 1, squares.unit)
-    return unit, jnp.where(is_within, 1, bound / jnp.where(is_within, 1, root))
+    return unit, jnp.where(is_within, 1, bound / jnp.where(is_within, 1, norm))
+
+
+def root(x: jax.Array) -> jax.Array:
+    """The square root, with the derivative 0 at 0."""
+    is_zero = x == 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, x)))

@@ -116,6 +116,20 @@ def rows_of(
     return tuple(rows)
 
 
+def rates_of(
+    config: AdamW,
+    step: jax.Array,
+    dtype: DTypeLike,
+    overrides: Mapping[str, ScalarOrSchedule | None],
+) -> list[jax.Array]:
+    """Learning rate and weight decay at a step, of leaves that are in no group: scalars."""
+    found = []
+    for name, value in overrides.items():
+        value = getattr(config, name) if value is None else value
+        found.append(jnp.asarray(evaluate(name, value, step, dtype), dtype))
+    return found
+
+
 def hyper_rows(
     config: AdamW,
     count: jax.Array,

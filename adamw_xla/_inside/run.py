@@ -14,10 +14,12 @@ from adamw_xla._check import options, trees
 from adamw_xla._check.words import NATIVE, Words, misplaced
 from adamw_xla._config import AdamW, check_config, needs_norm
 from adamw_xla._groups import ScalarOrSchedule
+from adamw_xla._info.norms import Measured, nothing, told
+from adamw_xla._info.step_info import ReturnInfo, StepInfo
 from adamw_xla._inside import clipping, explicit
 from adamw_xla._inside.across import Across, axes_of_leaves
 from adamw_xla._inside.grouped import is_frozen, members
-from adamw_xla._inside.hyper import Row, Scalar, as_scalar, increment, rows_of
+from adamw_xla._inside.hyper import Row, Scalar, as_scalar, increment, rates_of, rows_of
 from adamw_xla._inside.offload import as_before, check_memory, check_places, to_device
 from adamw_xla._inside.placed import Placement, columns_of
 from adamw_xla._inside.update import (
@@ -29,6 +31,7 @@ from adamw_xla._inside.update import (
 )
 from adamw_xla._state import COUNTERS, AdamWState, check_kind, check_state
 from adamw_xla_lowering import compute_dtype
+from adamw_xla_lowering.contract import Sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +56,22 @@ class _Leaves:
 
 
 class _Moving(NamedTuple):
-    """What a call changes: leaves by kind, ``params`` and the state's, and counters."""
+    """What a call changes: leaves by kind, ``params`` and the state's, and counters.
+
+    And what it measures, where that is asked for.
+    """
 
     columns: dict[str, list[jax.Array]]
     counters: dict[str, jax.Array]
+    measured: Measured | None = None
+
+
+class Made(NamedTuple):
+    """What a step makes: new params or their changes, the new state, and where asked for info."""
+
+    params: Any
+    state: AdamWState
+    info: StepInfo | None = None
 
 
 def run_step(
@@ -72,7 +87,8 @@ def run_step(
     delta: bool = False,
     any_dtype_of_m: bool = False,
     words: Words = NATIVE,
-) -> tuple[Any, AdamWState]:
+    return_info: ReturnInfo = False,
+) -> Made:
     """``adamw_step`` on any backend; ``reference`` brings its own.
 
     With ``delta``, the first result is what to add to the params, in the dtype of the
@@ -114,12 +130,13 @@ def run_step(
     for name, value in overrides.items():
         if value is not None:
             options.scalar_or_schedule(name, value)
-    if not leaves:
-        return params, state
+    asked = _asked(return_info)
+    if not leaves and asked is None:
+        return Made(params, state)
 
     over = axes_of_leaves(
         config.axis_names,
-        needs_norm(config),
+        needs_norm(config) or ("return_info" if asked else None),
         trained,
         [leaves[i] for i in held],
         [flat[i] for i in held],
@@ -128,7 +145,8 @@ def run_step(
     if over is not None:
         names_of = dict(zip(held, over, strict=True))
         lying = tuple(names_of[i] for i in live)
-        backend = backend._replace(sum_of_squares=Across(backend.sum_of_squares, lying))
+        across = Across(backend.sum_of_squares, lying)
+        backend = backend._replace(sum_of_squares=across, axes=lying)
     decays = dict(zip(held, mask, strict=True))
     groups, kinds = groups_of([(owners[i], decays[i]) for i in live])
     chosen = _Leaves(treedef, live, groups)
@@ -143,22 +161,42 @@ def run_step(
     dtype = hyper_dtype([p.dtype for p in old.columns["params"]])
 
     calls = _calls(old.counters, config)
-    rows = rows_of(config, kinds, calls, dtype, overrides)
+    rows = rows_of(config, kinds or ((len(config.groups), True),), calls, dtype, overrides)
     slopes = chosen.take(flat)
     if spots:
         placement = Placement({kind: [at[i] for i in live] for kind, at in spots.items()})
         backend, slopes = placement.around(backend), placement.parts_of(slopes)
         if "accumulated" in spots:
             old.columns["accumulated"] = placement.fetched(old.columns["accumulated"])
-    new = _Step(config, old, groups, backend, dtype, rows, delta).made(slopes)
+    new = _Step(config, old, groups, backend, dtype, rows, delta, asked).made(slopes)
     if "accumulated" in spots:
         sums = placement.kept("accumulated", new.columns["accumulated"])
         new.columns["accumulated"] = sums
 
     put = chosen.put
-    return put(unmoved, new.columns["params"]), AdamWState(
+    info = None
+    if new.measured is not None:
+        rates = rates_of(config, calls, dtype, overrides)
+        info = told(new.measured, rates, lambda xs: put([None] * len(leaves), xs))
+    if not leaves:  # nothing is counted
+        return Made(params, state, info)
+    after = AdamWState(
         **{name: as_before(x, getattr(state, name)) for name, x in new.counters.items()},
         **{kind: put(column, new.columns[kind]) for kind, column in columns.items()},
+    )
+    return Made(put(unmoved, new.columns["params"]), after, info)
+
+
+def _asked(return_info: Any) -> Sums | None:
+    """What ``return_info`` asks for, as sums; refuses what it may not be."""
+    match return_info:
+        case bool():
+            return "tree" if return_info else None
+        case "per_leaf":
+            return "leaves"
+    raise ValueError(
+        f'return_info must be False, True or "per_leaf", known when the step is traced, '
+        f"got {return_info!r}."
     )
 
 
@@ -194,6 +232,7 @@ class _Step:
     dtype: Any
     rows: tuple[Row, ...]
     delta: bool
+    asked: Sums | None
 
     def made(self, grads: list[jax.Array]) -> _Moving:
         """The call; with ``delta``, ``params`` holds their changes."""
@@ -207,8 +246,8 @@ class _Step:
         self, moving: _Moving, grads: list[jax.Array], scale: Scalar, clear: bool = False
     ) -> _Moving:
         """A real update with ``scale`` times ``grads``; with ``clear`` they begin anew."""
-        columns, counters = moving
-        new, apply, zeros = update_leaves(
+        columns, counters, _ = moving
+        new, apply, zeros, measured = update_leaves(
             self.config,
             # With delta, what moves are the changes.
             columns | {"params": self.old.columns["params"]} if self.delta else columns,
@@ -221,6 +260,7 @@ class _Step:
             backend=self.backend,
             delta=self.delta,
             clear=clear,
+            asked=self.asked,
         )
         made = {k: x for k, x in {**new._asdict(), "accumulated": zeros}.items() if x is not None}
         counted = {"count": increment(counters["count"], apply)}
@@ -228,7 +268,7 @@ class _Step:
             counted["micro_step"] = jnp.zeros_like(counters["micro_step"])
         if apply is not None:
             counted["skipped"] = increment(counters["skipped"], ~apply)
-        return _Moving(columns | made, counters | counted)
+        return _Moving(columns | made, counters | counted, measured)
 
     def _accumulated(self, grads: list[jax.Array], unscale: Scalar) -> _Moving:
         """Adds to the sum of gradients; every so many calls, updates with their mean.
@@ -237,7 +277,7 @@ class _Step:
         """
         steps = self.config.gradient_accumulation_steps
         assert steps is not None
-        columns, counters = self.old
+        columns, counters, _ = self.old
         old = columns["accumulated"]
         scaled = scaled_like(old, grads, unscale, self.dtype)
         good = jnp.asarray(True)
@@ -255,6 +295,7 @@ class _Step:
         between = _Moving(
             columns | {"params": self._unmoved(), "accumulated": total},
             counters | {"micro_step": done},
+            self.asked and nothing(self.dtype, len(grads), self.asked),
         )
 
         def update(moving: _Moving) -> _Moving:

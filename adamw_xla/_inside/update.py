@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamw_xla._config import AdamW
+from adamw_xla._info import norms
 from adamw_xla._inside import clipping
 from adamw_xla._inside.clipping import SumOfSquares
 from adamw_xla._inside.hyper import Row, Scalar, hyper_rows
@@ -20,6 +21,7 @@ from adamw_xla_lowering import (
     manual_axes,
     varying_axes,
 )
+from adamw_xla_lowering.contract import Sums
 
 
 def do_if(condition: jax.Array, body: Callable[[Any], Any], x: Any) -> Any:
@@ -61,12 +63,21 @@ def as_varying_as_after(condition: jax.Array, body: Callable[[Any], Any], x: Any
 
 
 class Backend(NamedTuple):
-    """What does the work of a step; ``offload`` says whether ``update`` streams the state."""
+    """What does the work of a step.
+
+    Attributes:
+      update: ``adamw_update`` or its like.
+      sum_of_squares: over all devices.
+      do_if: runs a body or not.
+      offload: whether ``update`` streams the state.
+      axes: for each leaf the manual mesh axes over which its parts lie; empty: none.
+    """
 
     update: Callable[..., UpdateResult] = adamw_update
     sum_of_squares: SumOfSquares = adamw_sum_of_squares
     do_if: Callable[..., Any] = do_if
     offload: bool = False
+    axes: Sequence[tuple[str, ...]] = ()
 
 
 class Updated(NamedTuple):
@@ -76,11 +87,13 @@ class Updated(NamedTuple):
       leaves: the new ones.
       apply: with ``skip_nonfinite``, whether the update was made.
       cleared: where asked for, zeros in place of the gradients.
+      measured: where asked for, its norms.
     """
 
     leaves: UpdateResult
     apply: jax.Array | None
     cleared: list[jax.Array] | None
+    measured: norms.Measured | None
 
 
 Kind = TypeVar("Kind", bool, tuple[int, bool])
@@ -141,6 +154,7 @@ def update_leaves(
     backend: Backend,
     delta: bool = False,
     clear: bool = False,
+    asked: Sums | None = None,
 ) -> Updated:
     """Updates the leaves with ``scale`` times ``grads``.
 
@@ -156,6 +170,7 @@ def update_leaves(
       backend: what does the work.
       delta: return the params' changes instead of new params.
       clear: return zeros in place of the gradients too.
+      asked: return norms too, of the tree or also of its leaves.
     """
     if config.maximize:
         scale = -scale
@@ -190,5 +205,12 @@ def update_leaves(
         stochastic=config.params_rounding == "stochastic",
         cautious=config.cautious_decay,
         delta=delta,
+        sums=asked and norms.sums_needed(asked, backend.axes),
+        grad_sums=asked == "leaves" or (asked == "tree" and squares is None),
     )
-    return Updated(new, apply, cleared(grads, squares and squares.sum) if clear else None)
+    zeros = cleared(grads, squares and squares.sum) if clear else None
+    if asked is None:
+        return Updated(new, apply, zeros, None)
+    assert new.sums is not None
+    found = norms.measured(new.sums, asked, backend.axes, clip, scale, apply)
+    return Updated(new._replace(sums=None), apply, zeros, found)

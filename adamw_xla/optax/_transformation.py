@@ -261,7 +261,7 @@ class _Transform:
         del extra_args
         _check.call(updates, state, params, AdamWOptState)
         update = functools.partial(adamw_update, implementation=self.implementation)
-        changes, new = run_step(
+        changes, new, _ = run_step(
             params,
             updates,
             self._with_mu(state.native()),

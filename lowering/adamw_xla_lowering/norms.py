@@ -58,6 +58,17 @@ class Squares(NamedTuple):
         unit = jnp.where(fits, 1.0, small_unit(plain.dtype)).astype(plain.dtype)
         return Squares(jnp.where(fits, plain, small), unit)
 
+    def in_both_units(self) -> jax.Array:
+        """[2, ...]: the sums in units of 1 and ``small_unit``, to be added to others.
+
+        Where one is known in the small unit alone, the other is infinite, and where in units of 1
+        alone, what underflows on the way is nothing beside a total that needs the small unit.
+        """
+        # Twice, and by no constant, which the compiler might square first: the square is no number.
+        factor = small_unit(self.sum.dtype) / self.unit
+        plain = jnp.where(self.unit == 1, self.sum, jnp.inf)
+        return jnp.stack([plain, self.sum * factor * factor])
+
 
 def adamw_sum_of_squares(
     scale: jax.Array,
