@@ -36,6 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "epsilon_root": {"epsilon_root": 1e-3},
     "mask": {"weight_decay_mask": [True, False, True, False, True, False]},
     "skip": {"skip_nonfinite": True},
+    "info": {},
     "maximize": {"maximize": True},
     "independent_decay": {"decay_times_lr": False},
     "cautious_decay": {"cautious_decay": True},
@@ -84,7 +85,8 @@ PAIRS_ARE_SLOW = [
 
 @pytest.mark.parametrize("names", PAIRS_ARE_SLOW, ids="-".join)
 def test_options_alone_and_in_pairs(names: tuple[str, ...]) -> None:
-    step = jax.jit(ax.adamw_step)  # the config is traced: one compilation for all examples
+    call = functools.partial(ax.adamw_step, return_info="per_leaf" if "info" in names else False)
+    step = jax.jit(call)  # the config is traced: one compilation for all examples
 
     @settings(max_examples=3)
     @given(numbers=numbers, steps=st.integers(1, 50), seed=st.integers(0, 2**32 - 1))
@@ -117,7 +119,8 @@ def test_any_shape_and_dtype(
     tree: Any, names: tuple[str, ...], numbers: dict[str, float], steps: int, seed: int
 ) -> None:
     config = ax.AdamW(**(numbers | arguments(names)))
-    step = jax.jit(lambda p, g, s, _: ax.adamw_step(p, g, s, config))
+    told = "info" in names
+    step = jax.jit(lambda p, g, s, _: ax.adamw_step(p, g, s, config, return_info=told))
     check_run(names, config, step, tree, steps, seed)
 
 
@@ -134,8 +137,9 @@ def test_float64_beside_other_dtypes(
 ) -> None:
     # float32 holds these betas and their complements
     config = ax.AdamW(beta_1=0.875, beta_2=1 - 2**-10, **arguments(names))
+    told = "info" in names
     with jax.enable_x64(True):
-        step = jax.jit(lambda p, g, s, _: ax.adamw_step(p, g, s, config))
+        step = jax.jit(lambda p, g, s, _: ax.adamw_step(p, g, s, config, return_info=told))
         check_run(names, config, step, tree, steps, seed)
 
 

@@ -60,6 +60,27 @@ class State:
 
 
 @dataclasses.dataclass
+class Info:
+    """What a call tells of itself; by element, before and behind it, for norms.
+
+    Attributes:
+      applied: whether an update was made.
+      grads: of each leaf, before clipping; None where there is none, or it is yet to be added to.
+      added: to each leaf, decay included; likewise.
+      clip_factor: the smallest.
+      learning_rate: at this step.
+      weight_decay: at this step.
+    """
+
+    applied: bool
+    grads: dict[int, Array] = dataclasses.field(default_factory=dict)
+    added: dict[int, Array] = dataclasses.field(default_factory=dict)
+    clip_factor: float = 1.0
+    learning_rate: float = 0.0
+    weight_decay: float = 0.0
+
+
+@dataclasses.dataclass
 class Terms:
     """For each element of each result, the magnitude of the largest term in it."""
 
@@ -70,6 +91,9 @@ class Terms:
     ema: Leaves
     accumulated: Leaves
     step: Leaves  # what Adam's part alone adds to a param
+    grads: Leaves  # of the mean gradient, before clipping
+    added: Leaves
+    info: Info
 
 
 def init(params: Leaves) -> State:
@@ -109,16 +133,21 @@ def step(
     result = list(params)
     kept = (result, new.m, new.v, new.v_max, new.ema, new.accumulated)
     nothing = [np.zeros_like(p) for p in params]
-    terms = Terms(*([np.abs(x) for x in leaves] for leaves in (*kept, nothing)))
+    kept = (*kept, nothing, nothing, nothing)
+    terms = Terms(*([np.abs(x) for x in leaves] for leaves in kept), info=Info(applied=False))
     live = [i for i, g in enumerate(grads) if g is not None]
     g: dict[int, Array] = {i: np.asarray(grads[i], np.float64) for i in live}
-    if o.skip_nonfinite and not all(np.all(np.isfinite(x)) for x in g.values()):
-        new.skipped += 1
-        return result, new, terms
-
     n = o.gradient_accumulation_steps
     calls = state.count if n is None else state.count * n + state.micro_step
     lr, wd = _at(o.learning_rate, calls), _at(o.weight_decay, calls)
+    info = terms.info
+    info.learning_rate, info.weight_decay = lr, wd
+    if o.skip_nonfinite and not all(np.all(np.isfinite(x)) for x in g.values()):
+        new.skipped += 1
+        if n is None:
+            info.grads, info.added = g, {i: np.zeros_like(x) for i, x in g.items()}
+            info.clip_factor = np.nan if o.clipnorm or o.global_clipnorm else 1.0
+        return result, new, terms
 
     g = {i: x / (o.loss_scale_factor or 1.0) for i, x in g.items()}
     size = {i: np.abs(x) for i, x in g.items()}
@@ -137,6 +166,9 @@ def step(
         g = {i: x / n for i, x in g.items()}
         size = {i: x / n for i, x in size.items()}
 
+    info.applied, info.grads = True, g
+    for i, x in size.items():
+        terms.grads[i] = x
     if o.maximize:
         g = {i: -x for i, x in g.items()}
     if o.clipnorm is not None:
@@ -147,6 +179,7 @@ def step(
         factors = dict.fromkeys(live, factor if np.isfinite(norm) else np.nan)
     else:
         factors = dict.fromkeys(live, 1.0)
+    info.clip_factor = min(factors.values(), default=1.0)
     g = {i: x * factors[i] for i, x in g.items()}
     size = {i: x * factors[i] for i, x in size.items()}
     if o.clipvalue is not None:
@@ -182,11 +215,13 @@ def step(
         if o.cautious_decay:
             decay = np.where(np.sign(p) * np.sign(moved) < 0, 0.0, decay)
         result[i] = p - decay - moved
+        info.added[i] = -decay - moved
         # To first order an error of w is half of it in the root.
         inside = np.abs(direction) * np.divide(term_w, w, out=np.ones_like(w), where=w > 0)
         enters = rate * _quotient(np.maximum(term, inside), denominator)
         terms.step[i] = enters
-        terms.params[i] = np.maximum.reduce([np.abs(p), np.abs(decay), enters])
+        terms.added[i] = np.maximum(np.abs(decay), enters)
+        terms.params[i] = np.maximum(np.abs(p), terms.added[i])
         if o.use_ema:
             momentum = 0.0 if t == 1 else o.ema_momentum
             new.ema[i] = momentum * state.ema[i] + (1 - momentum) * result[i]
@@ -196,4 +231,6 @@ def step(
             frequency = o.ema_overwrite_frequency
             if frequency is not None and t % frequency == 0:
                 result[i], terms.params[i] = new.ema[i], terms.ema[i]
+                info.added[i] = new.ema[i] - p
+                terms.added[i] = np.maximum(terms.ema[i], np.abs(p))
     return result, new, terms

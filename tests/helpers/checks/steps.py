@@ -24,6 +24,8 @@ import oracle
 
 import adamw_xla as ax
 
+from . import infos
+
 ULPS = 4
 KINDS = ("params", "m", "v", "v_max", "ema", "accumulated")
 EXPM1_ULPS = 2  # of the step alone
@@ -109,11 +111,20 @@ def allowance(
 
 
 def errors(
-    params: Any, grads: Any, state: Any, config: Any, new_params: Any, new: Any, slack: Slack
+    params: Any,
+    grads: Any,
+    state: Any,
+    config: Any,
+    new_params: Any,
+    new: Any,
+    slack: Slack,
+    info: ax.StepInfo | None = None,
 ) -> Any:
     """(what, error as a fraction of what is allowed) for each leaf of a step."""
     before = oracle_state(params, state)
     p, after, terms = oracle.step(doubles(params), doubles(grads), before, oracle_options(config))
+    if info is not None:
+        infos.check(info, params, new_params, terms)
     for name in ("count", "micro_step", "skipped"):
         if getattr(new, name) is not None:
             assert int(getattr(new, name)) == getattr(after, name), name
@@ -142,7 +153,10 @@ def check_run(
     seed: int,
     slack: Slack = NONE,
 ) -> None:
-    """Makes ``steps`` steps ``step(params, grads, state, config)``, and judges each."""
+    """Makes ``steps`` steps ``step(params, grads, state, config)``, and judges each.
+
+    And what they tell of themselves, where they return it.
+    """
     rng = np.random.default_rng(seed)
     params = [jnp.asarray(random_array(rng, shape, dtype)) for shape, dtype, _ in tree]
     state = ax.adamw_init(params, config)
@@ -150,7 +164,8 @@ def check_run(
         grads = [jnp.asarray(random_array(rng, shape, dtype)) for shape, _, dtype in tree]
         if "skip" in names and k % 4 == 1:
             grads[0] = jnp.full_like(grads[0], [np.nan, np.inf][k % 8 == 1])
-        new_params, new_state = step(params, grads, state, config)
-        for what, off in errors(params, grads, state, config, new_params, new_state, slack):
+        new_params, new_state, *info = step(params, grads, state, config)
+        found = errors(params, grads, state, config, new_params, new_state, slack, *info)
+        for what, off in found:
             assert off <= 1, f"{what} is {off:.2f} times as far off as allowed, at step {k}"
         params, state = new_params, new_state
