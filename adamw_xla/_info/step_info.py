@@ -8,7 +8,25 @@ from typing import Any, Literal, TypeAlias
 import jax
 from jax import export
 
+from adamw_xla_lowering.contract import Sums
+
 ReturnInfo: TypeAlias = Literal[False, True, "per_leaf"]
+
+
+def asked(option: str, value: Any) -> Sums | None:
+    """What an option of this kind asks for, as sums.
+
+    Raises:
+      ValueError: it is none of the three.
+    """
+    if isinstance(value, bool):
+        return "tree" if value else None
+    if isinstance(value, str) and value == "per_leaf":
+        return "leaves"
+    raise ValueError(
+        f'{option}: must be False, True or "per_leaf", known when the step is traced, got '
+        f"{value!r}."
+    )
 
 
 @jax.tree_util.register_dataclass

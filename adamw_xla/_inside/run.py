@@ -15,7 +15,7 @@ from adamw_xla._check.words import NATIVE, Words, misplaced
 from adamw_xla._config import AdamW, check_config, needs_norm
 from adamw_xla._groups import ScalarOrSchedule
 from adamw_xla._info.norms import Measured, nothing, told
-from adamw_xla._info.step_info import ReturnInfo, StepInfo
+from adamw_xla._info.step_info import ReturnInfo, StepInfo, asked
 from adamw_xla._inside import clipping, explicit
 from adamw_xla._inside.across import Across, axes_of_leaves
 from adamw_xla._inside.grouped import is_frozen, members
@@ -130,13 +130,13 @@ def run_step(
     for name, value in overrides.items():
         if value is not None:
             options.scalar_or_schedule(name, value)
-    asked = _asked(return_info)
-    if not leaves and asked is None:
+    sums = asked("return_info", return_info)
+    if not leaves and sums is None:
         return Made(params, state)
 
     over = axes_of_leaves(
         config.axis_names,
-        needs_norm(config) or ("return_info" if asked else None),
+        needs_norm(config) or (sums and "return_info"),
         trained,
         [leaves[i] for i in held],
         [flat[i] for i in held],
@@ -168,10 +168,10 @@ def run_step(
         backend, slopes = placement.around(backend), placement.parts_of(slopes)
         if "accumulated" in spots:
             old.columns["accumulated"] = placement.fetched(old.columns["accumulated"])
-    new = _Step(config, old, groups, backend, dtype, rows, delta, asked).made(slopes)
+    new = _Step(config, old, groups, backend, dtype, rows, delta, sums).made(slopes)
     if "accumulated" in spots:
-        sums = placement.kept("accumulated", new.columns["accumulated"])
-        new.columns["accumulated"] = sums
+        total = placement.kept("accumulated", new.columns["accumulated"])
+        new.columns["accumulated"] = total
 
     put = chosen.put
     info = None
@@ -185,19 +185,6 @@ def run_step(
         **{kind: put(column, new.columns[kind]) for kind, column in columns.items()},
     )
     return Made(put(unmoved, new.columns["params"]), after, info)
-
-
-def _asked(return_info: Any) -> Sums | None:
-    """What ``return_info`` asks for, as sums; refuses what it may not be."""
-    match return_info:
-        case bool():
-            return "tree" if return_info else None
-        case "per_leaf":
-            return "leaves"
-    raise ValueError(
-        f'return_info must be False, True or "per_leaf", known when the step is traced, '
-        f"got {return_info!r}."
-    )
 
 
 def _unchanged(leaves: Sequence[Any], grads: Sequence[Any], frozen: set[int]) -> list[Any]:

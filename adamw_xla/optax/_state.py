@@ -12,6 +12,7 @@ import optax
 
 from adamw_xla._check import calls
 from adamw_xla._formats import pack_state, unpack_state
+from adamw_xla._info.step_info import StepInfo
 from adamw_xla._state import AdamWState
 from adamw_xla.optax import _check, _wrappers
 
@@ -30,6 +31,8 @@ class AdamWOptState(NamedTuple):
       skipped: with ``skip_nonfinite``, int32 scalar: calls that were skipped.
       words: with ``state_format="word16"``, the moments of each element in one bfloat16.
       remainder: with ``master="split"``, int16: the rest of each param's float32 master.
+      info: with ``keep_info``, what the last update told of itself, an ``adamw_xla.StepInfo``; all
+        is NaN before the first.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in optax
@@ -42,11 +45,12 @@ class AdamWOptState(NamedTuple):
     skipped: jax.Array | None = None
     words: Any = None
     remainder: Any = None
+    info: StepInfo | None = None
 
     @classmethod
-    def of(cls, state: AdamWState) -> AdamWOptState:
+    def of(cls, state: AdamWState, info: StepInfo | None = None) -> AdamWOptState:
         """The same state under optax's names."""
-        return cls(*(getattr(state, field.name) for field in dataclasses.fields(state)))
+        return cls(*(getattr(state, field.name) for field in dataclasses.fields(state)), info)
 
     def __getitem__(self, index: Any) -> Any:
         """``state[0]`` is the state, since that of ``optax.adamw`` is a tuple with it in front.
@@ -57,7 +61,7 @@ class AdamWOptState(NamedTuple):
 
     def native(self) -> AdamWState:
         """The same state under its own names."""
-        return AdamWState(*self)
+        return AdamWState(*self[:-1])
 
 
 # Lets `jax.export` write functions that take or return a state.
@@ -126,7 +130,11 @@ def _moved(source: Any, like: Any, name: str, targets: tuple[type, ...]) -> Any:
     kinds = (AdamWState, AdamWOptState, optax.ScaleByAdamState)
     old, target = _the_only(source, kinds, name), _the_only(like, targets, "like")
     new = _filled(_as_native(target), old, name)
-    filled: Any = new if isinstance(target, AdamWState) else type(target)(*_values(new, target))
+    filled: Any = new
+    if isinstance(target, AdamWOptState):
+        filled = AdamWOptState.of(new, target.info)
+    elif isinstance(target, optax.ScaleByAdamState):
+        filled = optax.ScaleByAdamState(new.count, new.m, new.v)
     return _wrappers.exchanged(name, source, like, old, target, filled, new.count)
 
 
@@ -139,12 +147,9 @@ def _the_only(tree: Any, kinds: tuple[type, ...], name: str) -> Any:
 
 
 def _as_native(state: Any) -> AdamWState:
+    if isinstance(state, AdamWOptState):
+        return state.native()
     return state if isinstance(state, AdamWState) else AdamWState(*state)  # the order is one
-
-
-def _values(state: AdamWState, target: Any) -> list[Any]:
-    names = [f.name for f in dataclasses.fields(state)]
-    return [getattr(state, name) for name in names[: len(target)]]
 
 
 def _filled(like: AdamWState, source: Any, argument: str) -> AdamWState:

@@ -15,6 +15,8 @@ from adamw_xla._check import axes, calls, options, trees
 from adamw_xla._check.words import misplaced
 from adamw_xla._config import AdamW, Master, ParamsRounding, StateFormat
 from adamw_xla._groups import Group
+from adamw_xla._info.begun import like_before, untold
+from adamw_xla._info.step_info import ReturnInfo, StepInfo, asked
 from adamw_xla._inside import clipping
 from adamw_xla._inside.across import Across, axes_of_leaves
 from adamw_xla._inside.placed import columns_of
@@ -58,6 +60,7 @@ def adamw(
     decay_times_lr: bool = True,
     cautious_decay: bool = False,
     groups: tuple[Group, ...] = (),
+    keep_info: ReturnInfo = False,
     updates_like_grads: bool = False,
     implementation: Implementation | None = None,
     state_shardings: Any = None,
@@ -126,6 +129,10 @@ def adamw(
       groups: of ``adamw_xla.Group``: leaves, chosen by their paths, with numbers of their own, or
         frozen, in place of ``optax.partition``. Updates of frozen leaves are zeros, or None where
         the gradient is.
+      keep_info: keep what each update tells of itself in ``state.info``, an
+        ``adamw_xla.StepInfo``: norms of gradients, params and updates, the rates, and whether it
+        was applied. True, or "per_leaf" for the norms of each leaf too. The params' norm is of
+        what they become if the updates are added as they are.
       updates_like_grads: round the updates to the gradients' dtypes, as optax does.
         Wrappers that return gradients, or zeros like them, in place of updates need it for
         16-bit gradients: ``optax.apply_if_finite`` and ``optax.conditionally_transform``.
@@ -169,6 +176,7 @@ def adamw(
         implementation=implementation,
         state_shardings=state_shardings,
     )
+    asked("keep_info", keep_info)
     _check.formats(state_format, params_rounding, master, mu_dtype, updates_like_grads)
     config = AdamW(
         learning_rate=learning_rate,
@@ -205,6 +213,7 @@ def adamw(
         updates_like_grads,
         implementation,
         state_shardings,
+        keep_info,
     )
     return optax.GradientTransformationExtraArgs(transform.init, transform.update)
 
@@ -220,6 +229,7 @@ class _Transform:
     updates_like_grads: bool
     implementation: Implementation | None
     state_shardings: Any
+    keep_info: ReturnInfo
 
     @calls.explained("init", aliases={}, is_method=True)
     def init(self, params: Any) -> AdamWOptState:
@@ -229,7 +239,7 @@ class _Transform:
         if places is None:
             return self._made(params)
         columns_of(places, params, jax.tree.structure(params), self.config)
-        there = AdamWOptState.of(places)
+        there = AdamWOptState.of(places, self._begun(params, lambda _: places.count))
         if any(isinstance(p, jax.core.Tracer) for p in jax.tree.leaves(params)):
             return jax.tree.map(moved_to, self._made(params), there)
         return jax.jit(self._made, out_shardings=there)(params)  # is whole nowhere
@@ -242,7 +252,14 @@ class _Transform:
         return of_tree(_check.PLACES, found, self.config, params=params)
 
     def _made(self, params: Any) -> AdamWOptState:
-        return AdamWOptState.of(self._with_mu(begin(params, self.config)))
+        info = self._begun(params, lambda x: x)
+        return AdamWOptState.of(self._with_mu(begin(params, self.config)), info)
+
+    def _begun(self, params: Any, value: Callable[[jax.Array], Any]) -> StepInfo | None:
+        """``state.info`` before the first update, with a value in place of each scalar."""
+        if not self.keep_info:
+            return None
+        return jax.tree.map(value, untold(params, self.config, asked("keep_info", self.keep_info)))
 
     def _with_mu(self, state: AdamWState) -> AdamWState:
         """The state with ``m`` in ``mu_dtype``, whatever it was in: as in optax."""
@@ -261,7 +278,7 @@ class _Transform:
         del extra_args
         _check.call(updates, state, params, AdamWOptState)
         update = functools.partial(adamw_update, implementation=self.implementation)
-        changes, new, _ = run_step(
+        changes, new, info = run_step(
             params,
             updates,
             self._with_mu(state.native()),
@@ -273,10 +290,11 @@ class _Transform:
             delta=True,
             any_dtype_of_m=True,
             words=_check.WORDS,
+            return_info=self.keep_info,
         )
         if self.updates_like_grads:
             changes = jax.tree.map(_like_grad, changes, updates, is_leaf=lambda x: x is None)
-        return changes, AdamWOptState.of(new)
+        return changes, AdamWOptState.of(new, info and like_before(info, state.info))
 
 
 def _like_grad(change: Any, grad: Any) -> Any:
