@@ -50,7 +50,8 @@ class AdamWOptState(NamedTuple):
     @classmethod
     def of(cls, state: AdamWState, info: StepInfo | None = None) -> AdamWOptState:
         """The same state under optax's names."""
-        return cls(*(getattr(state, field.name) for field in dataclasses.fields(state)), info)
+        values = (getattr(state, field.name) for field in dataclasses.fields(state))
+        return cls(*values)._replace(info=info)
 
     def __getitem__(self, index: Any) -> Any:
         """``state[0]`` is the state, since that of ``optax.adamw`` is a tuple with it in front.
