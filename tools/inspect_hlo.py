@@ -9,8 +9,9 @@ from typing import Annotated, Any, NoReturn
 import cli
 
 with cli.extra("inspect_hlo", "inspect"):
-    from inspection import aot, asserted, demo_step, inspect_cases, inspect_page, tables
+    from inspection import aot, asserted, demo_step, inspect_cases, tables
     from inspection.inspect_cases import OURS, Case, CaseError, Inspected
+    from inspection.page import files
     import peer_steps
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -52,6 +53,10 @@ ASSERT_HELP = (
     "--function's: donated, no-gather-of-state, state-sharded-over=AXIS, in-host-memory or "
     "kernels-at-most=N; may be given several times. adamw_xla.hlo.Report.check says what they mean."
 )
+DUMP_HELP = (
+    "Write StableHLO, HLO and an HTML page for each here, and a page for those of one target side "
+    "by side."
+)
 FAIL_HELP = (
     "Exit with status 1 if this package's program, or a --function's, has more kernels than this."
 )
@@ -86,9 +91,7 @@ def main(
     devices: Annotated[int | None, typer.Option(min=1, help=DEVICES_HELP)] = None,
     sizes: Annotated[str | None, typer.Option(help=SIZES_HELP)] = None,
     zero1: Annotated[bool, typer.Option("--zero1", help="Its state is cut over data.")] = False,
-    dump: Annotated[
-        Path | None, typer.Option(help="Write StableHLO, HLO and an HTML page for each here.")
-    ] = None,
+    dump: Annotated[Path | None, typer.Option(help=DUMP_HELP)] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write all reports into this file.")
     ] = None,
@@ -209,9 +212,8 @@ def _check_outputs(dump: Path | None, json_path: Path | None) -> None:
 
 def _write(found: list[Inspected], dump: Path | None, json_path: Path | None) -> None:
     try:
-        for inspected in found if dump is not None else []:
-            for path in inspect_page.write(inspected, dump):
-                errors.print(f"wrote {path}")
+        for path in files.write(found, dump) if dump is not None else []:
+            errors.print(f"wrote {path}")
         if json_path is not None:
             json_path.write_text(json.dumps([x.to_json() for x in found], indent=1))
     except OSError as error:

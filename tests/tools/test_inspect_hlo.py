@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from html.parser import HTMLParser
 from importlib.util import find_spec
 import json
 import os
@@ -12,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 
+from headless.parsed import Page
 import inspect_hlo
 from inspection import aot
 import kernel_table
@@ -72,32 +72,6 @@ def test_table_and_details(model):
     assert "donated, but not in place: none" in printed
 
 
-class Page(HTMLParser):
-    """Collects ids, links and text; complains of tags that are not closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.ids: list[str] = []
-        self.links: list[str] = []
-        self.open: list[str] = []
-        self.words = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
-        self.ids += [found["id"]] if found.get("id") else []
-        self.links += [found["href"]] if found.get("href") else []
-        assert not {"src", "srcset"} & set(found)
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words += data
-
-
 def test_dump(model, tmp_path):
     run("--model", model, "--dump", str(tmp_path / "out"))
     files = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
@@ -109,14 +83,13 @@ def test_dump(model, tmp_path):
     assert "module @jit_step" in files["cpu.adamw_xla.stablehlo.mlir"]
     found = ax.hlo.report(files["cpu.adamw_xla.hlo"])
     page = Page(files["cpu.adamw_xla.html"])
-    assert page.open == []
     assert len(set(page.ids)) == len(page.ids)
-    assert all(link[0] == "#" and link[1:] in page.ids for link in page.links)
+    assert page.dead_links == []
     # Each leaf has a link to its kernels, and each kernel one to its line.
     for leaf in found.leaves:
         assert leaf.name in page.words
-        lines = {kernel.line for kernel in found.program.kernels if kernel.name in leaf.kernels}
-        assert all(f"#k{line}" in page.links and f"#l{line}" in page.links for line in lines)
+        for kernel in leaf.kernels:
+            assert {f"#kernel={kernel}", f"#hlo={kernel}"} <= {*page.links}
     assert "<odd & name>" in page.words
     assert "<odd" not in files["cpu.adamw_xla.html"]
 

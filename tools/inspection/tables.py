@@ -91,7 +91,8 @@ def _seconds(number: float) -> str:
     return f"{number:.2f} s"
 
 
-def _microseconds(number: float) -> str:
+def microseconds(number: float) -> str:
+    """A time for people: ``12.3 us``."""
     return f"{number:.3g} us" if number < 1000 else f"{number:,.0f} us"
 
 
@@ -124,10 +125,7 @@ def _of_update(report: Report) -> Number:
 
 def exchanged(report: Report, part: str | None = None) -> int:
     """Bytes that a device exchanges in a step, of all or of a part of the program."""
-    return sum(
-        (x.bytes if part is None else x.bytes_of.get(part, 0)) * (x.times or 1)
-        for x in report.collectives
-    )
+    return sent(report.collectives, part)
 
 
 ROWS = (
@@ -146,11 +144,11 @@ ROWS = (
     Row("of it by the update", lambda x: _or_none(exchanged(x.report, "update")), _size),
     Row("of it by the norm", lambda x: _or_none(exchanged(x.report, "norm")), _size),
     Row("moved", lambda x: _moved(x.report), _size),
-    Row("takes at least", lambda x: x.microseconds(_moved(x.report)), _microseconds),
+    Row("takes at least", lambda x: x.microseconds(_moved(x.report)), microseconds),
     Row(
         "the update at least",
         lambda x: x.microseconds(x.report.update.least_bytes or 0) or None,
-        _microseconds,
+        microseconds,
     ),
     Row("bytes per param", _per_param, _tenths),
     Row("of which the update's", lambda x: _of_update(x.report), _tenths),
@@ -181,20 +179,16 @@ def collectives(x: Inspected) -> Table:
     title = f"exchanged by each of {x.report.devices} devices: {x.name}, {x.target}"
     numbers = ("bytes each", "in all", "of the update", "of the norm")
     table = _headed(title, ("", "among", "runs"), numbers)
-    groups: dict[tuple[object, ...], list[Collective]] = {}
-    for c in x.report.collectives:
-        key = (c.kind, c.bytes, c.devices, c.times, *sorted(c.bytes_of.items()))
-        groups.setdefault(key, []).append(c)
-    for group in sorted(groups.values(), key=lambda group: -_total(group)):
+    for group in alike(x.report.collectives):
         first, n = group[0], len(group)
-        parts = [size(_total(group, part)) for part in ("update", "norm")]
+        parts = [size(sent(group, part)) for part in ("update", "norm")]
         runs = "?" if first.times is None else str(first.times)
         table.add_row(
             f"{n} {first.kind}",
             "?" if first.devices is None else str(first.devices),
             runs,
             size(first.bytes),
-            size(_total(group)),
+            size(sent(group)),
             *("" if text == "0 B" else text for text in parts),
         )
     sums = [exchanged(x.report), exchanged(x.report, "update"), exchanged(x.report, "norm")]
@@ -203,7 +197,17 @@ def collectives(x: Inspected) -> Table:
     return table
 
 
-def _total(group: Sequence[Collective], part: str | None = None) -> int:
+def alike(collectives: Sequence[Collective]) -> list[list[Collective]]:
+    """Those of one kind, size and cause together; what sends most comes first."""
+    groups: dict[tuple[object, ...], list[Collective]] = {}
+    for c in collectives:
+        key = (c.kind, c.bytes, c.devices, c.times, *sorted(c.bytes_of.items()))
+        groups.setdefault(key, []).append(c)
+    return sorted(groups.values(), key=lambda group: -sent(group))
+
+
+def sent(group: Sequence[Collective], part: str | None = None) -> int:
+    """Bytes that a device exchanges in them in a step, of all or of a part of the program."""
     return sum(
         (c.bytes if part is None else c.bytes_of.get(part, 0)) * (c.times or 1) for c in group
     )
@@ -213,25 +217,26 @@ def kernels(x: Inspected) -> Table:
     """Those that move most, with the least time that this takes."""
     title = f"the heaviest kernels: {x.name}, {x.target}"
     table = _headed(title, ("", "kind", "of"), ("runs", "bytes each", "in all", "at least"))
-    found = sorted(x.report.program.kernels, key=lambda kernel: -_bytes(kernel))
+    found = sorted(x.report.program.kernels, key=lambda kernel: -bytes_of(kernel))
     rest = found[HEAVIEST:]
     for kernel in found[:HEAVIEST]:
         runs = "?" if kernel.times is None else str(kernel.times)
         each = size(kernel.read + kernel.written)
         cells = (kernel.name, kernel.kind, kernel.part, runs, each)
-        table.add_row(*cells, *_bound(x, _bytes(kernel)))
+        table.add_row(*cells, *_bound(x, bytes_of(kernel)))
     if rest:
         others = f"and {len(rest)} more"
-        table.add_row(others, "", "", "", "", *_bound(x, sum(map(_bytes, rest))))
+        table.add_row(others, "", "", "", "", *_bound(x, sum(map(bytes_of, rest))))
     table.add_section()
     table.add_row("all", "", "", "", "", *_bound(x, _moved(x.report)))
     return table
 
 
-def _bytes(kernel: Kernel) -> int:
+def bytes_of(kernel: Kernel) -> int:
+    """Read and written in a step; a loop of unknown length counts once."""
     return (kernel.read + kernel.written) * (kernel.times or 1)
 
 
 def _bound(x: Inspected, number_of_bytes: int) -> tuple[str, str]:
     least = x.microseconds(number_of_bytes)
-    return size(number_of_bytes), "" if least is None else _microseconds(least)
+    return size(number_of_bytes), "" if least is None else microseconds(least)
