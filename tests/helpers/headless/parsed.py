@@ -24,15 +24,17 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.rows: list[dict[str, str | None]] = []
         self.open: list[str] = []
-        self.words = ""
+        self.texts: list[str] = []
         self.feed(text)
         self.close()
         assert self.open == []
+        self.words = "".join(self.texts)
 
     @property
     def dead_links(self) -> list[str]:
         """Those that go to no id of the page."""
-        return [x for x in self.links if not x.startswith("#") or unquote(x[1:]) not in self.ids]
+        ids = {*self.ids}
+        return [x for x in self.links if not x.startswith("#") or unquote(x[1:]) not in ids]
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = dict(attrs)
@@ -49,4 +51,4 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if not {"style", "script"} & {*self.open}:
-            self.words += data
+            self.texts.append(data)

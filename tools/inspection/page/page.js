@@ -65,7 +65,7 @@
       }
       output.value = `${shown.toLocaleString("en")} of ${rows.length.toLocaleString("en")}`;
     };
-    form.addEventListener("input", refilter);
+    for (const kind of ["input", "change"]) form.addEventListener(kind, refilter);
     form.addEventListener("submit", (event) => event.preventDefault());
     form.hidden = false;
     filters.push(refilter);
@@ -103,33 +103,37 @@
   tip.id = "tip";
   tip.hidden = true;
   document.body.append(tip);
+  let told = null;
   const hide = () => {
+    told = null;
     tip.hidden = true;
     all(".kin").forEach((other) => other.classList.remove("kin"));
   };
-  for (const map of all(".map")) {
-    for (const leaf of all("svg a", map)) {
-      const title = leaf.querySelector("title");
-      leaf.setAttribute("aria-label", title.textContent);
-      title.remove();
-      const show = () => {
-        hide();
-        tip.textContent = leaf.getAttribute("aria-label");
-        tip.hidden = false;
-        const to = CSS.escape(leaf.getAttribute("href"));
-        all(`svg a[href="${to}"]`, map).forEach((other) => other.classList.add("kin"));
-        const at = leaf.getBoundingClientRect();
-        const below = at.bottom + tip.offsetHeight + 8 < innerHeight;
-        const top = below ? at.bottom + 6 : Math.max(at.top - tip.offsetHeight - 6, 8);
-        tip.style.left = `${Math.max(8, Math.min(at.left, document.documentElement.clientWidth - tip.offsetWidth - 8))}px`;
-        tip.style.top = `${Math.min(top, innerHeight - tip.offsetHeight - 8)}px`;
-      };
-      leaf.addEventListener("pointerenter", show);
-      leaf.addEventListener("pointerleave", hide);
-      leaf.addEventListener("focus", show);
-      leaf.addEventListener("blur", hide);
-    }
+  const show = (leaf) => {
+    hide();
+    told = leaf;
+    tip.textContent = leaf.getAttribute("aria-label");
+    tip.hidden = false;
+    const to = CSS.escape(leaf.getAttribute("href"));
+    all(`svg a[href="${to}"]`, leaf.closest(".map")).forEach((other) => other.classList.add("kin"));
+    const at = leaf.getBoundingClientRect();
+    const [width, height] = [document.documentElement.clientWidth, innerHeight];
+    const isBelow = at.bottom + tip.offsetHeight + 14 < height;
+    const top = isBelow ? at.bottom + 6 : Math.max(at.top - tip.offsetHeight - 6, 8);
+    tip.style.left = `${Math.max(8, Math.min(at.left, width - tip.offsetWidth - 8))}px`;
+    tip.style.top = `${Math.min(top, height - tip.offsetHeight - 8)}px`;
+  };
+  for (const leaf of all(".map svg a")) {
+    const title = leaf.querySelector("title");
+    leaf.setAttribute("aria-label", title.textContent);
+    title.remove();
+    leaf.addEventListener("pointerenter", () => show(leaf));
+    leaf.addEventListener("pointerleave", hide);
+    leaf.addEventListener("focus", () => show(leaf));
+    leaf.addEventListener("blur", hide);
   }
   addEventListener("keydown", (event) => event.key === "Escape" && hide());
-  addEventListener("scroll", hide, { passive: true });
+  // Reaching a leaf by the keyboard scrolls to it.
+  const follow = () => told && (told === document.activeElement ? show(told) : hide());
+  addEventListener("scroll", follow, { passive: true });
 })();
