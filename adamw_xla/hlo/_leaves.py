@@ -101,13 +101,14 @@ def _unnamed(
     makers: Mapping[str, set[int]],
 ) -> Leaf:
     param, moments = inputs[family.param], [inputs[number] for number in family.moments]
+    kept = (*moments, param)[0]
     touched = [name for x in (param, *moments) for name in readers.get(x.number, ())]
     if makers:
-        touched = [name for name in touched if param.elements in makers.get(name, ())]
+        touched = [name for name in touched if kept.elements in makers.get(name, ())]
     return Leaf(
         name=param.name,
-        shape=param.shape,
-        elements=param.elements,
+        shape=kept.shape,
+        elements=kept.elements,
         kernels=tuple(dict.fromkeys(touched)),
         in_place=all(x.output is not None for x in moments),
         param=family.param,

@@ -12,7 +12,7 @@ import dataclasses
 import re
 
 from adamw_xla.hlo._kernels import calls_kernel, does_update
-from adamw_xla.hlo._syntax.flow import hands_on
+from adamw_xla.hlo._syntax.flow import hands_on, result_shape
 from adamw_xla.hlo._syntax.opcodes import CALLS_ONE, ELEMENTWISE
 from adamw_xla.hlo._syntax.shapes import arrays
 from adamw_xla.hlo._syntax.text import Computation, Instruction, Module
@@ -23,6 +23,9 @@ Sources = frozenset[int]
 
 _ELEMENTWISE = frozenset({"add", "convert", "multiply", "reshape", "select", "subtract"})
 """What may stand between an update and the program's results, and yet be none of it."""
+
+_SLICES = ("dynamic-slice", "slice")
+_HANDS_ON = CALLS_ONE | {"get-tuple-element", "tuple"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +54,10 @@ def families(module: Module, *, named: bool) -> list[Family]:
     """
     results: dict[int, list[Sources]] = {}
     for path, elements in _results(module.entry):
-        sources = _Walk(module, elements, named).sources(path) if elements > 1 else None
+        walk = _Walk(module, path, elements, named)
+        sources = walk.sources() if elements > 1 else None
         if sources is not None:
-            results.setdefault(elements, []).append(sources)
+            results.setdefault(walk.elements, []).append(sources)
     found = []
     for sets in results.values():
         for related in _related(sets):
@@ -135,21 +139,56 @@ _Value = tuple[_Frame, str, Path, bool]
 
 
 class _Walk:
-    """From one result back through the update, among arrays of its size alone."""
+    """From one result back through the update, among arrays of its size alone.
 
-    def __init__(self, module: Module, elements: int, named: bool) -> None:
-        self._module, self._elements, self._named = module, elements, named
+    A result that devices bring together, as ZeRO does with new params, is followed in the part
+    that this device makes, and to the whole array that this is a part of.
+
+    Attributes:
+      elements: of the result, or of the part.
+    """
+
+    def __init__(self, module: Module, path: Path, elements: int, named: bool) -> None:
+        self._module, self._named = module, named
         self._frames: dict[tuple[_Frame, str, int], _Frame] = {}
         self._found: set[int] = set()
         self._updated = False
+        self.elements = self._whole = elements
+        self._start: _Value = (_Frame(module.entry), module.entry.root.name, path, False)
+        if (part := self._part(self._start)) is not None:
+            self._start = part
+            self.elements = _elements(part[0].computation.by_name[part[1]], part[2])
 
-    def sources(self, path: Path) -> Sources | None:
+    def _part(self, value: _Value) -> _Value | None:
+        """What a device makes of a result that is gathered; None if it is not.
+
+        Small ones are gathered as a sum, of arrays that are zero but for that.
+        """
+        is_sum = False
+        while True:
+            frame, name, path, inside = value
+            instruction = frame.computation.by_name[name]
+            opcode, operands = instruction.opcode.removesuffix("-start"), instruction.operands
+            if opcode in ("all-gather", "all-reduce"):
+                operand = operands[path[-1] if path and len(operands) > 1 else 0]
+                value, is_sum = (frame, operand, (), inside), opcode == "all-reduce"
+                if not is_sum:
+                    return value
+            elif opcode == "dynamic-update-slice" and is_sum:
+                return frame, operands[1], (), inside
+            elif opcode in _HANDS_ON or hands_on(self._module, instruction, path):
+                value = next(self._before(*value), value)
+                if value == (frame, name, path, inside):
+                    return None
+            else:
+                return None
+
+    def sources(self) -> Sources | None:
         """What the result depends on by way of the update; None if it is none of the update's.
 
         What the gradient was made of is not followed: it is there before the update is.
         """
-        start: _Value = (_Frame(self._module.entry), self._module.entry.root.name, path, False)
-        seen, values = {start}, [start]
+        seen, values = {self._start}, [self._start]
         while values:
             for value in self._before(*values.pop()):
                 if value not in seen:
@@ -182,6 +221,10 @@ class _Walk:
             yield frame, operands[0], path, inside
         elif hands_on(self._module, instruction, path):
             yield frame, operands[0], path, inside
+        elif opcode in _SLICES and _elements(instruction) < self._whole:
+            sliced = frame.computation.by_name[operands[0]]
+            if (_elements(instruction), _elements(sliced)) == (self.elements, self._whole):
+                yield frame, operands[0], (), inside
         elif not self._named:
             if opcode in ELEMENTWISE:
                 yield from self._operands(frame, instruction, inside)
@@ -201,23 +244,30 @@ class _Walk:
     def _operands(self, frame: _Frame, instruction: Instruction, inside: bool) -> Iterator[_Value]:
         if instruction.opcode == "constant":
             return
+        size = _elements(instruction)
         for operand in instruction.operands:
-            shape = frame.computation.by_name[operand].shape
-            if [x.elements for x in arrays(shape)] == [self._elements]:
+            if size == _elements(frame.computation.by_name[operand]):
                 yield frame, operand, (), inside
 
     def _argument(
         self, frame: _Frame, parameter: Instruction, path: Path, inside: bool
     ) -> Iterator[_Value]:
         if frame.caller is None or frame.call is None:
-            sizes = [x.elements for x in arrays(parameter.shape)]
-            if sizes == [self._elements]:
+            if _elements(parameter) in (self.elements, self._whole):
                 self._found.add(parameter.index)
             return
         if frame.call.opcode == "while":  # from the round before
             yield frame, frame.computation.root.name, path, inside
         number = parameter.index if frame.branch is None else 1 + frame.branch
         yield frame.caller, frame.call.operands[number], path, inside
+
+
+def _elements(instruction: Instruction, path: Path = ()) -> int:
+    """Of an array, or of one of the arrays of a result; of several together 0."""
+    found = [x.elements for x in arrays(result_shape(instruction))]
+    if path:
+        return found[path[0]]
+    return found[0] if len(found) == 1 else 0
 
 
 def _kernel_operands(call: Instruction, path: Path) -> Sequence[str]:
