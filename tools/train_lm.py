@@ -275,6 +275,8 @@ def make_mesh(text: Any, model: Model, batch: int, devices: Any = (), fail: Any 
         name, _, size = part.partition("=")
         if name not in AXES or not size.isdecimal() or not int(size):
             fail(f"--mesh: {part!r} is no axis ({', '.join(AXES)}) with its size, as in data=4")
+        if str(text).count(f"{name}=") > 1:
+            fail(f"--mesh {text} names {name} twice")
         sizes[name] = int(size)
     if there != (needed := math.prod(sizes.values())):
         fail(f"--mesh {text} is of {needed} devices, and there are {there}; see --devices")
@@ -352,9 +354,8 @@ def main(
             (params, state), kept = restore(manager, like, settings)
         else:
             params = jax.jit(init_params, static_argnums=1, out_shardings=places[0])(key, model)
-            state = jax.jit(ax.adamw_init, static_argnums=1, out_shardings=places[1])(
-                params, config
-            )
+            init = jax.jit(ax.adamw_init, static_argnums=1, out_shardings=places[1])
+            state = init(params, config)
         begin, since = len(kept["losses"]), time.perf_counter()
         if begin >= steps:
             fail(f"{checkpoints} is at step {begin}, and --steps is {steps}")
@@ -366,8 +367,7 @@ def main(
         with Progress(*columns, TextColumn("{task.description}"), console=out) as progress:
             task = progress.add_task("", total=steps, completed=begin)
             for first in range(begin, steps, every):
-                losses, since = [], time.perf_counter()
-                last = min(first + every, steps)
+                losses, last, since = [], min(first + every, steps), time.perf_counter()
                 for now in range(first, last):
                     params, state, value = step(params, state, tokens(text, (seed, now)))
                     losses.append(value)

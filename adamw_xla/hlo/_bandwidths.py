@@ -24,15 +24,20 @@ class Bandwidth:
 
 _TPU = "docs.cloud.google.com/tpu/docs"
 
+# GPUs' drivers tell the memory's clock and the width of its bus, from which XLA has their product
+# (tools/inspection/targets); it is 2.039, 3.352 and 7.672 TB/s.
 BANDWIDTHS: Mapping[str, Bandwidth] = MappingProxyType(
     {
-        "a100": Bandwidth(2.039e12, "NVIDIA, A100 80GB datasheet: SXM"),
-        "h100": Bandwidth(3.35e12, "NVIDIA, H100 datasheet: SXM, 80 GB of HBM3", measured=2.99e12),
-        "b200": Bandwidth(8e12, "NVIDIA, DGX B200 datasheet: 64 TB/s of eight"),
-        "v4": Bandwidth(1.2e12, f"{_TPU}/v4"),
-        "v5e": Bandwidth(0.819e12, f"{_TPU}/v5e"),
-        "v5p": Bandwidth(2.765e12, f"{_TPU}/v5p-training"),
-        "v6e": Bandwidth(1.638e12, f"{_TPU}/v6e"),
+        "a100": Bandwidth(2.039e12, "NVIDIA, A100 datasheet: 80GB SXM, 2,039 GB/s"),
+        "h100": Bandwidth(
+            3.35e12, "NVIDIA, H100 datasheet: H100 SXM, 80GB, 3.35TB/s", measured=2.99e12
+        ),
+        "b200": Bandwidth(8e12, "NVIDIA, DGX B200 datasheet: 64TB/s of eight GPUs"),
+        "v4": Bandwidth(1.2e12, f"{_TPU}/v4: HBM2, 1200 GBps"),
+        # Later versions of the page say 800 GiBps, which is 859 GB/s or, if a GiB is 1.024 GB, 819.
+        "v5e": Bandwidth(0.819e12, f"{_TPU}/v5e: HBM2, 819 GBps"),
+        "v5p": Bandwidth(2.765e12, f"{_TPU}/v5p: HBM2e, 2765 GBps"),
+        "v6e": Bandwidth(1.638e12, f"{_TPU}/v6e: HBM, 1638 GBps"),
     }
 )
 """By the names that ``tools/inspect_hlo.py --target`` takes; of a TPU that of a chip."""

@@ -170,6 +170,9 @@ def _readings(name: str) -> Iterator[_Reading]:
         for found in re.finditer(rf"\.{second}(?=$|[.\[])", name):
             prefix, suffix = name[: found.start()], name[found.end() :]
             state = tuple(f"{prefix}.{other}{suffix}" for other in others)
+            # Around all of it optax' MultiSteps keeps the gradients that are added up.
+            around, inner, _ = prefix.rpartition(".inner_opt_state")
+            state += (f"{around}.acc_grads{suffix}",) if inner else ()
             beside = f"{prefix}.count" if state[0] == name else state[0]
             yield _Reading(suffix, state, beside, is_key=False)
     for second, others in _KEYS.items():

@@ -168,6 +168,26 @@ def test_optax_moments_are_leaves_too():
     assert found.update.kernels == ()
 
 
+@pytest.mark.parametrize("chained", [False, True])
+def test_gradients_that_optax_adds_up_are_state(chained):
+    optax = pytest.importorskip("optax")
+    optimizer = optax.MultiSteps(optax.adamw(1e-3), 4)
+    if chained:
+        clip = optax.clip_by_global_norm(1.0)
+        optimizer = optax.chain(clip, optimizer.gradient_transformation())
+
+    # The state comes first: its gradients have the path and the size of params.
+    def train_step(state: Any, params: Any, x: Any) -> Any:
+        updates, state = optimizer.update(jax.grad(loss_fn)(params, x), state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, _ = params_and_state(ax.AdamW())
+    args = optimizer.init(params), params, jnp.ones((8, 64))
+    found = report(jax.jit(train_step, donate_argnums=(0, 1)).lower(*args).compile())
+    assert [leaf.name for leaf in found.leaves] == ["params['dense']['kernel']", "params['scale']"]
+    assert found.state_bytes == 3 * found.param_bytes == 3 * 4 * (64 * 512 + 512)
+
+
 def test_who_only_reads_a_leaf_does_not_update_it():
     optax = pytest.importorskip("optax")
     optimizer = optax.adamw(1e-3)

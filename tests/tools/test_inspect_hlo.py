@@ -187,6 +187,10 @@ MISTAKES = {
     "--target h100:1x8": "--target h100:1x8: must be one of cpu, h100",
     "--mesh data=1,model=x": "--mesh: 'model=x' is no axis (data, fsdp, model) with its size",
     "--mesh data=1 --devices 1 --sizes width=33,heads=16": "--width is 33 and must be a multiple",
+    "--mesh data=2,data=2": "--mesh data=2,data=2 names data twice.",
+    "--sizes layers=2,layers=3": "--sizes layers=2,layers=3 names layers twice.",
+    "--assert kernels-at-most=3 --assert kernels-at-most=4": "--assert kernels-at-most: is given "
+    "twice: 3 and 4.",
     "--sizes depth=3": "--sizes: 'depth=3' is none of layers, width, heads, context, batch with",
     "--assert state-sharded-over": "--assert state-sharded-over: needs a value: state-sharded",
     "--assert kernels-at-most=few": "--assert kernels-at-most: needs a number: kernels-",

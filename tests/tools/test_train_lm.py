@@ -222,6 +222,7 @@ def refused(*arguments: object) -> str:
         ("--mesh tensor=1", "--mesh: 'tensor=1' is no axis (data, fsdp, model) with its size, as"),
         ("--mesh data=0", "--mesh: 'data=0' is no axis"),
         ("--mesh data", "--mesh: 'data' is no axis"),
+        ("--mesh data=2,data=2", "--mesh data=2,data=2 names data twice"),
         ("--mesh data=3", "--mesh data=3 is of 3 devices, and there are 1; see --devices"),
         ("--width 18", "--width is 18 and must be a multiple of 4 (twice --heads)"),
         ("--process 1", "--coordinator, --processes and --process go together"),

@@ -54,7 +54,9 @@ def wanted(asked: Sequence[str]) -> dict[str, Any]:
         name, equals, value = one.partition("=")
         if name not in KINDS:
             raise CaseError(f"--assert {one}: must be one of {', '.join(map(_shown, KINDS))}.")
-        found[name.replace("-", "_")] = KINDS[name](name, value if equals else None)
+        field, meant = name.replace("-", "_"), KINDS[name](name, value if equals else None)
+        if found.setdefault(field, meant) != meant:
+            raise CaseError(f"--assert {name}: is given twice: {found[field]} and {meant}.")
     return found
 
 

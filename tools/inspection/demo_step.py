@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 import dataclasses
+import math
 from typing import Any, NoReturn
 
 from inspection import aot
@@ -68,20 +70,21 @@ def _refuse(message: str) -> NoReturn:
 
 def _product(mesh: str | None) -> int:
     """How many devices ``data=64,model=4`` needs; what is no mesh is refused later."""
-    count = 1
-    for part in (mesh or "").split(","):
-        size = part.partition("=")[2]
-        count *= int(size) if size.isdecimal() else 1
-    return max(count, 1)
+    named = [part.partition("=")[::2] for part in (mesh or "").split(",")]
+    if twice := [name for name, times in Counter(name for name, _ in named).items() if times > 1]:
+        raise CaseError(f"--mesh {mesh} names {twice[0]} twice.")
+    return max(math.prod(int(size) for _, size in named if size.isdecimal()), 1)
 
 
 def _sizes(text: str | None) -> dict[str, Any]:
-    sizes = dict(SIZES)
+    sizes: dict[str, Any] = {}
     for part in text.split(",") if text else ():
         name, _, size = part.partition("=")
-        if name not in sizes or not size.isdecimal() or not int(size):
+        if name not in SIZES or not size.isdecimal() or not int(size):
             raise CaseError(
                 f"--sizes: {part!r} is none of {', '.join(SIZES)} with its size, as in layers=24."
             )
+        if name in sizes:
+            raise CaseError(f"--sizes {text} names {name} twice.")
         sizes[name] = int(size)
-    return sizes
+    return SIZES | sizes
