@@ -15,14 +15,15 @@ from adamw_xla._check.words import NATIVE, misplaced, not_a_state
 from adamw_xla._config import AdamW, check_config
 from adamw_xla._inside.grouped import frozen_leaves
 from adamw_xla._placement import (
+    filled,
     fixed_places,
     moved_beside,
     of_scalars,
     placed_at,
-    scalar_zero,
     zeros_like,
 )
-from adamw_xla._state import COLUMNS, COUNTERS, AdamWState, used_fields
+from adamw_xla._rules import spikes
+from adamw_xla._state import COLUMNS, COUNTERS, AdamWState, first_of, used_fields
 from adamw_xla_lowering import pack, unpack
 
 _ADAPT = dataclasses.replace(NATIVE, call="adapt_state(state, params, config)")
@@ -43,8 +44,9 @@ def adapt_state(state: Any, params: Any, config: AdamW) -> AdamWState:
     Works eagerly, and under ``jax.jit``: of a state in the host's memory give it ``out_shardings``.
 
     What the config newly asks for begins: ``v_max`` as ``v``, ``ema`` as the params,
-    ``remainder``, ``accumulated``, ``micro_step`` and ``skipped`` as zeros, with the shardings of
-    the state. Moments become words, rounded to the nearest, and words moments, exactly. What
+    ``remainder``, ``accumulated``, ``micro_step`` and ``skipped`` as zeros, ``norms`` with none,
+    with the shardings of the state. Of norms for another window the newest are kept. Moments become
+    words, rounded to the nearest, and words moments, exactly. What
     it no longer uses is dropped, and cannot come back: the average of the params
     (``adamw_finalize`` returns it, before), the maxima, the remainders (``master_params`` has the
     params that they belong to), the gradients of an accumulation that is not complete. What has
@@ -98,7 +100,7 @@ def adapt_state(state: Any, params: Any, config: AdamW) -> AdamWState:
     trees_of = {
         field: treedef.unflatten([row[field] for row in new]) for field in COLUMNS if field in used
     }
-    return AdamWState(**_counters(old, used), **trees_of)
+    return AdamWState(**_of_all(old, used, config), **trees_of)
 
 
 def _fields(value: Any) -> dict[str, Any]:
@@ -177,19 +179,25 @@ def _copy(x: Any, dtype: Any, like: Any) -> jax.Array:
     return jnp.array(moved_beside(x, like), dtype, copy=True)
 
 
-def _counters(old: Mapping[str, Any], used: Collection[str]) -> dict[str, Any]:
-    """The counters; a checkpoint may have returned them as numbers."""
+def _of_all(old: Mapping[str, Any], used: Collection[str], config: AdamW) -> dict[str, Any]:
+    """The counters, which a checkpoint may have returned as numbers, and the norms."""
     count = old["count"]
     if type(count) is int:
         place = of_scalars(fixed_places(jax.tree.leaves((old["m"], old["words"]))))
-        count = scalar_zero(place) + count
+        count = filled(place) + count
     trees.counter(_ADAPT.of_state("count"), count)
     found = {"count": count}
     for name in COUNTERS[1:]:
         if name in used:
             value = old[name]
             if value is None or type(value) is int:
-                value = scalar_zero(placed_at(count)) + (value or 0)
+                value = filled(placed_at(count)) + (value or 0)
             trees.counter(_ADAPT.of_state(name), value)
             found[name] = value
+    if "norms" in used:
+        found["norms"] = begun = first_of("norms", config, placed_at(count))
+        if (norms := old["norms"]) is not None:
+            trees.window(_ADAPT.of_state("norms"), norms, None, "")
+            same = isinstance(norms, jax.Array) and norms.shape == begun.shape
+            found["norms"] = norms if same else spikes.resized(norms, len(begun))
     return found

@@ -15,8 +15,10 @@ import numpy as np
 from adamw_xla._check import axes, calls, fields, formats, options
 from adamw_xla._check.trees import is_mask_function
 from adamw_xla._check.words import NATIVE, not_a_config
-from adamw_xla._groups import Group, ScalarOrSchedule, checked
 from adamw_xla._inside import decay
+from adamw_xla._rules import spikes
+from adamw_xla._rules.groups import Group, ScalarOrSchedule, checked
+from adamw_xla._rules.spikes import SpikeRule
 from adamw_xla._saved.static import Compared, Static, from_bytes, to_bytes
 from adamw_xla_lowering import compute_dtype
 
@@ -105,6 +107,8 @@ class AdamW(Compared):
       skip_nonfinite: a step whose gradient has a NaN or an infinity, or whose squared norm
         overflows after clipping (so that ``v`` would never recover), leaves params, state and
         count as they were, and is counted in ``state.skipped``. Decided on the device.
+      skip_spikes: a ``SpikeRule``, or None: a step whose gradient's norm is above the mean of the
+        last ones by more than so many deviations is skipped likewise.
       epsilon_root: a constant added to (the corrected) ``v`` under the root, optax's
         ``eps_root``: it bounds the root's derivative, where steps are differentiated. None:
         none, and no addition.
@@ -196,6 +200,7 @@ class AdamW(Compared):
     epsilon_hat: bool = True
     weight_decay_mask: Any = None
     skip_nonfinite: bool = False
+    skip_spikes: SpikeRule | None = None
     epsilon_root: ArrayLike | None = None
     nesterov: bool = False
     state_dtype: DTypeLike | None = None
@@ -221,6 +226,7 @@ class AdamW(Compared):
         "loss_scale_factor",
         "epsilon_root",
     )
+    _RULES: ClassVar[dict[str, Any]] = {"groups": (), "skip_spikes": None}
     _CHOICES: ClassVar[tuple[str, ...]] = (
         "amsgrad",
         "use_ema",
@@ -247,6 +253,7 @@ class AdamW(Compared):
         if self.name is None:  # Keras' own default
             object.__setattr__(self, "name", "adamw")
         object.__setattr__(self, "groups", checked(self.groups))
+        spikes.checked(self.skip_spikes)
         fields.check(self)
 
     def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], Hashable]:
@@ -265,17 +272,18 @@ class AdamW(Compared):
             (jax.tree_util.GetAttrKey(name), None if callable(value) else value)
             for name, value in (values | following).items()
         )
-        if self.groups:  # without them there is no child: what was exported before has none
-            children += ((jax.tree_util.GetAttrKey("groups"), self.groups),)
+        # What is not used is no child: what was exported before it was there has none.
+        rules = tuple(name for name in self._RULES if getattr(self, name))
+        children += tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in rules)
         choices = tuple(getattr(self, name) for name in self._CHOICES)
         mask = self.weight_decay_mask
         kept = mask if is_mask_function(mask) else Static.of(mask)
-        return children, (schedules, choices, kept, Static.of(self.axis_names))
+        return children, (schedules, choices, kept, Static.of(self.axis_names), rules)
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: Any) -> AdamW:
         """Rebuilds without checks: the leaves may be tracers, or no numbers at all."""
-        schedules, choices, mask, axis_names = aux
+        schedules, choices, mask, axis_names, rules = aux
         config = object.__new__(cls)
         numbers, following = children[: len(cls._NUMBERS)], iter(children[len(cls._NUMBERS) :])
         fields = {
@@ -292,7 +300,8 @@ class AdamW(Compared):
             for name, parts in _following(fields["use_ema"]).items()
         }
         object.__setattr__(config, "_decays", decays)
-        object.__setattr__(config, "groups", next(following, ()))
+        for name, value in {**cls._RULES, **dict(zip(rules, following, strict=False))}.items():
+            object.__setattr__(config, name, value)
         return config
 
     def dtype_of(self, field: str, param_dtype: Any) -> np.dtype[Any]:
@@ -315,9 +324,9 @@ def _following(use_ema: bool) -> dict[str, tuple[str, ...]]:
 
 def needs_norm(config: AdamW) -> str | None:
     """The option of the config that asks for a sum of squares; None: there is none."""
-    clips = ("clipnorm", "global_clipnorm")
-    clip = next((name for name in clips if getattr(config, name) is not None), None)
-    return "skip_nonfinite" if clip is None and config.skip_nonfinite else clip
+    clips = ("clipnorm", "global_clipnorm", "skip_spikes")
+    found = next((name for name in clips if getattr(config, name) is not None), None)
+    return "skip_nonfinite" if found is None and config.skip_nonfinite else found
 
 
 def check_config(value: Any, call: str = NATIVE.call) -> None:

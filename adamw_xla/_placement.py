@@ -47,12 +47,14 @@ def of_scalars(places: Iterable[Sharding | None]) -> Sharding | None:
     return None
 
 
-def scalar_zero(place: Sharding | None) -> jax.Array:
-    """An int32 zero, at a place where there is one."""
-    zero = jnp.zeros((), jnp.int32)
-    if place is None or isinstance(zero, jax.core.Tracer):
-        return zero
-    return jnp.zeros((), jnp.int32, device=place)
+def filled(
+    place: Sharding | None, value: float = 0, shape: tuple[int, ...] = (), dtype: Any = jnp.int32
+) -> jax.Array:
+    """An array of one value, at a place where there is one; an int32 zero, if nothing is said."""
+    found = jnp.full(shape, value, dtype)
+    if place is None or isinstance(found, jax.core.Tracer):
+        return found
+    return jnp.full(shape, value, dtype, device=place)
 
 
 def zeros_like(xs: Sequence[Any], dtypes: Sequence[Any]) -> list[jax.Array]:

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import jax
 from jax import export
 import jax.numpy as jnp
+from jax.sharding import Sharding
+import numpy as np
 
 from adamw_xla._check import calls, formats, trees
 from adamw_xla._check.leaves import float_leaf, path, same_dtype
@@ -24,7 +26,8 @@ from adamw_xla._check.words import (
 )
 from adamw_xla._config import AdamW, check_config
 from adamw_xla._inside.grouped import frozen_leaves
-from adamw_xla._placement import fixed_places, of_scalars, scalar_zero, zeros_like
+from adamw_xla._placement import filled, fixed_places, of_scalars, zeros_like
+from adamw_xla._rules import spikes
 from adamw_xla._saved import flax
 
 Tree = TypeVar("Tree")
@@ -32,11 +35,14 @@ Tree = TypeVar("Tree")
 COLUMNS = ("m", "v", "words", "v_max", "ema", "remainder", "accumulated")
 """Fields that mirror the params."""
 
-LATER = ("words", "remainder")
+LATER = ("words", "remainder", "norms")
 """Fields that states of version 0.1.0 have not."""
 
 COUNTERS = ("count", "micro_step", "skipped")
 """Fields that are int32 scalars."""
+
+OF_ALL = (*COUNTERS, "norms")
+"""Fields of the whole tree: all devices hold all of them."""
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -44,8 +50,8 @@ COUNTERS = ("count", "micro_step", "skipped")
 class AdamWState:
     """What AdamW remembers between steps: a pytree.
 
-    Each field but the counters mirrors the params' tree, so a tree of shardings for the
-    params serves for it. Fields that the config does not use are None.
+    Each field but the counters and ``norms`` mirrors the params' tree, so a tree of shardings for
+    the params serves for it. Fields that the config does not use are None.
 
     Attributes:
       count: int32 scalar, updates done.
@@ -55,10 +61,12 @@ class AdamWState:
       ema: with ``use_ema``, the average of the params; the params themselves at first.
       accumulated: with ``gradient_accumulation_steps``, the sum of the gradients so far.
       micro_step: with it too, int32 scalar: calls since the last update.
-      skipped: with ``skip_nonfinite``, int32 scalar: calls that were skipped.
+      skipped: with ``skip_nonfinite`` or ``skip_spikes``, int32 scalar: calls that were skipped.
       words: with ``state_format="word16"``, m and v of each element in one bfloat16;
         ``adamw_xla.unpack_state`` makes moments of them.
       remainder: with ``master="split"``, int16: the rest of each param's float32 master.
+      norms: with ``skip_spikes``, float32 [window]: the norms of the last updates' gradients, the
+        newest last; -1 where there is none yet.
     """
 
     count: jax.Array
@@ -71,6 +79,7 @@ class AdamWState:
     skipped: jax.Array | None = None
     words: Any = None
     remainder: Any = None
+    norms: jax.Array | None = None
 
     def __post_init__(self) -> None:
         """Makes the state known to Flax' checkpoints, where Flax is in use."""
@@ -166,7 +175,7 @@ def begin(params: Any, config: AdamW) -> AdamWState:
         there = dict(zip(live, new, strict=True))
         return treedef.unflatten([there.get(i) for i in range(len(leaves))])
 
-    return built(config, column, lambda: scalar_zero(place))
+    return built(config, column, lambda field: first_of(field, config, place))
 
 
 def _check_values(params: Any) -> None:
@@ -180,16 +189,24 @@ def _check_values(params: Any) -> None:
             )
 
 
-def built(config: AdamW, column: Callable[[str], Any], counter: Callable[[], Any]) -> AdamWState:
+def built(config: AdamW, column: Callable[[str], Any], of_all: Callable[[str], Any]) -> AdamWState:
     """A state with the fields that a config has.
 
     Args:
       config: the hyperparameters.
       column: makes the tree of a field that mirrors the params.
-      counter: makes one of the others.
+      of_all: makes one of the others.
     """
     used = used_fields(config)
-    return AdamWState(**{x: counter() if x in COUNTERS else column(x) for x in used})
+    return AdamWState(**{x: (of_all if x in OF_ALL else column)(x) for x in used})
+
+
+def first_of(field: str, config: AdamW, place: Sharding | None) -> jax.Array:
+    """What a field of the whole tree begins with, at a place where there is one."""
+    if field != "norms":
+        return filled(place)
+    assert config.skip_spikes is not None
+    return filled(place, spikes.EMPTY, (config.skip_spikes.window,), np.float32)
 
 
 def used_fields(config: AdamW) -> tuple[str, ...]:
@@ -202,6 +219,8 @@ def optional_fields(c: AdamW) -> dict[str, tuple[str, bool]]:
     is_in_words = c.state_format == "word16"
     moments = 'state_format="moments"', not is_in_words
     accumulates = "gradient_accumulation_steps", c.gradient_accumulation_steps is not None
+    looks = "skip_spikes", c.skip_spikes is not None
+    skips = looks if looks[1] else ("skip_nonfinite", c.skip_nonfinite)
     return {
         "m": moments,
         "v": moments,
@@ -211,7 +230,8 @@ def optional_fields(c: AdamW) -> dict[str, tuple[str, bool]]:
         "remainder": ('master="split"', c.master == "split"),
         "accumulated": accumulates,
         "micro_step": accumulates,
-        "skipped": ("skip_nonfinite", c.skip_nonfinite),
+        "norms": looks,
+        "skipped": skips,
     }
 
 
@@ -251,6 +271,8 @@ def check_state(
       leaf has no state.
     """
     needs = optional_fields(c)
+    if value.norms is not None and not c.skip_nonfinite:  # both are of the same option
+        needs["skipped"] = needs["norms"]
     is_wrong = {x: (getattr(value, x) is not None) != needed for x, (_, needed) in needs.items()}
     if leaves and is_wrong["words"] and is_wrong["m"]:
         raise in_another_format(words, needs["words"][1])
@@ -263,6 +285,9 @@ def check_state(
         is_number = type(counter) is int and field != "micro_step"  # an old state has none
         if not is_number and (counter is not None or field == "count"):
             trees.counter(words.of_state(field), counter)
+    if value.norms is not None and c.skip_spikes is not None:
+        advice = f"; {words.adapt} makes one of it, with the newest norms"
+        trees.window(words.of_state("norms"), value.norms, c.skip_spikes.window, advice)
     trees_of = {field: getattr(value, field) for field in COLUMNS}
     columns = {
         field: trees.state_like_params(words, field, params_tree, treedef, tree)

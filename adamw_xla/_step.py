@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from adamw_xla._check import calls
 from adamw_xla._check.words import NATIVE, misplaced
 from adamw_xla._config import AdamW, check_config
-from adamw_xla._groups import ScalarOrSchedule
 from adamw_xla._info.step_info import ReturnInfo, StepInfo
 from adamw_xla._inside.run import run_step
 from adamw_xla._inside.update import Backend
+from adamw_xla._rules.groups import ScalarOrSchedule
 from adamw_xla._state import AdamWState, check_kind, check_state
 from adamw_xla_lowering import Implementation, adamw_sum_of_squares, adamw_update
 

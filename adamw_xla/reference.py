@@ -14,10 +14,10 @@ import numpy as np
 
 from adamw_xla._check import calls
 from adamw_xla._config import AdamW
-from adamw_xla._groups import ScalarOrSchedule
 from adamw_xla._info.step_info import ReturnInfo
 from adamw_xla._inside.run import run_step
 from adamw_xla._inside.update import Backend, as_varying_as_after
+from adamw_xla._rules.groups import ScalarOrSchedule
 from adamw_xla._state import AdamWState
 from adamw_xla._step import ALIASES, LACKING
 from adamw_xla_lowering import (

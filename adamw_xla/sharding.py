@@ -83,7 +83,7 @@ def abstract_state(
         pairs = zip(flat, given.get(field, beside), strict=True)
         return treedef.unflatten([None if x is None else _struct(x, place) for x, place in pairs])
 
-    return built(config, column, lambda: _struct(state.count, scalars))
+    return built(config, column, lambda field: _struct(getattr(state, field), scalars))
 
 
 def _frozen(config: AdamW, tree: Any, count: int) -> set[int]:
@@ -159,7 +159,7 @@ def of_tree(
         matched = tree if params is None else params
         for i in _frozen(config, matched, len(leaves)):
             found[i] = None
-    return built(config, lambda field: treedef.unflatten(found), lambda: scalars)
+    return built(config, lambda field: treedef.unflatten(found), lambda field: scalars)
 
 
 @calls.explained("zero1", aliases={"axis_name": "axis", "model": "params"})

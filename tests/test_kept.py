@@ -44,6 +44,7 @@ EXPORTED: dict[str, ax.AdamW] = {
     "a dtype": ax.AdamW(state_dtype=jnp.bfloat16, name="mine", ema_momentum=0.5),
     "names of axes": ax.AdamW(axis_names=("x", "y")),
     "specs": ax.AdamW(axis_names={"w": P("x", ("y", "z"), None), "layers": [P(), ("x",)]}),
+    "rules": ax.AdamW(skip_spikes=ax.SpikeRule(), groups=(ax.Group("w", scale=2.0),)),
     "other choices": ax.AdamW(
         epsilon_hat=False, nesterov=True, use_ema=True, ema_overwrite_frequency=3
     ),

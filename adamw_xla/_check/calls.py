@@ -47,6 +47,7 @@ _ELSEWHERE: dict[str, tuple[str, ...]] = {
         "every_k_schedule",
     ),
     "skip_nonfinite": ("skip_nan", "skip_nans", "skip_non_finite", "apply_if_finite"),
+    "skip_spikes": ("skip_step_on_spikes", "skip_bad_steps", "skip_step", "spike_rule"),
     "groups": ("param_groups", "parameter_groups", "group", "param_labels"),
     "axis_names": ("axis_name", "mesh_axes", "pmean_axis_name"),
 }

@@ -16,7 +16,7 @@ STOCK_STATE = "optax.ScaleByAdamState"
 _OPTIONAL = tuple(
     (largest, "ema", "accumulated", "micro_step", "skipped") for largest in ("v_max", "nu_max")
 )
-_LATER = ("words", "remainder")
+_LATER = ("words", "remainder", "norms")
 
 FIELDS = {
     NATIVE_STATE: ("count", "m", "v", *_OPTIONAL[0], *_LATER),

@@ -146,6 +146,18 @@ def counter(name: str, value: Any) -> None:
         )
 
 
+def window(name: str, value: Any, length: int | None, advice: str) -> None:
+    """Refuses what is no float32 array of norms, of this length where one is given."""
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
+    if dtype is None or shape is None:
+        raise TypeError(f"{name}: must be a float32 array of norms, got {value!r}.")
+    if jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True) != np.float32:
+        raise TypeError(f"{name}: must be a float32 array of norms, got one of dtype {dtype}.")
+    if len(shape) != 1 or length not in (None, *shape):
+        wanted = "one dimension" if length is None else f"{(length,)}, the window of skip_spikes"
+        raise ValueError(f"{name}: has shape {shape}; must have {wanted}{advice}.")
+
+
 def is_mask_function(value: Any) -> bool:
     """Whether a mask is to be called; a tree of bools may be callable too (an Equinox module)."""
     return callable(value) and not any(is_known_bool(x) for x in jax.tree.leaves(value))

@@ -98,7 +98,7 @@ def measured(
     if clip.squares is None:
         grad_norm = _norm(Squares.chosen(total[0], total[1])) * factor
     else:
-        grad_norm = _norm(whole(clip.squares))
+        grad_norm = of_all(clip.squares)
     of_leaves = None
     if asked == "leaves":
         grads = _norm(Squares.chosen(sums[:, 0], sums[:, 1])) * factor
@@ -113,11 +113,11 @@ def measured(
     )
 
 
-def whole(squares: Squares) -> Squares:
-    """The sum over all, of sums in units of their own."""
-    if squares.sum.ndim == 0:
-        return squares
-    return Squares.chosen(*jnp.sum(squares.in_both_units(), 1))
+def of_all(squares: Squares) -> jax.Array:
+    """The norm of all, of one sum or of several in units of their own."""
+    if squares.sum.ndim:
+        squares = Squares.chosen(*jnp.sum(squares.in_both_units(), 1))
+    return _norm(squares)
 
 
 def _norm(squares: Squares) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from adamw_xla._config import AdamW
+from adamw_xla._config import AdamW, needs_norm
 from adamw_xla_lowering import Squares
 
 SumOfSquares: TypeAlias = Callable[..., Squares]
@@ -44,7 +44,7 @@ def scales(
         squares = sum_of_squares(jnp.asarray(scale, dtype), grads, per_leaf=True)
         unit, quotient = factors(squares, config.clipnorm)
         return Scales(scale, unit * quotient, squares, unit * quotient)
-    if config.global_clipnorm is None and not config.skip_nonfinite:
+    if needs_norm(config) is None:
         return Scales(scale)
     squares = sum_of_squares(jnp.asarray(scale, dtype), grads)
     if config.global_clipnorm is None:

@@ -14,7 +14,7 @@ from jax.sharding import Sharding
 from adamw_xla._check import calls, trees
 from adamw_xla._check.words import NATIVE, misplaced
 from adamw_xla._config import AdamW, check_config
-from adamw_xla._groups import Group, shown
+from adamw_xla._rules.groups import Group, shown
 
 Paths = Sequence[tuple[str, Any]]
 """Leaves with the paths that groups are matched with."""

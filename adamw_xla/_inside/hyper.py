@@ -19,9 +19,9 @@ import numpy as np
 
 from adamw_xla._check import options
 from adamw_xla._config import AdamW
-from adamw_xla._groups import Group, ScalarOrSchedule
 from adamw_xla._inside import decay, explicit
 from adamw_xla._inside.decay import Beta, Decay
+from adamw_xla._rules.groups import Group, ScalarOrSchedule
 from adamw_xla_lowering import NUM_SLOTS, Slot
 from adamw_xla_lowering.formats.noise import step_factor
 

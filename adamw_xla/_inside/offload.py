@@ -13,7 +13,7 @@ from adamw_xla._check.leaves import in_device_memory, in_host_memory, path
 from adamw_xla._check.words import Words
 from adamw_xla._config import AdamW
 from adamw_xla._placement import is_host
-from adamw_xla._state import COUNTERS, AdamWState
+from adamw_xla._state import OF_ALL, AdamWState
 from adamw_xla_lowering import is_on_host
 
 _THERE = (
@@ -70,7 +70,7 @@ def check_memory(
                 in_host_memory(argument, params_tree, i, column[i], _THERE)
             else:
                 in_device_memory(argument, params_tree, i, column[i], advice)
-    for name in () if offload else COUNTERS:
+    for name in () if offload else OF_ALL:
         if (counter := getattr(state, name)) is not None:
             in_device_memory(words.of_state(name), counter, None, counter, advice)
 

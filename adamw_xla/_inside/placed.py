@@ -11,7 +11,7 @@ from adamw_xla._check import places, trees
 from adamw_xla._config import AdamW
 from adamw_xla._inside.update import Backend
 from adamw_xla._placement import apart, in_device_memory, moved_beside, moved_to
-from adamw_xla._state import COUNTERS, AdamWState, built
+from adamw_xla._state import OF_ALL, AdamWState, built
 from adamw_xla_lowering import STATE_KINDS, UpdateResult
 
 NAME = "state_shardings"
@@ -33,14 +33,14 @@ def columns_of(
     """
     if not isinstance(shardings, AdamWState):
         raise places.not_of_a_state(NAME, shardings)
-    needed = built(config, lambda field: field, lambda: "")
+    needed = built(config, lambda field: field, lambda field: field)
     columns = {}
     for field in (x.name for x in dataclasses.fields(needed)):
         given, is_needed = getattr(shardings, field), getattr(needed, field) is not None
         if (given is not None) != is_needed:
             raise places.of_another_config(NAME, field, is_needed)
         argument = f"{NAME}.{field}"
-        if field in COUNTERS and is_needed:
+        if field in OF_ALL and is_needed:
             places.of_leaf(argument, given, 0, given)
         elif is_needed:
             flat = trees.like_params(argument, params, treedef, given)

@@ -15,7 +15,8 @@ from adamw_xla._check import calls
 from adamw_xla._check.options import called
 from adamw_xla._check.trees import is_known_bool, is_mask_function
 from adamw_xla._config import AdamW, check_config
-from adamw_xla._groups import Group
+from adamw_xla._rules.groups import Group
+from adamw_xla._rules.spikes import SpikeRule
 
 _TEXT, _DIGEST = 48, 16
 """Bytes of a value's text that are sent, for people, and of its digest, which is compared."""
@@ -72,6 +73,8 @@ def _text(option: str, value: Any) -> str:
     """An option's value as a text that is equal where the values are."""
     if option == "groups":
         return ", ".join(map(_group_text, value)) or "()"
+    if isinstance(value, SpikeRule):
+        return f"SpikeRule({value.window}, {_text('deviations', value.deviations)})"
     if is_mask_function(value):
         if option == "weight_decay_mask":  # is called with params, which are not here
             return "a function"

@@ -13,7 +13,6 @@ import numpy as np
 from adamw_xla._check import options, trees
 from adamw_xla._check.words import NATIVE, Words, misplaced
 from adamw_xla._config import AdamW, check_config, needs_norm
-from adamw_xla._groups import ScalarOrSchedule
 from adamw_xla._info.norms import Measured, nothing, told
 from adamw_xla._info.step_info import ReturnInfo, StepInfo, asked
 from adamw_xla._inside import clipping, explicit
@@ -29,7 +28,8 @@ from adamw_xla._inside.update import (
     scaled_like,
     update_leaves,
 )
-from adamw_xla._state import COUNTERS, AdamWState, check_kind, check_state
+from adamw_xla._rules.groups import ScalarOrSchedule
+from adamw_xla._state import OF_ALL, AdamWState, check_kind, check_state
 from adamw_xla_lowering import compute_dtype
 from adamw_xla_lowering.contract import Sums
 
@@ -56,7 +56,7 @@ class _Leaves:
 
 
 class _Moving(NamedTuple):
-    """What a call changes: leaves by kind, ``params`` and the state's, and counters.
+    """What a call changes: leaves by kind, ``params`` and the state's, and what is of all.
 
     And what it measures, where that is asked for.
     """
@@ -153,8 +153,8 @@ def run_step(
     old = _Moving(
         {kind: chosen.take(column) for kind, column in {"params": leaves, **columns}.items()},
         {
-            name: to_device(jnp.asarray(value, np.int32))
-            for name in COUNTERS
+            name: to_device(jnp.asarray(value, np.float32 if name == "norms" else np.int32))
+            for name in OF_ALL
             if (value := getattr(state, name)) is not None
         },
     )
@@ -234,13 +234,14 @@ class _Step:
     ) -> _Moving:
         """A real update with ``scale`` times ``grads``; with ``clear`` they begin anew."""
         columns, counters, _ = moving
-        new, apply, zeros, measured = update_leaves(
+        new, apply, zeros, window, measured = update_leaves(
             self.config,
             # With delta, what moves are the changes.
             columns | {"params": self.old.columns["params"]} if self.delta else columns,
             grads,
             scale,
             count=counters["count"],
+            window=counters.get("norms"),
             rows=self.rows,
             groups=self.groups,
             dtype=self.dtype,
@@ -255,6 +256,8 @@ class _Step:
             counted["micro_step"] = jnp.zeros_like(counters["micro_step"])
         if apply is not None:
             counted["skipped"] = increment(counters["skipped"], ~apply)
+        if window is not None:
+            counted["norms"] = window
         return _Moving(columns | made, counters | counted, measured)
 
     def _accumulated(self, grads: list[jax.Array], unscale: Scalar) -> _Moving:

@@ -12,6 +12,7 @@ from adamw_xla._info import norms
 from adamw_xla._inside import clipping
 from adamw_xla._inside.clipping import SumOfSquares
 from adamw_xla._inside.hyper import Row, Scalar, hyper_rows
+from adamw_xla._rules import spikes
 from adamw_xla._state import used_fields
 from adamw_xla_lowering import (
     STATE_KINDS,
@@ -85,14 +86,16 @@ class Updated(NamedTuple):
 
     Attributes:
       leaves: the new ones.
-      apply: with ``skip_nonfinite``, whether the update was made.
+      apply: with ``skip_nonfinite`` or ``skip_spikes``, whether the update was made.
       cleared: where asked for, zeros in place of the gradients.
+      window: with ``skip_spikes``, the last norms with this update's.
       measured: where asked for, its norms.
     """
 
     leaves: UpdateResult
     apply: jax.Array | None
     cleared: list[jax.Array] | None
+    window: jax.Array | None
     measured: norms.Measured | None
 
 
@@ -148,6 +151,7 @@ def update_leaves(
     scale: Scalar,
     *,
     count: jax.Array,
+    window: jax.Array | None = None,
     rows: Sequence[Row],
     groups: Sequence[int],
     dtype: np.dtype[Any],
@@ -164,6 +168,7 @@ def update_leaves(
       grads: one per param.
       scale: the factor on every gradient, before clipping.
       count: int32 scalar, updates done before this one.
+      window: with ``skip_spikes``, the norms of the last updates' gradients.
       rows: those of ``hyper``.
       groups: for each leaf its row.
       dtype: ``hyper_dtype`` of the params.
@@ -180,6 +185,12 @@ def update_leaves(
     if config.skip_nonfinite:
         assert squares is not None
         apply = clipping.is_good(config, squares)
+    if config.skip_spikes is not None:
+        assert squares is not None
+        assert window is not None
+        passes, entered = spikes.judged(config.skip_spikes, window, norms.of_all(squares))
+        window = entered if apply is None else jnp.where(apply, entered, window)
+        apply = passes if apply is None else passes & apply
     hyper = hyper_rows(
         config,
         count,
@@ -199,7 +210,7 @@ def update_leaves(
         groups=groups,
         ema_overwrite=config.ema_overwrite_frequency is not None,
         clip_value=config.clipvalue is not None,
-        skip=config.skip_nonfinite,
+        skip=apply is not None,
         epsilon_root=config.epsilon_root is not None,
         nesterov=config.nesterov,
         stochastic=config.params_rounding == "stochastic",
@@ -210,7 +221,7 @@ def update_leaves(
     )
     zeros = cleared(grads, squares and squares.sum) if clear else None
     if asked is None:
-        return Updated(new, apply, zeros, None)
+        return Updated(new, apply, zeros, window, None)
     assert new.sums is not None
     found = norms.measured(new.sums, asked, backend.axes, clip, scale, apply)
-    return Updated(new._replace(sums=None), apply, zeros, found)
+    return Updated(new._replace(sums=None), apply, zeros, window, found)

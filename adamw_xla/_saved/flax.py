@@ -20,7 +20,7 @@ def _to_dict(value: Any) -> dict[str, Any]:
     return {f.name: to_state_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
 
 
-NEWER = ("words", "remainder")
+NEWER = ("words", "remainder", "norms")
 """Fields that files of 0.1.0 do not have, and did not need."""
 
 

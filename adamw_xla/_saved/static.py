@@ -76,13 +76,13 @@ def to_bytes(names: Sequence[str], static: Any) -> bytes:
     Raises:
       TypeError: it is nothing that a file can hold; names the option.
     """
-    schedules, choices, mask, axis_names = static
+    schedules, choices, mask, axis_names, rules = static
     if schedules:
         raise _is_callable(schedules[0][0])
     if not isinstance(mask, Static):
         raise _is_callable("weight_decay_mask")
     values = (x.name if isinstance(x, np.dtype) else x for x in choices)
-    fields = dict(zip(names, values, strict=True))
+    fields = dict(zip(names, values, strict=True)) | {"rules": rules}
     trees = {"weight_decay_mask": (mask, "bools"), "axis_names": (axis_names, "names and specs")}
     for name, (kept, leaves) in trees.items():
         try:
@@ -113,7 +113,9 @@ def from_bytes(names: Sequence[str], data: bytes) -> Any:
     axis_names = Static.of(_from_json(fields.pop("axis_names", None)))  # files of 0.1.0 have none
     if fields["state_dtype"] is not None:
         fields["state_dtype"] = jnp.dtype(fields["state_dtype"])
-    return (), tuple(fields.get(name, NEWER.get(name)) for name in names), mask, axis_names
+    rules = tuple(fields.pop("rules", ()))
+    choices = tuple(fields.get(name, NEWER.get(name)) for name in names)
+    return (), choices, mask, axis_names, rules
 
 
 def group_to_bytes(static: Any) -> bytes:

@@ -49,7 +49,7 @@ ALIASES = calls.called_here(
         "epsilon_root": "stock Keras has none either; adamw_xla.AdamW has epsilon_root",
         "nesterov": "stock Keras has none either; adamw_xla.AdamW has nesterov",
         **dict.fromkeys(
-            ("state_format", "params_rounding", "master"),
+            ("state_format", "params_rounding", "master", "skip_spikes"),
             "an optimizer's variables are stock Keras', which its files have; adamw_xla.adamw_step "
             "has it",
         ),

@@ -112,7 +112,7 @@ class Step:
         groups, kinds = groups_of([optimizer._use_weight_decay(v) for v in self._variables])
         learning_rate = as_scalar(_value(optimizer.learning_rate), dtype)
         weight_decay = as_scalar(_value(config.weight_decay), dtype)
-        new, _, zeros, _ = update_leaves(
+        new, _, zeros, *_ = update_leaves(
             config,
             old,
             grads,

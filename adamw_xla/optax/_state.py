@@ -13,6 +13,7 @@ import optax
 from adamw_xla._check import calls
 from adamw_xla._formats import pack_state, unpack_state
 from adamw_xla._info.step_info import StepInfo
+from adamw_xla._rules import spikes
 from adamw_xla._state import AdamWState
 from adamw_xla.optax import _check, _wrappers
 
@@ -28,9 +29,10 @@ class AdamWOptState(NamedTuple):
       ema: with ``use_ema``, the average of the params.
       accumulated: with ``gradient_accumulation_steps``, the sum of the gradients so far.
       micro_step: with it too, int32 scalar: calls since the last update.
-      skipped: with ``skip_nonfinite``, int32 scalar: calls that were skipped.
+      skipped: with ``skip_nonfinite`` or ``skip_spikes``, int32 scalar: calls that were skipped.
       words: with ``state_format="word16"``, the moments of each element in one bfloat16.
       remainder: with ``master="split"``, int16: the rest of each param's float32 master.
+      norms: with ``skip_spikes``, float32 [window]: the norms of the last updates' gradients.
       info: with ``keep_info``, what the last update told of itself, an ``adamw_xla.StepInfo``; all
         is NaN before the first.
     """
@@ -45,6 +47,7 @@ class AdamWOptState(NamedTuple):
     skipped: jax.Array | None = None
     words: Any = None
     remainder: Any = None
+    norms: jax.Array | None = None
     info: StepInfo | None = None
 
     @classmethod
@@ -85,8 +88,8 @@ def from_optax_state(opt_state: Any, like: State) -> State:
     stay as in ``like``, and schedules, wherever they are, count on.
 
     From ``like`` come, always, the options of the transformations themselves: hyperparameters
-    that are not injected on both sides, masks and schedules' functions. ``skipped`` is lost
-    where ``like`` does not count it.
+    that are not injected on both sides, masks and schedules' functions. ``skipped`` and ``norms``
+    are lost where ``like`` has no place for them; of norms for another window the newest stay.
 
     The new state shares arrays with ``opt_state`` (and ``like``). Donating it to a jitted step
     deletes them there too; copy it first, ``jax.tree.map(jnp.copy, state)``, to use both.
@@ -175,7 +178,10 @@ def _filled_alike(like: AdamWState, source: Any, argument: str) -> AdamWState:
     is_native = isinstance(source, AdamWState)
     for field in dataclasses.fields(like):
         place, value = getattr(like, field.name), getattr(old, field.name)
-        if value is None or (place is None and field.name in _COUNTERS):
+        if value is None or (place is None and field.name in _OF_ALL):
+            continue
+        if field.name == "norms":
+            new["norms"] = spikes.resized(value, len(place))
             continue
         called = field.name if is_native else _check.WORDS.field(field.name)
         replace = f"dataclasses.replace({argument}, " if is_native else f"{argument}._replace("
@@ -187,4 +193,4 @@ def _filled_alike(like: AdamWState, source: Any, argument: str) -> AdamWState:
     return dataclasses.replace(like, **new)
 
 
-_COUNTERS = ("micro_step", "skipped")
+_OF_ALL = ("micro_step", "skipped", "norms")

@@ -14,7 +14,6 @@ import optax
 from adamw_xla._check import axes, calls, options, trees
 from adamw_xla._check.words import misplaced
 from adamw_xla._config import AdamW, Master, ParamsRounding, StateFormat
-from adamw_xla._groups import Group
 from adamw_xla._info.begun import like_before, untold
 from adamw_xla._info.step_info import ReturnInfo, StepInfo, asked
 from adamw_xla._inside import clipping
@@ -23,6 +22,8 @@ from adamw_xla._inside.placed import columns_of
 from adamw_xla._inside.run import run_step
 from adamw_xla._inside.update import Backend
 from adamw_xla._placement import moved_to
+from adamw_xla._rules.groups import Group
+from adamw_xla._rules.spikes import SpikeRule
 from adamw_xla._state import AdamWState, begin
 from adamw_xla.optax import _check
 from adamw_xla.optax._state import AdamWOptState
@@ -52,6 +53,7 @@ def adamw(
     loss_scale_factor: ArrayLike | None = None,
     gradient_accumulation_steps: int | None = None,
     skip_nonfinite: bool = False,
+    skip_spikes: SpikeRule | None = None,
     axis_names: Any = None,
     state_format: StateFormat = "moments",
     params_rounding: ParamsRounding = "nearest",
@@ -113,6 +115,8 @@ def adamw(
         the updates of the calls between are zeros.
       skip_nonfinite: updates are zeros, and the state stays, where a gradient is NaN or
         infinite; ``state.skipped`` counts these calls.
+      skip_spikes: an ``adamw_xla.SpikeRule``: likewise where the gradient's norm is far above the
+        last ones, which ``state.norms`` has.
       axis_names: inside of ``jax.shard_map``, over which mesh axes the two norms are summed, and
         devices look for what is not finite: names, or a tree of ``PartitionSpec``; see
         ``adamw_xla.AdamW``.
@@ -196,6 +200,7 @@ def adamw(
         epsilon_hat=False,
         weight_decay_mask=mask,
         skip_nonfinite=skip_nonfinite,
+        skip_spikes=skip_spikes,
         epsilon_root=None if _is_known_zero(eps_root) else eps_root,
         nesterov=nesterov,
         axis_names=axis_names,

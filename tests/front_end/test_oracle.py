@@ -37,6 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mask": {"weight_decay_mask": [True, False, True, False, True, False]},
     "skip": {"skip_nonfinite": True},
     "info": {},
+    "spikes": {"skip_spikes": ax.SpikeRule(window=4, deviations=1.5)},
     "maximize": {"maximize": True},
     "independent_decay": {"decay_times_lr": False},
     "cautious_decay": {"cautious_decay": True},

@@ -43,6 +43,7 @@ class Options:
     maximize: bool = False
     decay_times_lr: bool = True
     cautious_decay: bool = False
+    skip_spikes: Any = None  # has a window and deviations
 
 
 @dataclasses.dataclass
@@ -57,6 +58,7 @@ class State:
     count: int = 0
     micro_step: int = 0
     skipped: int = 0
+    norms: Array = dataclasses.field(default_factory=lambda: np.zeros(0))  # -1 where there is none
 
 
 @dataclasses.dataclass
@@ -115,6 +117,19 @@ def _factor(norm: float, bound: float) -> float:
     return 1.0 if norm <= bound else bound / norm
 
 
+def spikes(norms: Array, norm: float, window: int, deviations: float) -> tuple[bool, Array]:
+    """Whether a norm is a spike beside the last ones, the newest last, and these with it."""
+    if not np.isfinite(norm):
+        return True, norms
+    known = norms[norms >= 0]
+    bound = np.inf
+    if len(known) >= max(2, window // 2) and known.max() > 0:
+        mean = known.sum() / len(known)
+        deviation = np.sqrt(((known - mean) ** 2).sum() / (len(known) - 1))
+        bound = mean + deviations * max(deviation, mean / 100)
+    return norm > bound, np.append(norms[1:], min(norm, bound))
+
+
 def _quotient(a: Array, b: Array) -> Array:
     """What never had a gradient does not move, with an epsilon of 0 too: 0/0 is 0."""
     return np.divide(a, b, out=np.zeros_like(a), where=(a != 0) | (b != 0))
@@ -129,6 +144,7 @@ def step(
         count=state.count,
         micro_step=state.micro_step,
         skipped=state.skipped,
+        norms=state.norms,
     )
     result = list(params)
     kept = (result, new.m, new.v, new.v_max, new.ema, new.accumulated)
@@ -166,7 +182,12 @@ def step(
         g = {i: x / n for i, x in g.items()}
         size = {i: x / n for i, x in size.items()}
 
-    info.applied, info.grads = True, g
+    is_spike, rule = False, o.skip_spikes
+    if rule is not None:
+        last = state.norms if len(state.norms) else np.full(rule.window, -1.0)
+        norm, bound = _norm(list(g.values())), float(rule.deviations)
+        is_spike, new.norms = spikes(last, norm, rule.window, bound)
+    info.applied, info.grads = not is_spike, g
     for i, x in size.items():
         terms.grads[i] = x
     if o.maximize:
@@ -180,6 +201,10 @@ def step(
     else:
         factors = dict.fromkeys(live, 1.0)
     info.clip_factor = min(factors.values(), default=1.0)
+    if is_spike:
+        new.skipped += 1
+        info.added = {i: np.zeros_like(x) for i, x in g.items()}
+        return result, new, terms
     g = {i: x * factors[i] for i, x in g.items()}
     size = {i: x * factors[i] for i, x in size.items()}
     if o.clipvalue is not None:

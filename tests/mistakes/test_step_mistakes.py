@@ -345,6 +345,7 @@ NEW: dict[str, dict[str, Any]] = {
     "use_ema": {"use_ema": True},
     "gradient_accumulation_steps": {"gradient_accumulation_steps": 2},
     "skip_nonfinite": {"skip_nonfinite": True},
+    "skip_spikes": {"skip_spikes": ax.SpikeRule(window=4)},
 }
 
 

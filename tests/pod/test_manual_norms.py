@@ -64,7 +64,7 @@ def compare(shape: tuple[int, ...], vma: bool, front: str, option: str) -> None:
         for name in COUNTERS:
             assert getattr(state, name) == getattr(alone, name), name
         if "skip_nonfinite" in options:
-            assert state.skipped == 3
+            assert state.skipped > 3 if "skip_spikes" in options else state.skipped == 3
     for k, x in exact(front, options, start, grads).items():
         # Each step rounds the param, and a result of about its size, once.
         np.testing.assert_allclose(got[k], x, rtol=1.5 * STEPS * HALF_A_UNIT, err_msg=k)

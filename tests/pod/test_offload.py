@@ -35,7 +35,7 @@ SHAPES = {"w": (16, 8), "u": (24, 16), "b": (8,), "s": ()}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "global": {"global_clipnorm": 0.1, "skip_nonfinite": True},
-    "leaf": {"clipnorm": 0.1, "amsgrad": True, "use_ema": True},
+    "leaf": {"clipnorm": 0.1, "amsgrad": True, "use_ema": True, "skip_spikes": ax.SpikeRule()},
     "mask": {"weight_decay_mask": lambda params: {k: x.ndim > 1 for k, x in params.items()}},
 }
 

@@ -44,7 +44,12 @@ import adamw_xla as ax
 import adamw_xla.optax as axo
 
 FULL = ax.AdamW(
-    amsgrad=True, use_ema=True, gradient_accumulation_steps=2, skip_nonfinite=True, state_dtype=None
+    amsgrad=True,
+    use_ema=True,
+    gradient_accumulation_steps=2,
+    skip_nonfinite=True,
+    state_dtype=None,
+    skip_spikes=ax.SpikeRule(window=4),
 )
 MESHES = {"replicated": {"data": 8}, "fsdp": {"data": 8}, "tensor": {"data": 4, "model": 2}}
 
@@ -63,6 +68,7 @@ def wanted(params: Any, config: ax.AdamW) -> ax.AdamWState:
         "accumulated": beside if config.gradient_accumulation_steps else None,
         "micro_step": whole if config.gradient_accumulation_steps else None,
         "skipped": whole if config.skip_nonfinite else None,
+        "norms": whole if config.skip_spikes else None,
     }
     return ax.AdamWState(count=whole, m=beside, v=beside, **fields)
 
@@ -270,7 +276,7 @@ def shardings_of_a_state() -> None:
         state = jax.device_put(ax.adamw_init(params, FULL), on_host)
         lies_as(state, on_host)
         kinds = {k: x.sharding.memory_kind for k, x in vars(state).items() if hasattr(x, "dtype")}
-        assert kinds == {"count": "device", "micro_step": "device", "skipped": "device"}
+        assert kinds == dict.fromkeys(("count", "micro_step", "skipped", "norms"), "device")
         assert {x.sharding.memory_kind for x in state.m.values()} == {"pinned_host"}
 
 

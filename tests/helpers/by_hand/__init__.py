@@ -37,7 +37,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "global": {"global_clipnorm": 2.0},
     "local": {"clipnorm": 0.5},
     "skip": {"skip_nonfinite": True},
-    "accumulate": {"gradient_accumulation_steps": 2, "skip_nonfinite": True, "clipnorm": 0.5},
+    "accumulate": {
+        "gradient_accumulation_steps": 2,
+        "skip_nonfinite": True,
+        "skip_spikes": ax.SpikeRule(window=8, deviations=0.5),
+        "clipnorm": 0.5,
+    },
 }
 
 

@@ -83,7 +83,9 @@ def oracle_state(params: Any, state: ax.AdamWState) -> oracle.State:
     found = oracle.init(doubles(params))
     for field in dataclasses.fields(found):
         value = getattr(state, field.name)
-        if value is not None:
+        if field.name == "norms":
+            found.norms = np.zeros(0) if value is None else np.asarray(value, np.float64)
+        elif value is not None:
             number = field.name in ("count", "micro_step", "skipped")
             setattr(found, field.name, int(value) if number else doubles(value))
     return found
@@ -128,6 +130,9 @@ def errors(
     for name in ("count", "micro_step", "skipped"):
         if getattr(new, name) is not None:
             assert int(getattr(new, name)) == getattr(after, name), name
+    if new.norms is not None:
+        # In float32: some units of a norm, and of a bound that is a few deviations away.
+        np.testing.assert_allclose(new.norms, after.norms, rtol=16 * 2**-23)
     for kind in KINDS:
         ours = new_params if kind == "params" else getattr(new, kind)
         if ours is None:
