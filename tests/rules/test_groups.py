@@ -168,6 +168,28 @@ def test_as_optax_partition_and_torch_param_groups(theirs: Any) -> None:
     peers.close(trained(ours_by_optax(), params, grads), theirs(params, grads))
 
 
+def test_independent_decay_as_a_chain_that_decays_behind_the_rate() -> None:
+    """With a schedule for the rate, and one of its own for the decay."""
+
+    def rate(count: Any) -> Any:
+        return peers.LR / (1 + count)
+
+    def decay(count: Any) -> Any:
+        return 1e-3 * (1 + count)
+
+    def minus_decay(count: Any) -> Any:
+        return -decay(count)
+
+    theirs = optax.chain(
+        optax.scale_by_adam(peers.B1, peers.B2),
+        optax.scale_by_learning_rate(rate),
+        optax.inject_hyperparams(optax.add_decayed_weights)(weight_decay=minus_decay),
+    )
+    ours = axo.adamw(rate, peers.B1, peers.B2, weight_decay=decay, decay_times_lr=False)
+    params, grads = peers.problem(20)
+    peers.close(trained(ours, params, grads), trained(theirs, params, grads))
+
+
 # ----------------------------------------------------------------------- traced numbers
 
 TWO = (
