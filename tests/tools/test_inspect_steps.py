@@ -144,7 +144,8 @@ def test_two_versions_of_ones_own_step(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.chdir(HERE)
     out = tmp_path / "report.json"
     step = ("--function", "meshed_steps:in_place", "--against", "meshed_steps:clipped")
-    said = run(*step, "--json", str(out))
+    said = run(*step, "--json", str(out), "--dump", str(tmp_path))
+    assert (tmp_path / "cpu.compared.html").is_file()
     old, new = json.loads(out.read_text())
     more = new["program"]["count"] - old["program"]["count"]
     assert more > 0

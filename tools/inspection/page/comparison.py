@@ -222,7 +222,7 @@ _KERNELS = _Table[Kernel](
 )
 _COLLECTIVES = _Table[Collective](
     name="collectives",
-    keys=(Column("kind"), Column("cause", "Whose work it is"), Column("each", "", "n")),
+    keys=(Column("kind"), Column("cause", "Whose work it is"), Column("bytes each", "", "n")),
     of=lambda x: x.report.collectives,
     key=lambda c: (c.kind, _causes(c), str(c.bytes)),
     weigh=tables.sent,

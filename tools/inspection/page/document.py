@@ -13,6 +13,9 @@ from inspection.page.markup import address, link
 import adamw_xla as ax
 
 _BESIDE = Path(__file__).parent
+_NOTHING_FROM_ELSEWHERE = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+)
 
 
 def page(x: Inspected) -> str:
@@ -51,6 +54,7 @@ def whole(title: str, body: str) -> str:
     script = (_BESIDE / "page.js").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_NOTHING_FROM_ELSEWHERE}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>\n{style}</style></head><body>\n"
         f"{body}\n<script>\n{script}</script></body></html>\n"
@@ -81,7 +85,8 @@ def _lede(x: Inspected) -> str:
 def _figures(x: Inspected) -> str:
     found, kinds = [], ""
     for label, (text, *_) in tables.rows([x]).items():
-        name, shown = escape(label), escape(", ".join(text.splitlines()))
+        lines = (line.replace(" ", "\N{NO-BREAK SPACE}") for line in text.splitlines())
+        name, shown = escape(label), escape(", ".join(lines))
         if label == "by kind":
             kinds = f'<div class="long"><dt>{name}</dt><dd>{shown}</dd></div>'
         elif text:
@@ -103,10 +108,12 @@ def _params(x: Inspected) -> str:
     report = x.report
     if not report.leaves:
         return leaf_map.leaf_map(x)
+    # On many devices what is cut counts once on each.
+    params = "" if report.devices > 1 else f", {report.parameters:,} params"
     on = " on a device" if report.devices > 1 else ""
     text = (
-        f"{len(report.leaves):,} leaves, {report.parameters:,} params. Areas are bytes{on}, of "
-        "each param and its state; a leaf leads to its kernel."
+        f"{len(report.leaves):,} leaves{params}. Areas are bytes{on}, of each param and its state; "
+        "a leaf leads to its kernel."
     )
     skip = '<a class="skip" href="#kernels">Skip the map</a>'
     return (

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 from html import escape
-import re
 from typing import NamedTuple
 from urllib.parse import quote
 
@@ -317,14 +316,16 @@ def _room(box: treemap.Box, layout: _Layout) -> int:
 
 
 def _wrapped(name: str, box: treemap.Box, layout: _Layout) -> list[str]:
-    """A name in lines, broken behind dots and underscores; none where there is no room."""
+    """A name in lines, broken at its dots; none where there is no room."""
     room = _room(box, layout)
     if room < 3:
         return []
-    lines = [""]
-    for part in re.findall(r"[^._]*[._]|[^._]+", name):
-        if len(lines[-1]) + len(part) > room and lines[-1]:
-            lines.append("")
-        lines[-1] += part
+    first, *rest = name.split(".")
+    lines = [first]
+    for part in rest:
+        if len(lines[-1]) + 1 + len(part) > room:
+            lines.append(part)
+        else:
+            lines[-1] += f".{part}"
     ends = "\N{HORIZONTAL ELLIPSIS}"
     return [line if len(line) <= room else line[: room - 1] + ends for line in lines]

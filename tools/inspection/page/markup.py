@@ -141,6 +141,7 @@ def _groups(columns: Sequence[Column]) -> str:
 def _head(column: Column) -> str:
     about = f' title="{escape(column.about)}"' if column.about else ""
     kind = f' class="{column.kind}"' if column.kind else ""
+    kind += f' data-g="{escape(column.group)}"' if column.group else ""
     return f'<th scope="col"{kind}{about}>{escape(column.head)}</th>'
 
 
