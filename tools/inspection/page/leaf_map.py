@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 from html import escape
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from inspection.inspect_cases import Inspected
 from inspection.page import treemap
+from inspection.page.leaf_facts import LeafFacts
 from inspection.page.markup import address, link
 
 from adamw_xla.hlo import Leaf, Report, size
@@ -53,14 +54,12 @@ class _Colouring:
     """One way to colour the leaves.
 
     Attributes:
-      name: of its radio button, and of the class that shows it.
-      title: in words.
+      name: of its radio button, and of the class that shows it: what is coloured by.
       colours: of each leaf the number of its colour.
       legend: number of the colour and what it stands for, as HTML.
     """
 
     name: str
-    title: str
     colours: Sequence[int]
     legend: Sequence[tuple[int, str]]
 
@@ -88,16 +87,16 @@ def leaf_map(x: Inspected, name: str = "map", file: str = "", halved: bool = Fal
       file: the page where its kernels are listed; empty for this one.
       halved: whether two maps stand side by side.
     """
-    report = x.report
-    sizes = [leaf_bytes(report, leaf) for leaf in report.leaves]
+    report, facts = x.report, LeafFacts(x.report)
+    sizes = [facts.bytes_of(leaf) for leaf in report.leaves]
     if not sum(sizes):
         return (
             '<p class="none">There is no map: which arguments are params is not known of this '
             "program.</p>"
         )
-    colourings = list(_colourings(report, sizes, file))
+    colourings = list(_colourings(facts, sizes, file))
     titles = [
-        _title(report, leaf, number) for leaf, number in zip(report.leaves, sizes, strict=True)
+        _title(facts, leaf, number) for leaf, number in zip(report.leaves, sizes, strict=True)
     ]
     drawn = "".join(
         _drawn(report, layout, sizes, titles, colourings, file)
@@ -105,7 +104,7 @@ def leaf_map(x: Inspected, name: str = "map", file: str = "", halved: bool = Fal
     )
     radios = "".join(
         f'<label><input type="radio" name="{name}-colour" value="{c.name}"'
-        f"{' checked' * (not i)}>{escape(c.title)}</label>"
+        f"{' checked' * (not i)}>by {c.name}</label>"
         for i, c in enumerate(colourings)
     )
     legends = "".join(_legend(c) for c in colourings)
@@ -116,60 +115,18 @@ def leaf_map(x: Inspected, name: str = "map", file: str = "", halved: bool = Fal
     )
 
 
-def leaf_bytes(report: Report, leaf: Leaf) -> int:
-    """Of the param and of what is kept of it, on each device."""
-    numbers = {leaf.param, *leaf.moments} - {None}
-    return sum(x.bytes for x in report.inputs if x.number in numbers)
-
-
-def landing(leaf: Leaf, file: str = "") -> str:
-    """Links to the kernels that update it."""
-    return ", ".join(link(address(kernel=name, file=file), name) for name in leaf.kernels)
-
-
-def cut(report: Report, leaf: Leaf) -> str:
-    """How it lies on the devices: ``param whole, state over data``; empty where not known."""
-    param = _axes(report, [leaf.param] if leaf.param is not None else [])
-    state = _axes(report, leaf.moments)
-    if param == state or not param or not state:
-        return param or state
-    return f"param {param}, state {state}"
-
-
-def _axes(report: Report, numbers: Sequence[int]) -> str:
-    by_number = {x.number: x for x in report.inputs}
-    found = dict.fromkeys(by_number[n].axes for n in numbers)
-    if not found or None in found:
-        return ""
-    names = ["\N{MULTIPLICATION SIGN}".join(a for axes in x or () for a in axes) for x in found]
-    return " or ".join(f"over {name}" if name else "whole" for name in dict.fromkeys(names))
-
-
-def exchanges(report: Report, leaf: Leaf) -> str:
-    """By which kinds of collectives its arrays go as they are: ``all-gather of the new param``."""
-    outputs = {x.number: x.output for x in report.inputs if x.output is not None}
-    of = {leaf.param: "param", **dict.fromkeys(leaf.moments, "state")}
-    found: dict[str, None] = {}
-    for c in report.collectives:
-        for number, what in of.items():
-            if number is None:
-                continue
-            if number in c.inputs:
-                found[f"{c.kind} of the {what}"] = None
-            if outputs.get(number, -1) in c.outputs:
-                found[f"{c.kind} of the new {what}"] = None
-    return ", ".join(found)
-
-
 # --------------------------------------------------------------------------------- colours
 
 
-def _colourings(report: Report, sizes: Sequence[int], file: str) -> Iterator[_Colouring]:
+def _colourings(facts: LeafFacts, sizes: Sequence[int], file: str) -> Iterator[_Colouring]:
+    report = facts.report
     yield _by_kernel(report, sizes, file)
-    if any(report.collectives):
-        yield _by_words("collective", "by collective", report, sizes, exchanges, "not exchanged")
+    if report.collectives:
+        said = [facts.exchanges(leaf) for leaf in report.leaves]
+        yield _by_words("collective", said, sizes, "not exchanged")
     if report.devices > 1:
-        yield _by_words("sharding", "by sharding", report, sizes, cut, "not known")
+        said = [facts.cut(leaf) for leaf in report.leaves]
+        yield _by_words("sharding", said, sizes, "not known")
 
 
 def _by_kernel(report: Report, sizes: Sequence[int], file: str) -> _Colouring:
@@ -194,18 +151,11 @@ def _by_kernel(report: Report, sizes: Sequence[int], file: str) -> _Colouring:
     if own:
         legend.append((OWN, f"a kernel of its own, {_leaves(len(own))}"))
     of = [colours.get(x.kernels, OWN if x.kernels in own else REST) for x in report.leaves]
-    return _Colouring("kernel", "by kernel", of, legend)
+    return _Colouring("kernel", of, legend)
 
 
-def _by_words(
-    name: str,
-    title: str,
-    report: Report,
-    sizes: Sequence[int],
-    said: Callable[[Report, Leaf], str],
-    nothing: str,
-) -> _Colouring:
-    found = [said(report, leaf) for leaf in report.leaves]
+def _by_words(name: str, found: Sequence[str], sizes: Sequence[int], nothing: str) -> _Colouring:
+    """What is said of most bytes has a colour each; ``nothing`` stands for an empty text."""
     weights: Counter[str] = Counter()
     for text, number in zip(found, sizes, strict=True):
         weights[text] += number
@@ -218,7 +168,7 @@ def _by_words(
     if counts[""]:
         legend.append((OWN, f"{nothing}, {_leaves(counts[''])}"))
     of = [colours.get(text, REST if text else OWN) for text in found]
-    return _Colouring(name, title, of, legend)
+    return _Colouring(name, of, legend)
 
 
 def _leaves(count: int) -> str:
@@ -236,14 +186,15 @@ def _legend(colouring: _Colouring) -> str:
 # --------------------------------------------------------------------------------- drawing
 
 
-def _title(report: Report, leaf: Leaf, number_of_bytes: int) -> str:
+def _title(facts: LeafFacts, leaf: Leaf, number_of_bytes: int) -> str:
     """What is said of a leaf: path and shape, bytes, where it landed, how it is cut."""
+    report = facts.report
     on = " on each device" if report.devices > 1 else ""
     said = [f"{leaf.name}  {leaf.shape}", f"{size(number_of_bytes)}{on}, with its state"]
     said.append(f"lands in {', '.join(leaf.kernels) or NOT_KNOWN}")
-    if exchanged := exchanges(report, leaf):
+    if exchanged := facts.exchanges(leaf):
         said.append(exchanged)
-    if report.devices > 1 and (where := cut(report, leaf)):
+    if report.devices > 1 and (where := facts.cut(leaf)):
         said.append(where)
     if not leaf.in_place:
         said.append("its state is not updated in place")

@@ -9,7 +9,7 @@ from html import escape
 from inspection import tables
 from inspection.inspect_cases import Inspected
 from inspection.page import markup
-from inspection.page.leaf_map import cut, exchanges, landing
+from inspection.page.leaf_facts import LeafFacts
 from inspection.page.markup import (
     NOTHING,
     Column,
@@ -233,20 +233,18 @@ def _exchanged(report: Report, group: Sequence[Collective]) -> list[str]:
 
 def leaves(x: Inspected) -> str:
     """Each leaf of the params."""
-    report = x.report
-    by_number = {i.number: i.bytes for i in report.inputs}
+    report, facts = x.report, LeafFacts(x.report)
     rows = []
     for leaf in report.leaves:
-        numbers = {leaf.param, *leaf.moments} - {None}
         cells = [
             scrolled(escape(leaf.name)),
             words(leaf.shape),
             number(leaf.elements),
-            sized(sum(by_number[n] for n in numbers if n is not None)),
-            scrolled(landing(leaf)),
+            sized(facts.bytes_of(leaf)),
+            scrolled(", ".join(link(address(kernel=name), name) for name in leaf.kernels)),
             words("yes" if leaf.in_place else "no"),
-            words(cut(report, leaf) if report.devices > 1 else ""),
-            words(exchanges(report, leaf)),
+            words(facts.cut(leaf) if report.devices > 1 else ""),
+            words(facts.exchanges(leaf)),
         ]
         rows.append(Row(cells))
     return markup.table("leaves", _LEAVES, rows)
