@@ -45,7 +45,7 @@ _KERNELS = (
     Column("HLO", "Its line in the optimized HLO", "n", width=66),
 )
 _COLLECTIVES = (
-    Column("kind"),
+    Column("kind", width=112),
     Column("count", "", "n"),
     Column("among", "How many devices exchange with one another", "n", width=78),
     Column("runs", "Of each, in a step", "n"),
@@ -60,13 +60,13 @@ _COLLECTIVES = (
 )
 _LEAVES = (
     Column("leaf", "", "s"),
-    Column("shape", "Of its state, on a device"),
+    Column("shape", "Of its state, on a device", width=130),
     Column("params", "", "n"),
     Column("bytes", "Of the param and its state, on a device", "n"),
     Column("lands in", "The kernels that update it", "s"),
-    Column("in place", "Whether the buffers of its state are reused"),
-    Column("on devices", "Which axes of the mesh it is cut over"),
-    Column("exchanged", "What collectives send as it is"),
+    Column("in place", "Whether the buffers of its state are reused", width=70),
+    Column("on devices", "Which axes of the mesh it is cut over", width=190),
+    Column("exchanged", "What collectives send as it is", width=130),
 )
 _ARGUMENTS = (
     Column("argument", "", "s"),
