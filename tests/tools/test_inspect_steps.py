@@ -17,6 +17,7 @@ import inspect_hlo
 from inspection import aot
 from places import python_path
 import pytest
+from sharded.transformer import MODEL, SIZES, bytes_by_hand
 import train_lm
 from typer.testing import CliRunner
 
@@ -45,25 +46,6 @@ def meshed(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 # ------------------------------------------------------------------- the transformer's step
-
-
-SIZES = "layers=2,width=64,heads=4,context=16"
-MODEL = train_lm.Model(layers=2, width=64, heads=4)
-
-
-def bytes_by_hand(ways: dict[str, int], zero1: bool) -> tuple[int, int]:
-    """Of params and of m and v, on each device."""
-    params = state = 0
-    for leaf in train_lm.jax.tree.leaves(train_lm.layout(MODEL)):
-        cut = [1 if axis is None else ways[axis] for axis in leaf.spec]
-        here = 4 * math.prod(leaf.shape) // math.prod(cut)
-        params += here
-        # What is small, or has no dimension that data divides, stays whole.
-        dims = zip(leaf.shape, [*cut, *[1] * len(leaf.shape)], strict=False)
-        divides = any(n % (k * ways["data"]) == 0 for n, k in dims)
-        large = math.prod(leaf.shape) >= 4096
-        state += 2 * here // (ways["data"] if zero1 and large and divides else 1)
-    return params, state
 
 
 def check_of_transformer(found: dict[str, Any], ways: dict[str, int], zero1: bool) -> None:
