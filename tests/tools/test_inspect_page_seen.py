@@ -214,6 +214,21 @@ def test_the_page_never_scrolls_sideways(
         assert len(wide) >= 2 * len(read("v5e.train").report.program.kernels)
 
 
+def test_figures_on_a_phone_have_their_titles(chromium: Browser, pages: dict[str, Path]) -> None:
+    script = """
+        const heads = [...document.querySelectorAll("#kernels-table thead tr:last-child th")];
+        const titles = heads.map((head) => `"${head.dataset.g ?? ""} ${head.innerText.trim()}"`);
+        return [...document.querySelectorAll("#kernels-table td.n")].filter((x) => x.innerText)
+          .map((x) => [titles[x.cellIndex], getComputedStyle(x, "::before").content]);
+    """
+    for name in ("one", "two"):
+        chromium.open(pages[name], width=360)
+        found = chromium.run(script)
+        assert len(found) > 20
+        for title, before in found:
+            assert before == title.replace('" ', '"')
+
+
 WIDE_CELLS = """
   [...document.querySelectorAll("td.s > div")].filter((x) => x.scrollWidth > x.clientWidth + 1)
 """.strip()
