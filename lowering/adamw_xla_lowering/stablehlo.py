@@ -58,20 +58,28 @@ def lower_leaves(
 
 
 class Tree:
-    """One equation being lowered: its parts, and what its leaves share."""
+    """One equation being lowered: its parts, what its leaves share, and how they are summed."""
 
     def __init__(
-        self, ctx: mlir.LoweringRuleContext, operands: Sequence[ir.Value], spec: UpdateSpec
+        self,
+        ctx: mlir.LoweringRuleContext,
+        operands: Sequence[ir.Value],
+        spec: UpdateSpec,
+        summing: beside.Summing | None = None,
     ) -> None:
         _check_static(ctx, spec)
-        self.ctx, self.spec = ctx, spec
+        self.ctx, self.spec, self.summing = ctx, spec, summing or beside.Summing()
         self.values, self.avals = split_operands(spec, operands), split_operands(spec, ctx.avals_in)
         self.outs, _ = split_results(spec, ctx.avals_out)
         self._rows: dict[int, ir.Value] = {}
         self._functions: dict[Any, func.FuncOp] = {}
 
     def composite(
-        self, leaf: int, values: Sequence[ir.Value] | None = None, anchor: ir.Value | None = None
+        self,
+        leaf: int,
+        values: Sequence[ir.Value] | None = None,
+        anchor: ir.Value | None = None,
+        again: ir.Value | None = None,
     ) -> list[ir.Value]:
         """The composite of one leaf.
 
@@ -79,6 +87,8 @@ class Tree:
           leaf: its index.
           values: what stands for its operands, reshaped behind the batch; None: themselves.
           anchor: an array of ones for the gradient to be multiplied by (``gpu/merge.py`` says why).
+          again: ``hyper`` as another value, by which what is summed is computed once more
+            (``gpu/sums.py`` says why).
 
         Returns:
           The results, of the shapes that ``values`` make, and behind them the leaf's sums.
@@ -89,7 +99,9 @@ class Tree:
             scalars.append(slice_at(self.values.leaf_scale, leaf))
         if anchor is not None:
             scalars.append(anchor)
-        function = self._function(leaf, [*scalars, *values])
+        if again is not None:
+            scalars.append(_row(again, self.spec.batch_rank, self.spec.groups[leaf]))
+        function = self._function(leaf, [*scalars, *values], again is not None)
         options = {name: ir.BoolAttr.get(on) for name, on in self.spec.options().items()}
         i64 = ir.IntegerType.get_signless(64)
         attributes = {
@@ -114,7 +126,7 @@ class Tree:
             self._rows[group] = _row(self.values.hyper, self.spec.batch_rank, group)
         return self._rows[group]
 
-    def _function(self, leaf: int, args: Sequence[ir.Value]) -> func.FuncOp:
+    def _function(self, leaf: int, args: Sequence[ir.Value], is_twice: bool) -> func.FuncOp:
         """The decomposition for these operands; leaves of the same types share one."""
         types = tuple(x.type for x in args)
         rank, outs = self.spec.batch_rank, self.outs[leaf]
@@ -127,9 +139,11 @@ class Tree:
             dtype = mlir.dtype_to_ir_type(compute_dtype(self.avals.leaves[leaf][0].dtype))
             is_narrow = self.avals.leaves[leaf][0].dtype == jnp.bfloat16
             loop = _Loop(shape, dtype, rank, is_narrow)
-            sums = ir.RankedTensorType.get(shape[:rank], dtype)
-            results += [sums] * len(self.spec.sum_kinds)
-            function = _decomposition(self.ctx, self.spec, loop, types, results)
+            summing = self.summing if self.spec.sums else None
+            results += summing.types(self.spec, shape, dtype) if summing else []
+            function = _decomposition(
+                self.ctx, self.spec, loop, types, results, summing, is_twice=is_twice
+            )
             self._functions[shape, types] = function
         return self._functions[shape, types]
 
@@ -195,31 +209,41 @@ def _decomposition(
     loop: _Loop,
     operands: Sequence[ir.Type],
     results: Sequence[ir.Type],
+    summing: beside.Summing | None,
+    *,
+    is_twice: bool,
 ) -> func.FuncOp:
-    """The private function of one leaf: ``(row, [scale], [anchor], leaf...) -> leaf...``."""
+    """The private function of one leaf: ``(row, [scale], [anchor], [row again], leaf...)``."""
     module, symbols = functions_of(ctx)
     with ir.InsertionPoint(module.body):
         kind = (list(operands), list(results))
         function = func.FuncOp(UPDATE_NAME, kind, visibility="private")
     symbols.insert(function)
     with ir.InsertionPoint(function.add_entry_block()):
-        row, *scales = function.arguments[: -len(spec.operand_kinds)]
-        leaf = dict(zip(spec.operand_kinds, function.arguments[1 + len(scales) :], strict=True))
-        new = _update(loop, spec, row, scales, leaf)
-        stored = [
-            _convert(new[kind], ir.RankedTensorType(result).element_type)
-            for kind, result in zip(
-                spec.result_kinds, results[: len(spec.result_kinds)], strict=True
-            )
-        ]
-        if spec.skip:
-            stored = _skip(loop, spec, row, stored, leaf)
-        sums = _sums(loop, spec, row, leaf, stored[0], new["added"]) if spec.sums else []
+        n = len(spec.operand_kinds)
+        row, *scales = function.arguments[:-n]
+        again = scales.pop() if is_twice else row
+        leaf = dict(zip(spec.operand_kinds, function.arguments[-n:], strict=True))
+
+        def made(row: ir.Value) -> tuple[list[ir.Value], dict[str, ir.Value]]:
+            new = _update(loop, spec, row, scales, leaf)
+            stored = [
+                _convert(new[kind], ir.RankedTensorType(result).element_type)
+                for kind, result in zip(spec.result_kinds, results, strict=False)
+            ]
+            return _skip(loop, spec, row, stored, leaf) if spec.skip else stored, new
+
+        stored, new = made(row)
+        sums = []
+        if summing:
+            summed, new = made(again) if is_twice else (stored, new)
+            squares = _squares(loop, spec, again, leaf, summed[0], new["added"])
+            sums = summing.made(spec, squares)
         func.ReturnOp([*stored, *sums])
     return function
 
 
-def _sums(
+def _squares(
     loop: _Loop,
     spec: UpdateSpec,
     row: ir.Value,
@@ -227,7 +251,7 @@ def _sums(
     first: ir.Value,
     added: ir.Value,
 ) -> list[ir.Value]:
-    """The leaf's sums of squares; ``first`` is its first result."""
+    """What is summed of the leaf; ``first`` is its first result."""
     if spec.skip:
         apply = loop.ops.is_set(loop.scalar(row, Slot.APPLY))
         added = hlo.select(apply, added, loop.ops.number(0.0))
@@ -235,8 +259,7 @@ def _sums(
     if spec.delta:
         params = hlo.add(loop.operand(leaf["params"]), params)
     values = {"grads": loop.operand(leaf["grads"]), "params": params, "updates": added}
-    squares = beside.squares(spec, values, loop.spread)
-    return beside.of_leaf(squares, loop.batch_rank)
+    return beside.squares(spec, values, loop.spread)
 
 
 def _update(

@@ -30,6 +30,8 @@ from .._jax_private import devices_hold_whole_operands
 from ..contract import UpdateSpec, cut_evenly, join_results
 from ..stablehlo import Tree, with_shardings
 from ..sums import beside
+from . import sums as own_sums
+from .rows import flat_shape, reshape
 
 MAX_FUSION_OPERANDS = 94
 """How many operands and results XLA:GPU was seen to let one fusion have, together."""
@@ -44,12 +46,15 @@ def lower(
     ctx: mlir.LoweringRuleContext, *operands: ir.Value, spec: UpdateSpec
 ) -> Sequence[ir.Value]:
     """Lowers the whole tree, in groups of leaves that XLA:GPU will merge."""
-    tree = Tree(ctx, operands, spec)
     flatten = devices_hold_whole_operands(ctx)  # elsewhere it could move shards
+    is_summed = flatten and spec.sums == "tree" and spec.batch_rank == 0
+    tree = Tree(ctx, operands, spec, own_sums.Pairs() if is_summed else None)
     results: list[Sequence[ir.Value]] = [()] * spec.num_leaves
     sums: list[Sequence[ir.Value]] = [()] * spec.num_leaves
+    partial: list[Sequence[ir.Value]] = []
     for index, group in enumerate(_groups(tree, flatten)):
         ones = anchor(index, spec.batch_rank) if len(group) > 1 else None
+        again = own_sums.again(tree, group[0], index) if is_summed else None
         for leaf in group:
             # A leaf by itself gains nothing; and a reshape would keep XLA from making one
             # sum of the caller's and of that which the average is taken of.
@@ -57,13 +62,17 @@ def lower(
                 flat = [
                     reshape(x, flat_shape(x, spec.batch_rank)) for x in tree.values.leaves[leaf]
                 ]
-                new = tree.composite(leaf, flat, ones)
+                new = tree.composite(leaf, flat, ones, again)
             else:
-                new = tree.composite(leaf, anchor=ones)
+                new = tree.composite(leaf, anchor=ones, again=again)
             avals = tree.outs[leaf]
             new, sums[leaf] = new[: len(avals)], new[len(avals) :]
             shaped = [reshape(x, a.shape) for x, a in zip(new, avals, strict=True)]
             results[leaf] = with_shardings(ctx, shaped, avals)
+        if is_summed:
+            partial.append(own_sums.of_group([sums[leaf] for leaf in group]))
+    if is_summed:
+        return join_results(results, own_sums.result(ctx, spec, partial))
     return join_results(results, beside.result(ctx, spec, sums) if spec.sums else None)
 
 
@@ -75,7 +84,7 @@ def _groups(tree: Tree, flatten: bool) -> Iterator[Sequence[int]]:
         kind: Any = tuple((x.dtype, math.prod(x.shape)) for x in row)
         alike.setdefault(kind if flatten else (kind, row[0].sharding.spec), []).append(leaf)
     streams = len(spec.operand_kinds) + len(spec.result_kinds)
-    shared = 1 + spec.leaf_scale + _num_traced(tree.values.hyper)
+    shared = 1 + spec.leaf_scale + _num_traced(tree.values.hyper) + len(spec.sum_kinds) // 2
     longest = max((MAX_FUSION_OPERANDS - shared) // streams, 1)
     for leaves in alike.values():
         size = math.prod(tree.avals.leaves[leaves[0]][0].shape)
@@ -97,17 +106,3 @@ def anchor(index: int, batch_rank: int) -> ir.Value:
     array = np.array([1.0, index + 2.0], np.float32).reshape((1,) * batch_rank + (2,))
     constant = hlo.constant(ir.DenseElementsAttr.get(array))
     return hlo.OptimizationBarrierOp([constant]).results[0]
-
-
-def flat_shape(x: ir.Value, batch_rank: int) -> list[int]:
-    """The shape of ``x`` with one dimension behind the batch."""
-    shape = ir.RankedTensorType(x.type).shape
-    return [*shape[:batch_rank], math.prod(shape[batch_rank:])]
-
-
-def reshape(x: ir.Value, shape: Sequence[int]) -> ir.Value:
-    """``x`` of another shape; itself if it has that shape."""
-    kind = ir.RankedTensorType(x.type)
-    if list(kind.shape) == list(shape):
-        return x
-    return hlo.reshape(ir.RankedTensorType.get(list(shape), kind.element_type), x)

@@ -8,7 +8,6 @@ summed takes the scale afterwards.
 
 from collections.abc import Callable, Iterable, Sequence
 import functools
-import itertools
 from typing import Any
 
 from jax.extend.mlir import ir
@@ -29,8 +28,8 @@ from ..norm_stablehlo import (
     units,
 )
 from ..stablehlo import slice_at
-from .merge import flat_shape, reshape
 from .norm_kernel import partial_sums, split_parts, squeezed
+from .rows import MIN_ROW, flat_shape, reshape, row_length, thinned
 
 MAX_MERGED_SUMMANDS = 80
 """Fewer than ``gpu.MAX_FUSION_OPERANDS``, with room for what else a fusion reads and makes."""
@@ -38,20 +37,8 @@ MAX_MERGED_SUMMANDS = 80
 MAX_UNSUMMED = 1000
 """So many squares are as well left to the last reduction: that saves kernels for 4 kB each."""
 
-MAX_ROW = 8192
-"""XLA:GPU splits longer row reductions into two kernels."""
-
-MIN_ROWS = 256
-"""With fewer, XLA:GPU would not fuse what makes the rows: too few blocks for a device."""
-
 MIN_FOLDED_ROWS = 1024
 """Up to eight rows that are far apart are added by one kernel too, if so many sums are left."""
-
-MIN_THINNED = 512
-"""So few sums need not be made fewer before the last reduction, which adds 8,192 as fast."""
-
-MIN_ROW = 128
-"""Shorter rows are worse than the compiler's own two stages."""
 
 
 def lower(
@@ -95,21 +82,10 @@ def lower_merged(
     if r == 0:
         # One reduction of all partial sums, in place of a second stage for each group; the
         # barrier keeps the compiler from merging the stages and splitting them its own way.
-        whole = hlo.concatenate([squeezed(_thinned(x)) for x in partial], axis(0))
+        whole = hlo.concatenate([squeezed(thinned(x)) for x in partial], axis(0))
         partial = [split_parts(hlo.OptimizationBarrierOp([whole]).results[0])]
     sums = [reduce(x, r, aval_out.shape) for x in partial]
     return _finish(ctx, [_scaled(x, scale, r) for x in sums], spec)
-
-
-def _thinned(x: ir.Value) -> ir.Value:
-    """[n] -> [k] with the same sum and a smaller k, by whatever kernel reads it."""
-    kind = ir.RankedTensorType(x.type)
-    (n,) = kind.shape
-    k = next((k for k in range(8, 1, -1) if n % k == 0 and n // k >= MIN_THINNED), 1)
-    ones = mlir.dense_int_array([1])
-    bounds = [mlir.dense_int_array([i * (n // k)]) for i in range(k + 1)]
-    parts = [hlo.slice(x, low, high, ones) for low, high in itertools.pairwise(bounds)]
-    return functools.reduce(hlo.add, parts)
 
 
 def _squares(
@@ -162,12 +138,11 @@ def _partly_summed(x: ir.Value, batch_rank: int) -> ir.Value:
     """[*batch, n] -> [*batch, k] with the same sum and a smaller k, by one kernel."""
     kind = ir.RankedTensorType(x.type)
     *batch, n = kind.shape
-    longest = min(max(n // MIN_ROWS, MIN_ROW), MAX_ROW)
-    columns = next((c for c in range(longest, 0, -1) if n % c == 0), 1)
-    if n <= MAX_UNSUMMED or columns < MIN_ROW:
+    row = row_length(n)
+    if n <= MAX_UNSUMMED or row < MIN_ROW:
         return x
-    rows = n // columns
+    rows = n // row
     fold = next((k for k in range(8, 1, -1) if rows % k == 0 and rows // k >= MIN_FOLDED_ROWS), 1)
-    folded = ir.RankedTensorType.get([*batch, fold, rows // fold, columns], kind.element_type)
+    folded = ir.RankedTensorType.get([*batch, fold, rows // fold, row], kind.element_type)
     dims = (batch_rank, batch_rank + 2)
     return sum_over(hlo.reshape(folded, x), dims)
