@@ -35,8 +35,6 @@ def unfused(spec: UpdateSpec) -> str | None:
     """Why a kernel would cost more than it saves; None if it does not."""
     # The caller's addition would be a second pass over memory behind the call; XLA fuses
     # it into the loop that makes the change, and so moves no more bytes.
-    if spec.sums:
-        return "sums of squares beside the update are StableHLO's"
     if spec.delta:
         return "updates that are yet to be added to the params are better fused by XLA"
     return None

@@ -18,6 +18,7 @@
 #include "dtypes.h"
 #include "formats.h"
 #include "slice.h"
+#include "sums.h"
 
 namespace adamw::ADAMW_ISA {
 
@@ -41,12 +42,13 @@ enum class Rounding { kNearest, kStochastic, kSplit };
 struct Operands {
   const void* in[kNumKinds];
   void* out[kNumKinds];
+  void* sums;  // Lanes of the compute type, to be added to; or null
 };
 
 // With kFew no gradient has a leaf's scale, is clipped or stepped along, no constant is under the
 // root and no decay is left out: then what is left out here changes nothing.
-template <typename C, typename P, typename G, State kState, Rounding kRounding, bool kWithEma,
-          bool kFew = false>
+template <typename C, typename P, typename G, State kState, Rounding kRounding, bool kWithSums,
+          bool kWithEma, bool kFew = false>
 void UpdateLoop(const Slice& slice, int64_t n, const Operands& x) {
   constexpr bool kRandom = kState == State::kWords || kRounding == Rounding::kStochastic;
   const auto slot = [&slice](Slot which) { return static_cast<C>(slice.slots[which]); };
@@ -80,8 +82,8 @@ void UpdateLoop(const Slice& slice, int64_t n, const Operands& x) {
   uint16_t* const words_out = static_cast<uint16_t*>(x.out[kWords]);
   int16_t* const remainder_out = static_cast<int16_t*>(x.out[kRemainder]);
 
-  ADAMW_VECTORIZE
-  for (int64_t i = 0; i < n; ++i) {
+  const auto element = [&](int64_t i, [[maybe_unused]] C& g_sum, [[maybe_unused]] C& p_sum,
+                           [[maybe_unused]] C& added_sum) __attribute__((always_inline)) {
     const C grad = Widen(g_in[i]);
     C p;
     if constexpr (kRounding == Rounding::kSplit) {
@@ -115,11 +117,14 @@ void UpdateLoop(const Slice& slice, int64_t n, const Operands& x) {
     const C step = along / (Sqrt(w) * v_correction + epsilon);
     C decay = decay_rate * p;
     if constexpr (!kFew) decay = p * step < opposed ? C{0} : decay;
+    [[maybe_unused]] const C old = p;
     p = p - (decay + step);
+    [[maybe_unused]] C added = decay + step;
     if constexpr (kWithEma) {
       const C ema = momentum * ema_in[i] + one_minus_momentum * p;
       ema_out[i] = ema;
       p = overwrite ? ema : p;
+      added = overwrite ? ema - old : added;
     }
     if constexpr (kState == State::kWords) {
       words_out[i] = words.Encode({m, v}, random);
@@ -127,14 +132,46 @@ void UpdateLoop(const Slice& slice, int64_t n, const Operands& x) {
       m_out[i] = m;
       v_out[i] = v;
     }
-    if constexpr (kRounding == Rounding::kSplit) {
-      p_out[i] = ParamOf(p);
-      remainder_out[i] = RemainderOf(p);
-    } else if constexpr (kRounding == Rounding::kStochastic) {
-      p_out[i] = RoundAtRandom(p, random);
+    if constexpr (kRounding == Rounding::kSplit) remainder_out[i] = RemainderOf(p);
+    if constexpr (sizeof(P) == sizeof(C)) {
+      p_out[i] = p;
     } else {
-      p_out[i] = Narrow<P>(p);
+      uint32_t rounded;
+      if constexpr (kRounding == Rounding::kSplit) {
+        rounded = ParamOf(p);
+      } else if constexpr (kRounding == Rounding::kStochastic) {
+        rounded = RoundAtRandom(p, random);
+      } else {
+        rounded = RoundToBF16(p);
+      }
+      p_out[i] = UpperHalf(rounded);
+      if constexpr (kWithSums) p = FloatOf(rounded & kHigh);
     }
+    if constexpr (kWithSums) {
+      g_sum += grad * grad;
+      p_sum += p * p;
+      added_sum += added * added;
+    }
+  };
+  if constexpr (kWithSums) {
+    Lanes<C>& sums = *static_cast<Lanes<C>*>(x.sums);
+    Lanes<C> own = sums;
+    int64_t start = 0;
+    for (; start + kLanes <= n; start += kLanes) {
+      ADAMW_VECTORIZE
+      for (int lane = 0; lane < kLanes; ++lane) {
+        element(start + lane, own.grads[lane], own.params[lane], own.updates[lane]);
+      }
+    }
+    ADAMW_VECTORIZE
+    for (int lane = 0; lane < n - start; ++lane) {
+      element(start + lane, own.grads[lane], own.params[lane], own.updates[lane]);
+    }
+    sums = own;
+  } else {
+    C none = 0;
+    ADAMW_VECTORIZE
+    for (int64_t i = 0; i < n; ++i) element(i, none, none, none);
   }
 }
 
@@ -147,25 +184,27 @@ inline bool HasFew(const Slice& slice) {
 
 using Loop = void (*)(const Slice&, int64_t, const Operands&);
 
-template <typename C, typename P, typename G, Rounding kRounding>
+template <typename C, typename P, typename G, Rounding kRounding, bool kWithSums>
 Loop Choose(const Slice& slice) {
   const bool ema = slice.in[kEma] != nullptr;
+  // Words and sums bind loops by their operations; the others are bound by memory.
+  const bool few = !ema && HasFew(slice);
   if (slice.in[kWords] != nullptr) {
     if constexpr (sizeof(C) == sizeof(float)) {
-      // These loops are bound by their operations; the others by memory.
-      if (!ema && HasFew(slice)) {
-        return UpdateLoop<C, P, G, State::kWords, kRounding, false, true>;
-      }
-      return ema ? UpdateLoop<C, P, G, State::kWords, kRounding, true>
-                 : UpdateLoop<C, P, G, State::kWords, kRounding, false>;
+      if (few) return UpdateLoop<C, P, G, State::kWords, kRounding, kWithSums, false, true>;
+      return ema ? UpdateLoop<C, P, G, State::kWords, kRounding, kWithSums, true>
+                 : UpdateLoop<C, P, G, State::kWords, kRounding, kWithSums, false>;
     }
   }
   if (slice.in[kVMax] != nullptr) {
-    return ema ? UpdateLoop<C, P, G, State::kAmsgrad, kRounding, true>
-               : UpdateLoop<C, P, G, State::kAmsgrad, kRounding, false>;
+    return ema ? UpdateLoop<C, P, G, State::kAmsgrad, kRounding, kWithSums, true>
+               : UpdateLoop<C, P, G, State::kAmsgrad, kRounding, kWithSums, false>;
   }
-  return ema ? UpdateLoop<C, P, G, State::kPlain, kRounding, true>
-             : UpdateLoop<C, P, G, State::kPlain, kRounding, false>;
+  if constexpr (kWithSums) {
+    if (few) return UpdateLoop<C, P, G, State::kPlain, kRounding, true, false, true>;
+  }
+  return ema ? UpdateLoop<C, P, G, State::kPlain, kRounding, kWithSums, true>
+             : UpdateLoop<C, P, G, State::kPlain, kRounding, kWithSums, false>;
 }
 
 constexpr DType DTypeOf(double) { return DType::kF64; }
@@ -173,41 +212,72 @@ constexpr DType DTypeOf(float) { return DType::kF32; }
 constexpr DType DTypeOf(BF16) { return DType::kBF16; }
 
 // What the loop does not take as it is stored passes through scratch, in the compute type.
-template <typename C, typename P, typename G, Rounding kRounding>
-void UpdateAs(const Slice& slice) {
-  constexpr int64_t kBlock = 256;
-  alignas(64) C scratch[kNumKinds][kBlock];
-  DType taken[kNumKinds];
-  for (DType& dtype : taken) dtype = DTypeOf(C{});
-  taken[kParams] = DTypeOf(P{});
-  taken[kGrads] = DTypeOf(G{});
-  taken[kWords] = DType::kBF16;
-  taken[kRemainder] = DType::kI16;
-  bool direct = true;
-  for (int k = 0; k < kNumKinds; ++k) {
-    direct &= slice.in[k] == nullptr || slice.dtype[k] == taken[k];
-  }
-  const Loop loop = Choose<C, P, G, kRounding>(slice);
-  const int64_t block = direct ? slice.size : kBlock;
-  for (int64_t start = 0; start < slice.size; start += block) {
-    const int64_t n = slice.size - start < block ? slice.size - start : block;
-    Operands x = {};
+template <typename C, typename P, typename G>
+class Pass {
+ public:
+  explicit Pass(const Slice& slice) : slice_(slice) {
+    for (DType& dtype : taken_) dtype = DTypeOf(C{});
+    taken_[kParams] = DTypeOf(P{});
+    taken_[kGrads] = DTypeOf(G{});
+    taken_[kWords] = DType::kBF16;
+    taken_[kRemainder] = DType::kI16;
     for (int k = 0; k < kNumKinds; ++k) {
-      if (slice.in[k] == nullptr) continue;
-      if (slice.dtype[k] == taken[k]) {
-        const int64_t bytes = start * BytesOf(taken[k]);
-        x.in[k] = static_cast<const char*>(slice.in[k]) + bytes;
-        if (slice.out[k] != nullptr) x.out[k] = static_cast<char*>(slice.out[k]) + bytes;
+      direct_ &= slice.in[k] == nullptr || slice.dtype[k] == taken_[k];
+    }
+  }
+
+  // Elements [start, end); adds to the sums, if there are some.
+  void Run(Loop loop, int64_t start, int64_t end, Lanes<C>* sums) {
+    const int64_t block = direct_ ? end - start : kBlock;
+    for (; start < end; start += block) {
+      RunBlock(loop, start, end - start < block ? end - start : block, sums);
+    }
+  }
+
+ private:
+  static constexpr int64_t kBlock = 256;
+
+  void RunBlock(Loop loop, int64_t start, int64_t n, Lanes<C>* sums) {
+    Operands x = {};
+    x.sums = sums;
+    for (int k = 0; k < kNumKinds; ++k) {
+      if (slice_.in[k] == nullptr) continue;
+      if (slice_.dtype[k] == taken_[k]) {
+        const int64_t bytes = start * BytesOf(taken_[k]);
+        x.in[k] = static_cast<const char*>(slice_.in[k]) + bytes;
+        if (slice_.out[k] != nullptr) x.out[k] = static_cast<char*>(slice_.out[k]) + bytes;
       } else {
-        Load(slice.dtype[k], slice.in[k], start, n, scratch[k]);
-        x.in[k] = x.out[k] = scratch[k];
+        Load(slice_.dtype[k], slice_.in[k], start, n, scratch_[k]);
+        x.in[k] = x.out[k] = scratch_[k];
       }
     }
-    loop(slice, n, x);
+    loop(slice_, n, x);
     for (int k = 0; k < kNumKinds; ++k) {
-      if (slice.out[k] == nullptr || slice.dtype[k] == taken[k]) continue;
-      Store(slice.dtype[k], scratch[k], start, n, slice.out[k]);
+      if (slice_.out[k] == nullptr || slice_.dtype[k] == taken_[k]) continue;
+      Store(slice_.dtype[k], scratch_[k], start, n, slice_.out[k]);
     }
+  }
+
+  alignas(64) C scratch_[kNumKinds][kBlock];
+  const Slice& slice_;
+  DType taken_[kNumKinds];
+  bool direct_ = true;
+};
+
+template <typename C, typename P, typename G, Rounding kRounding>
+void UpdateAs(const Slice& slice) {
+  Pass<C, P, G> pass(slice);
+  if (slice.squares == nullptr) {
+    pass.Run(Choose<C, P, G, kRounding, false>(slice), 0, slice.size, nullptr);
+    return;
+  }
+  const Loop loop = Choose<C, P, G, kRounding, true>(slice);
+  Squares* squares = slice.squares;
+  for (int64_t start = 0, n; start < slice.size; start += n) {
+    n = LeftOfBlock(slice, start);
+    Lanes<C> sums = {};
+    pass.Run(loop, start, start + n, &sums);
+    *squares++ = SquaresOf<C>(slice, start, n, sums);
   }
 }
 
@@ -221,7 +291,10 @@ void UpdateNarrow(const Slice& slice) {
 }
 
 inline void Update(const Slice& slice) {
-  if (slice.dtype[kParams] == DType::kF64) {
+  const bool wide = slice.dtype[kParams] == DType::kF64;
+  if (slice.kept) {
+    wide ? SumKept<double>(slice) : SumKept<float>(slice);
+  } else if (wide) {
     UpdateAs<double, double, double, Rounding::kNearest>(slice);
   } else if (slice.dtype[kParams] != DType::kBF16) {
     UpdateAs<float, float, float, Rounding::kNearest>(slice);

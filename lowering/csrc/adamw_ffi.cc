@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "isa.h"
+#include "isa/isa.h"
 #include "parallel.h"
 #include "tree.h"
 #include "xla/ffi/api/ffi.h"
@@ -55,9 +55,10 @@ ffi::Error UpdateLeaves(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rema
   if (ema) kinds.push_back(kEma);
   if (split_master) kinds.push_back(kRemainder);
   const std::size_t n = leaves.size(), first = 1 + leaf_scale;
+  const bool sums = tree_sums || leaf_sums;
   // Operands behind the leaves are only waited for: see cpu/kernel.py.
   if (groups.size() != n || args.size() < first + n * kinds.size() ||
-      rets.size() != n * (kinds.size() - 1)) {
+      rets.size() != n * (kinds.size() - 1) + sums) {
     return ffi::Error::InvalidArgument("adamw_xla: the operands do not fit the attributes");
   }
   const auto arg = [&](std::size_t i) { return *args.get<ffi::AnyBuffer>(i); };
@@ -98,16 +99,21 @@ ffi::Error UpdateLeaves(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Rema
     }
   }
 
-  const Tree work(scalars, std::move(tree));
-  const bool alone = work.size() < kMinParallel;
+  Tree work(scalars, std::move(tree));
+  const bool alone = work.elements() < kMinParallel;
   const std::int64_t threads = alone ? 1 : std::max<std::int64_t>(pool.num_threads(), 1);
   const std::int64_t even = work.size() / (threads * kChunksPerThread);
   const std::int64_t chunk =
-      std::clamp(even, kMinChunk, kMaxChunk) / Tree::kGrain * Tree::kGrain;
+      std::clamp(even, kMinChunk, kMaxChunk) / work.grain() * work.grain();
   const UpdateFn update = BestIsa().update;
   ParallelFor((work.size() + chunk - 1) / chunk, threads - 1,
               [&pool](auto task) { pool.Schedule(std::move(task)); },
               [&](std::int64_t i) { work.Update(i * chunk, (i + 1) * chunk, update); });
+  if (sums) {
+    // [*batch, kinds] or [*batch, leaves, kinds], float64.
+    const ffi::AnyBuffer out = **rets.get<ffi::AnyBuffer>(rets.size() - 1);
+    work.WriteSums(out.dimensions().begin(), out.typed_data<double>());
+  }
   return ffi::Error::Success();
 }
 

@@ -65,19 +65,26 @@ inline float Widen(F16 x) {
   return FloatOf(sign | (magnitude < 0x7c00u ? finite : special));
 }
 
+constexpr uint32_t kHigh = 0xffff0000u;
+
+inline BF16 UpperHalf(uint32_t bits) { return BF16{static_cast<uint16_t>(bits >> 16)}; }
+
+// To nearest, ties to even, in the upper half; a NaN stays one.
+inline uint32_t RoundToBF16(float x) {
+  const uint32_t bits = BitsOf(x);
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return is_nan ? bits | 0x400000u : rounded;
+}
+
 template <typename T, typename C>
 inline T Narrow(C x) {
   return static_cast<T>(x);
 }
 
-// Round to nearest, ties to even; a NaN stays one.
 template <>
 inline BF16 Narrow<BF16>(float x) {
-  const uint32_t bits = BitsOf(x);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t quiet = (bits >> 16) | 0x40u;
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return BF16{static_cast<uint16_t>(is_nan ? quiet : rounded)};
+  return UpperHalf(RoundToBF16(x));
 }
 
 template <>

@@ -11,7 +11,7 @@
 
 namespace adamw::ADAMW_ISA {
 
-constexpr uint32_t kSign = 0x80000000u, kHigh = 0xffff0000u;
+constexpr uint32_t kSign = 0x80000000u;
 constexpr int32_t kInfinity = 0x7f800000;
 
 inline int32_t SizeOf(uint32_t bits) { return static_cast<int32_t>(bits & ~kSign); }
@@ -123,13 +123,13 @@ inline uint32_t SaltOf(float step) { return BitsOf(step) * 0x85ebca6bu; }
 
 // ---------------------------------------------------------------------- narrow params
 
-// One of the two numbers beside x; what is finite stays finite, and infinities and NaN, which
-// arithmetic makes quiet, stay.
-inline BF16 RoundAtRandom(float x, uint32_t random) {
+// One of the two numbers beside x, in the upper half; what is finite stays finite, and infinities
+// and NaN, which arithmetic makes quiet, stay.
+inline uint32_t RoundAtRandom(float x, uint32_t random) {
   const uint32_t bits = BitsOf(x), size = bits & ~kSign;
   const uint32_t up = size + (random * 0x2c1b3c6du >> 16);
   const uint32_t rounded = Least(up, Most(size, 0x7f7fffffu));
-  return BF16{static_cast<uint16_t>((rounded | (bits & kSign)) >> 16)};
+  return rounded | (bits & kSign);
 }
 
 // The master of a param and its remainder.
@@ -142,8 +142,8 @@ inline float Join(BF16 param, int16_t remainder) {
   return FloatOf(size > kInfinity ? bits : bits + static_cast<uint32_t>(low));
 }
 
-// The nearest number, ties away from 0, and what is left: two functions, since GCC would
-// make one word of a struct of both, and no vectors.
+// The nearest number, ties away from 0, in the upper half, and what is left: two functions, since
+// GCC would make one word of a struct of both, and no vectors.
 inline uint32_t Unsplit(float master) {
   const uint32_t bits = BitsOf(master);
   return SizeOf(bits) < 0x00800000 ? bits & kSign : bits;
@@ -151,10 +151,9 @@ inline uint32_t Unsplit(float master) {
 
 inline uint32_t HighOf(uint32_t bits) { return (bits + 0x8000u) & kHigh; }
 
-inline BF16 ParamOf(float master) {
+inline uint32_t ParamOf(float master) {
   const uint32_t bits = Unsplit(master);
-  const uint32_t high = SizeOf(bits) > kInfinity ? bits | 0x400000u : HighOf(bits);
-  return BF16{static_cast<uint16_t>(high >> 16)};
+  return SizeOf(bits) > kInfinity ? bits | 0x400000u : HighOf(bits);
 }
 
 inline int16_t RemainderOf(float master) {

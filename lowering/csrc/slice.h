@@ -21,10 +21,11 @@ namespace adamw {
 enum Slot { ADAMW_SLOTS(ADAMW_ENUMERATOR) kNumSlots };
 #undef ADAMW_ENUMERATOR
 
-// What kind of update it is, in the order of contract.UpdateSpec; likewise.
+// What kind of update it is, in the order of library.attributes; likewise.
 #define ADAMW_OPTIONS(X)                                                        \
   X(amsgrad) X(ema) X(ema_overwrite) X(clip_value) X(skip) X(epsilon_root)      \
-  X(nesterov) X(cautious) X(words) X(stochastic) X(split_master) X(delta) X(leaf_scale)
+  X(nesterov) X(cautious) X(words) X(stochastic) X(split_master) X(delta) X(leaf_scale) \
+  X(tree_sums) X(leaf_sums) X(grad_sums)
 
 #define ADAMW_FIELD(name) bool name;
 struct Options { ADAMW_OPTIONS(ADAMW_FIELD) };
@@ -34,6 +35,15 @@ struct Options { ADAMW_OPTIONS(ADAMW_FIELD) };
 enum Kind { kParams, kGrads, kM, kV, kWords, kVMax, kEma, kRemainder, kNumKinds };
 
 enum class DType : std::uint8_t { kBF16, kF16, kF32, kF64, kI16 };
+
+// Sums of squares over some elements of a leaf; the small gradients' are those of a unit times them.
+struct Squares {
+  double grads, small_grads, params, updates;
+};
+
+// A leaf is summed in blocks of so many elements, counted from its first, each row by itself: so
+// sums depend on no chunk. Of float32, blocks of 1,024 cost 10 % of the time in the cache.
+constexpr std::int64_t kSumBlock = 8192;
 
 // Consecutive elements of one leaf that read one row of hyper.
 struct Slice {
@@ -47,6 +57,12 @@ struct Slice {
   double leaf_scale;
   double opposed;   // a product of param and step below it lets nothing decay
   bool stochastic;  // of Options
+  bool kept;        // nothing is to be updated, only summed
+  // What sums there are: one for each block that the slice has a part of, or null.
+  Squares* squares;
+  std::int64_t before;  // elements of the first block that are not the slice's
+  bool grad_sums;       // of Options
+  double small_unit;    // see contract.small_unit
 };
 
 using UpdateFn = void (*)(const Slice&);

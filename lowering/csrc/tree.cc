@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <limits>
+#include <numeric>
 #include <utility>
 
 #if defined(__SSE__)
@@ -75,29 +77,38 @@ bool SameBatch(const std::int64_t* a, const std::int64_t* b, int rank) {
 }  // namespace
 
 Tree::Tree(const Scalars& scalars, std::vector<Leaf> leaves)
-    : scalars_(scalars), leaves_(std::move(leaves)) {
+    : scalars_(scalars),
+      sums_(scalars.options.tree_sums || scalars.options.leaf_sums),
+      leaves_(std::move(leaves)) {
   const int rank = scalars_.batch_rank;
   const auto is_one = [rank](const Operand& x) {
     return x.data == nullptr || std::all_of(x.batch, x.batch + rank, [](auto n) { return n == 1; });
   };
   const bool one_row = is_one(scalars_.hyper) && is_one(scalars_.leaf_scale);
   ends_.reserve(leaves_.size());
-  std::int64_t end = 0;
+  std::int64_t end = 0, pieces = 0;
   for (Leaf& leaf : leaves_) {
     const auto is_full = [&](const Operand& x) {
       return x.data == nullptr || SameBatch(x.batch, leaf.batch, rank);
     };
-    // A batch that shares its scalars and repeats nothing is just a larger leaf.
-    if (one_row && std::all_of(leaf.in, leaf.in + kNumKinds, is_full)) {
+    // A batch that shares its scalars and repeats nothing is just a larger leaf; but each of
+    // its members has sums of its own.
+    if (!sums_ && one_row && std::all_of(leaf.in, leaf.in + kNumKinds, is_full)) {
       leaf.size *= leaf.rows;
       leaf.rows = std::min<std::int64_t>(leaf.rows, 1);
     }
-    end += (leaf.rows * leaf.size + kGrain - 1) / kGrain * kGrain;
+    const std::int64_t elements = leaf.rows * leaf.size;
+    end += (elements + grain() - 1) / grain() * grain();
     ends_.push_back(end);
+    elements_ += elements;
+    if (!sums_) continue;
+    firsts_.push_back(pieces);
+    pieces += leaf.rows + elements / kSumBlock + 1;
   }
+  squares_.resize(pieces);
 }
 
-void Tree::Update(std::int64_t begin, std::int64_t end, UpdateFn update) const {
+void Tree::Update(std::int64_t begin, std::int64_t end, UpdateFn update) {
   const FlushSubnormals flush;
   auto it = std::upper_bound(ends_.begin(), ends_.end(), begin);
   for (; it != ends_.end() && begin < end; begin = *it++) {
@@ -105,15 +116,17 @@ void Tree::Update(std::int64_t begin, std::int64_t end, UpdateFn update) const {
     const Leaf& leaf = leaves_[i];
     const std::int64_t start = i == 0 ? 0 : ends_[i - 1];
     const std::int64_t stop = std::min(end - start, leaf.rows * leaf.size);
-    UpdateLeaf(leaf, begin - start, stop, update);
+    UpdateLeaf(i, begin - start, stop, update);
   }
 }
 
-void Tree::UpdateLeaf(const Leaf& leaf, std::int64_t begin, std::int64_t end,
-                      UpdateFn update) const {
-  Slice slice;
+void Tree::UpdateLeaf(std::size_t i, std::int64_t begin, std::int64_t end, UpdateFn update) {
+  const Leaf& leaf = leaves_[i];
+  Slice slice = {};
   std::copy(leaf.dtype, leaf.dtype + kNumKinds, slice.dtype);
   slice.stochastic = scalars_.options.stochastic;
+  slice.grad_sums = scalars_.options.grad_sums;
+  slice.small_unit = scalars_.wide ? 0x1p-532 : 0x1p-84;
   const double infinity = std::numeric_limits<double>::infinity();
   slice.opposed = scalars_.options.cautious ? 0.0 : -infinity;
   const bool narrow = leaf.dtype[kParams] == DType::kBF16;
@@ -133,13 +146,55 @@ void Tree::UpdateLeaf(const Leaf& leaf, std::int64_t begin, std::int64_t end,
       }
       if (leaf.out[k] != nullptr) slice.out[k] = static_cast<char*>(leaf.out[k]) + begin * bytes;
     }
-    if (SetScalars(leaf, row, slice)) {
-      update(slice);
-      if (!narrow) Keep(slice, kRemainder);
-    } else {
-      for (int k = 0; k < kNumKinds; ++k) Keep(slice, static_cast<Kind>(k));
+    if (sums_) {
+      slice.squares = &squares_[firsts_[i] + row + begin / kSumBlock];
+      slice.before = begin % kSumBlock;
     }
+    slice.kept = !SetScalars(leaf, row, slice);
+    if (slice.kept) {
+      for (int k = 0; k < kNumKinds; ++k) Keep(slice, static_cast<Kind>(k));
+    } else if (!narrow) {
+      Keep(slice, kRemainder);
+    }
+    if (sums_ || !slice.kept) update(slice);
     begin += slice.size;
+  }
+}
+
+Squares Tree::RowSquares(std::size_t i, std::int64_t row) const {
+  Squares total = {};
+  const std::int64_t size = leaves_[i].size, begin = row * size, end = begin + size;
+  const Squares* const pieces = squares_.data() + firsts_[i] + row;
+  for (std::int64_t b = begin / kSumBlock; b * kSumBlock < end; ++b) {
+    total.grads += pieces[b].grads;
+    total.small_grads += pieces[b].small_grads;
+    total.params += pieces[b].params;
+    total.updates += pieces[b].updates;
+  }
+  return total;
+}
+
+void Tree::WriteSums(const std::int64_t* batch, double* out) const {
+  const int rank = scalars_.batch_rank;
+  const Options& options = scalars_.options;
+  const int kinds = options.grad_sums ? 4 : 2;
+  const std::int64_t rows =
+      std::accumulate(batch, batch + rank, std::int64_t{1}, std::multiplies<>());
+  for (std::int64_t row = 0; row < rows; ++row) {
+    if (options.tree_sums) std::fill_n(out, kinds, 0.0);
+    for (std::size_t i = 0; i < leaves_.size(); ++i) {
+      if (options.leaf_sums) std::fill_n(out, kinds, 0.0);
+      const Squares own = RowSquares(i, RowOf(row, batch, leaves_[i].batch, rank));
+      double* to = out;
+      if (options.grad_sums) {
+        *to++ += own.grads;
+        *to++ += own.small_grads;
+      }
+      *to++ += own.params;
+      *to++ += own.updates;
+      if (options.leaf_sums) out = to;
+    }
+    if (options.tree_sums) out += kinds;
   }
 }
 

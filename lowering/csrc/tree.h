@@ -44,19 +44,34 @@ class Tree {
   // How many elements there are to chunk, padding between leaves included.
   std::int64_t size() const { return ends_.empty() ? 0 : ends_.back(); }
 
-  // Updates elements [begin, end) of the range.
-  void Update(std::int64_t begin, std::int64_t end, UpdateFn update) const;
+  // How many elements there are.
+  std::int64_t elements() const { return elements_; }
 
-  // Chunk boundaries at multiples of this stay at whole cache lines within each leaf.
-  static constexpr std::int64_t kGrain = 64;
+  // Chunk boundaries at multiples of this stay at whole cache lines within each leaf, and at
+  // whole blocks of its sums.
+  std::int64_t grain() const { return sums_ ? kSumBlock : 64; }
+
+  // Updates elements [begin, end) of the range.
+  void Update(std::int64_t begin, std::int64_t end, UpdateFn update);
+
+  // Once all are updated, writes the sums: [*batch, kinds] of the whole tree, or
+  // [*batch, leaves, kinds], where each leaf's batch repeats within `batch`.
+  void WriteSums(const std::int64_t* batch, double* out) const;
 
  private:
-  void UpdateLeaf(const Leaf& leaf, std::int64_t begin, std::int64_t end, UpdateFn update) const;
+  void UpdateLeaf(std::size_t i, std::int64_t begin, std::int64_t end, UpdateFn update);
   bool SetScalars(const Leaf& leaf, std::int64_t row, Slice& slice) const;
+  Squares RowSquares(std::size_t i, std::int64_t row) const;
 
   const Scalars scalars_;
+  const bool sums_;
   std::vector<Leaf> leaves_;
   std::vector<std::int64_t> ends_;  // where each leaf ends in the range
+  std::int64_t elements_ = 0;
+  // A leaf's rows and blocks cut it up, and its squares are those of the pieces: that of row r
+  // and block b is the one at r + b, behind the leaf's first.
+  std::vector<Squares> squares_;
+  std::vector<std::int64_t> firsts_;
 };
 
 }  // namespace adamw

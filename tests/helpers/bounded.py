@@ -88,6 +88,19 @@ class Bounded:
         value = np.clip(self.value, -bound.value, bound.value)
         return self._like(value, np.maximum(self.error, bound.error))
 
+    def sum_of_squares(self, roundings: float) -> Bounded:
+        """Over all elements, where each square meets at most so many roundings, its own included.
+
+        Nothing is negative: so each rounding is off by half a unit in the last place of the sum
+        at most. Squares that are subnormal are flushed.
+        """
+        kind = np.finfo(self.arithmetic)
+        squares = np.square(np.abs(self.value) + self.error)
+        value = np.sum(np.square(self.value))
+        off = np.sum(squares) * np.expm1(roundings * np.log1p(float(kind.eps) / 2))
+        off += self.value.size * float(kind.tiny)
+        return self._like(value, np.sum(squares) - value + off)
+
     def _like(self, value: Array, error: Array) -> Bounded:
         return dataclasses.replace(self, value=value, error=_finite(value, error))
 

@@ -130,18 +130,22 @@ def expected(
     nesterov: bool = False,
     cautious: bool = False,
     delta: Literal["change", "difference"] | None = None,
+    adds: bool = False,
     machine: Machine = IEEE,
 ) -> dict[str, Bounded]:
     """The new leaf, in float64, and how far rounding may move it.
 
     A leaf that was expected from an earlier step brings the errors of that step along. With
-    ``delta``, "params" is their change: as it is, or as what is between the new and the old.
+    ``delta``, "params" is their change: as it is, or as what is between the new and the old. With
+    ``adds`` there is only "added", what is added to the params before they are rounded.
     """
     params = leaf["params"]
     dtype = params.arithmetic if isinstance(params, Bounded) else compute_dtype(params)
     s = {slot: Bounded.operand(row[slot], dtype, machine) for slot in Slot}
     x = {kind: Bounded.operand(value, dtype, machine) for kind, value in leaf.items()}
     if skip and s[Slot.APPLY].value == 0:
+        if adds:
+            return {"added": Bounded.operand(np.zeros(x["params"].value.shape), dtype, machine)}
         if delta:
             x["params"] = Bounded.operand(np.zeros_like(x["params"].value), dtype, machine)
         return {kind: value for kind, value in x.items() if kind != "grads"}
@@ -172,6 +176,9 @@ def expected(
             new["ema"] = e
             if ema_overwrite and s[Slot.EMA_OVERWRITE].value != 0:
                 new["params"] = e
+        if adds:
+            added = change if new["params"] is p else new["params"] - x["params"]
+            return {"added": added}
         if delta == "change" and new["params"] is p:
             new["params"] = dataclasses.replace(change, value=-change.value)
         elif delta:

@@ -9,14 +9,15 @@ from update_contract.contract import (
     UpdatesInPlace,
 )
 from update_contract.implementations import IMPLEMENTATIONS
+from update_contract.sums import GivesSums
 
 
 @pytest.mark.slow
-class TestReference(UpdateContract, MakesChanges, UpdatesInPlace):
+class TestReference(UpdateContract, GivesSums, MakesChanges, UpdatesInPlace):
     implementation = IMPLEMENTATIONS["reference"]
 
 
-class TestStableHLO(UpdateContract, MakesChanges, UpdatesInPlace):
+class TestStableHLO(UpdateContract, GivesSums, MakesChanges, UpdatesInPlace):
     implementation = IMPLEMENTATIONS["stablehlo"]
 
 
@@ -26,7 +27,7 @@ class TestStableHLOForTPU(LowersAsAnother, MakesChanges):
 
 
 @pytest.mark.slow
-class TestStableHLOForCUDA(UpdateContract, MakesChanges):
+class TestStableHLOForCUDA(UpdateContract, GivesSums, MakesChanges):
     implementation = IMPLEMENTATIONS["cuda"]
 
 
@@ -35,7 +36,7 @@ class TestStableHLOForROCm(LowersAsAnother, MakesChanges):
     other = IMPLEMENTATIONS["cuda"]
 
 
-class TestCPUKernel(UpdateContract, UpdatesInPlace, UpdatesAnyTree):
+class TestCPUKernel(UpdateContract, GivesSums, UpdatesInPlace, UpdatesAnyTree):
     implementation = IMPLEMENTATIONS["cpu kernel"]
 
 

@@ -21,13 +21,14 @@ from ..contract import (
     UPDATE_NAME,
     UpdateSpec,
     is_one_leaf,
-    join_leaves,
-    split_leaves,
+    join_results,
     split_operands,
+    split_results,
 )
 from ..donation import Donation
 from ..errors import logger, unavailable, unfit, unfused
 from ..rules import partitioned
+from ..sums import joined
 from . import library
 
 MAX_BUCKET_LEAVES = 16
@@ -84,15 +85,19 @@ def _lower_native(
 ) -> Sequence[ir.Value]:
     values, avals = split_operands(spec, operands), split_operands(spec, ctx.avals_in)
     n = spec.num_leaves
-    outs = split_leaves(ctx.avals_out, n)
+    outs, _ = split_results(spec, ctx.avals_out)
     short = [i for i in range(n) if _has_short_rows(ctx, spec, avals.leaves[i], outs[i])]
-    lowered, _ = stablehlo.lower_leaves(ctx, operands, spec, short) if short else ([], [])
+    lowered, short_sums = stablehlo.lower_leaves(ctx, operands, spec, short) if short else ([], [])
     results: dict[int, Sequence[ir.Value]] = dict(zip(short, lowered, strict=True))
+    sums = joined.Parts(ctx, spec)
+    if spec.sums and short:
+        sums.add_by_leaf(short, short_sums)
     calls, donation = 0, Donation(ctx)
     for bucket in _buckets({i: row for i, row in enumerate(avals.leaves) if i not in results}):
         own = spec.of_leaves(bucket)
         args, avals_in = values.of_leaves(bucket), avals.of_leaves(bucket)
-        avals_out = join_leaves([outs[i] for i in bucket])
+        own_sums = sums.aval(len(bucket), np.float64) if spec.sums else None
+        avals_out = join_results([outs[i] for i in bucket], own_sums)
         written = donation.in_place(own, args, avals_in, avals_out)
         large = [args[i] for i in written if _bytes(avals_in[i]) >= MIN_WITNESSED_BYTES]
         earlier = _earlier_reads(large)
@@ -107,14 +112,17 @@ def _lower_native(
             leaves=np.array(bucket, np.int64),
             groups=np.array(own.groups, np.int64),
             batch_rank=np.int64(spec.batch_rank),
-            **spec.options(),
+            **library.attributes(spec),
         )
-        flat = stablehlo.with_shardings(ctx, flat, avals_out)
-        results.update(zip(bucket, split_leaves(flat, len(bucket)), strict=True))
+        own_rows, summed = split_results(own, stablehlo.with_shardings(ctx, flat, avals_out))
+        results.update(zip(bucket, own_rows, strict=True))
+        if spec.sums:
+            sums.add(bucket, summed)
         calls += 1
     message = "%s: %d leaves in %d calls of the CPU kernel, %d in StableHLO"
     logger.debug(message, UPDATE_NAME, n - len(short), calls, len(short))
-    return join_leaves([results[i] for i in range(n)])
+    rows = [results[i] for i in range(n)]
+    return join_results(rows, sums.result() if spec.sums else None)
 
 
 def _has_short_rows(
@@ -122,7 +130,8 @@ def _has_short_rows(
 ) -> bool:
     """Whether the leaf is left to XLA, where the choice is ours."""
     r, scalars = spec.batch_rank, ctx.avals_in[: spec.num_scalars]
-    if spec.implementation == "native" or is_one_leaf(spec, scalars, row, out):
+    merges = is_one_leaf(spec, scalars, row, out) and not spec.sums
+    if spec.implementation == "native" or merges:
         return False
     shape = out[0].shape
     return math.prod(shape[r:]) < MIN_ROW_SIZE and math.prod(shape[:r]) > MAX_SHORT_ROWS

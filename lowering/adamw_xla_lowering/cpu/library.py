@@ -60,11 +60,17 @@ def _look() -> str | None:
     return reason
 
 
+def attributes(spec: UpdateSpec) -> dict[str, bool]:
+    """What kind of update it is, as the kernel's calls say it; csrc/slice.h repeats the order."""
+    sums = {"tree_sums": spec.sums == "tree", "leaf_sums": spec.sums == "leaves"}
+    return {**spec.options(), **sums, "grad_sums": spec.grad_sums}
+
+
 def _load(path: Path) -> str | None:
     """Registers the library, or says why it does not fit this process."""
     library = ctypes.CDLL(str(path))
     slots, options = (_text(library, f"AdamWXla{x}").split() for x in ("Slots", "Options"))
-    if slots != [slot.name for slot in Slot] or options != list(UpdateSpec(()).options()):
+    if slots != [slot.name for slot in Slot] or options != list(attributes(UpdateSpec(()))):
         what = f"{path} was built from another version, with {slots} and {options}"
         return f"{what}: {_REINSTALL}"
     # XLA compares too, but where the CPU's client is yet to be made it refuses only then, and

@@ -53,6 +53,8 @@ def lower(
         return merge.lower(ctx, *operands, spec=spec)
     whole = devices_hold_whole_operands(ctx)
     reason = _unfit(ctx) or (None if whole else partitioned.refusal(ctx, spec)) or unfused(spec)
+    if spec.sums:
+        reason = "sums of squares beside the update are StableHLO's"
     if reason is not None:
         raise unavailable(reason)
     if not whole:

@@ -41,6 +41,8 @@ def refusal(ctx: mlir.LoweringRuleContext, spec: UpdateSpec) -> str | None:
         return "jax_use_shardy_partitioner is off, and GSPMD cannot partition a kernel"
     if spec.batch_rank:
         return "a batch is partitioned over several devices (outside of shard_map)"
+    if spec.sums:
+        return "sums of squares beside an update that is partitioned are StableHLO's"
     return None
 
 

@@ -17,8 +17,8 @@ run() {
   isa() {
     isa_name=$1
     shift
-    $cxx $flags $arithmetic "$@" -DADAMW_ISA="$isa_name" \
-      -c "$source/update_isa.cc" -o "$build/$isa_name.o"
+    $cxx $flags $arithmetic "$@" -DADAMW_ISA="$isa_name" -I"$source" \
+      -c "$source/isa/update_isa.cc" -o "$build/$isa_name.o"
     objects="$objects $build/$isa_name.o"
   }
   isa baseline
@@ -29,7 +29,7 @@ run() {
       flags="$flags -DADAMW_X86"
       ;;
   esac
-  $cxx $flags -I"$source" "$source/checks/test_adamw.cc" "$source/isa.cc" "$source/tree.cc" $objects \
+  $cxx $flags -I"$source" "$source/checks/test_adamw.cc" "$source/isa/isa.cc" "$source/tree.cc" $objects \
     -pthread -o "$build/test_adamw"
   echo "== $name"
   ${EMULATOR:-} "$build/test_adamw"

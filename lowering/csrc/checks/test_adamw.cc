@@ -15,7 +15,7 @@
 #include <thread>
 #include <vector>
 
-#include "isa.h"
+#include "isa/isa.h"
 #include "parallel.h"
 #include "tree.h"
 
@@ -120,7 +120,7 @@ struct Case {
       default: return true;
     }
   }
-  // Formats meet each other, and every gradient; not every state.
+  // Formats meet each other, and every gradient.
   bool Occurs() const {
     const bool narrow = param == DType::kBF16;
     return !(words && (amsgrad || state != DType::kF32 || param == DType::kF64)) &&
@@ -154,13 +154,16 @@ std::vector<float> MakeHyper(Int64 rows) {
   return hyper;
 }
 
-// One slice [begin, end) of a leaf, updated in place.
+// One slice [begin, end) of a leaf, updated in place; sums of it are wanted where there is room.
 void UpdateSlice(const Case& which, const Buffers& leaf, Int64 begin, Int64 end, UpdateFn update,
-                 double infinity = kInfinity) {
+                 double infinity = kInfinity, Squares* squares = nullptr) {
   static const std::vector<float> hyper = MakeHyper(1);
   Slice slice = {};
   slice.size = end - begin;
   slice.stochastic = which.rounding == kStochastic;
+  slice.squares = squares;
+  slice.grad_sums = true;
+  slice.small_unit = 0x1p-84;
   const auto has = [&](int x) { return which.on == kAllOn || which.on == x; };
   slice.opposed = has(kCautious) ? 0 : -infinity;
   slice.leaf_scale = has(kLeafScale) ? 0.9 : 1;
@@ -190,14 +193,19 @@ void TestArithmetic(const Isa& isa) {
       const Buffers whole = MakeLeaf(which, size, 7);
       const Buffers single = whole, before = whole;
       UpdateSlice(which, whole, 0, size, isa.update);
-      const auto one = [&](Int64 i) {
+      for (Int64 i = 0; i < size; ++i) {
         UpdateSlice(which, single, i, i + 1, baseline, kAlmostInfinity);
-      };
-      for (Int64 i = 0; i < size; ++i) one(i);
-      for (int k = 0; k < kNumKinds; ++k) {
-        CHECK(whole[k] == single[k]);
       }
+      for (int k = 0; k < kNumKinds; ++k) CHECK(whole[k] == single[k]);
       CHECK(whole[kGrads] == before[kGrads]);
+      // Beside sums the update is the same, and so are they on every instruction set.
+      const Buffers summed = before, others = before;
+      Squares sums = {}, others_sums = {};
+      UpdateSlice(which, summed, 0, size, isa.update, kInfinity, &sums);
+      UpdateSlice(which, others, 0, size, baseline, kAlmostInfinity, &others_sums);
+      for (int k = 0; k < kNumKinds; ++k) CHECK(summed[k] == whole[k]);
+      CHECK(std::memcmp(&sums, &others_sums, sizeof sums) == 0);
+      CHECK((size == 0) == (sums.grads == 0) && (size == 0) == (sums.updates == 0));
       CHECK(size < 15 || !(whole[kParams] == before[kParams]));
     }
 }
@@ -251,11 +259,13 @@ constexpr Case kPassed = {DType::kF32, DType::kF32, DType::kF32, false, true, tr
 
 // Leaves of many sizes, some batched; each test has buffers of its own.
 void TestTree(Pool& pool, Int64 chunk, Int64 helpers, bool batched, bool wide_batch,
-              const Case& which = kWide) {
+              const Case& which = kWide, bool skip = false) {
   const Int64 sizes[] = {5000, 0, 1, 63, 64, 65, 20'000, 3};
   const Int64 full[] = {2, 3}, ones[] = {1, 1}, some[] = {2, 1};
   const Int64 rows = batched ? 6 : 1;
-  const std::vector<float> hyper = MakeHyper(2 * 2);
+  std::vector<float> hyper = MakeHyper(2 * 2);
+  if (skip) hyper[APPLY] = 0;  // for a group and, in a wide batch, for half of the members
+  const bool summed = chunk % kSumBlock == 0;
   std::vector<Buffers> leaves, alone;
   for (Int64 size : sizes) {
     leaves.push_back(MakeLeaf(which, rows * size, static_cast<unsigned>(size)));
@@ -268,6 +278,8 @@ void TestTree(Pool& pool, Int64 chunk, Int64 helpers, bool batched, bool wide_ba
     scalars.batch_rank = batched ? 2 : 0;
     scalars.options.words = which.words;
     scalars.options.split_master = which.rounding == kSplit;
+    scalars.options.skip = skip;
+    scalars.options.leaf_sums = scalars.options.grad_sums = summed;
     std::vector<Leaf> result;
     for (std::size_t i = 0; i < buffers.size(); ++i) {
       Leaf leaf = {};
@@ -285,7 +297,7 @@ void TestTree(Pool& pool, Int64 chunk, Int64 helpers, bool batched, bool wide_ba
     }
     return Tree(scalars, std::move(result));
   };
-  const Tree tree = make_tree(leaves), reference = make_tree(alone);
+  Tree tree = make_tree(leaves), reference = make_tree(alone);
   const Buffers first = alone[0];
   const UpdateFn update = BestIsa().update;
   ParallelFor((tree.size() + chunk - 1) / chunk, helpers,
@@ -295,6 +307,18 @@ void TestTree(Pool& pool, Int64 chunk, Int64 helpers, bool batched, bool wide_ba
   for (std::size_t i = 0; i < leaves.size(); ++i) {
     for (int k = 0; k < kNumKinds; ++k) CHECK(leaves[i][k] == alone[i][k]);
   }
+  if (summed) {
+    std::vector<double> sums(rows * 8 * 4), others(rows * 8 * 4);
+    tree.WriteSums(full, sums.data());
+    reference.WriteSums(full, others.data());
+    CHECK(std::memcmp(sums.data(), others.data(), sums.size() * sizeof(double)) == 0);
+    for (Int64 row = 0, i = 0; row < rows; i == 7 ? ++row, i = 0 : ++i) {
+      const double* own = &sums[(row * 8 + i) * 4];
+      const bool kept = skip && i % 2 == 0 && (!wide_batch || row < 3), full = sizes[i] > 0;
+      CHECK((own[0] > 0) == full && (own[2] > 0) == full && (own[3] > 0) == (full && !kept));
+    }
+  }
+  if (skip) return;
   const bool completes = which.param == DType::kBF16;
   CHECK((alone[0][kRemainder] == first[kRemainder]) == !(which.rounding == kSplit && completes));
 }
@@ -315,7 +339,7 @@ void TestSubnormalsAreFlushed() {
   Tree::Scalars scalars = {};
   scalars.hyper = {hyper.data(), nullptr};
   scalars.groups = 1;
-  const Tree tree(scalars, {leaf});
+  Tree tree(scalars, {leaf});
   tree.Update(0, tree.size(), BestIsa().update);
   CHECK(m == 0.0f && v == 0.0f);
   volatile float half = 0.5f;
@@ -350,17 +374,16 @@ int Main() {
     if (kIsas[i].supported()) TestArithmetic(kIsas[i]);
   }
   Pool pool(3);
-  for (Int64 chunk : {64, 1024, 1 << 20}) for (Int64 helpers : {0, 1, 5}) {
+  for (Int64 chunk : {Int64{64}, kSumBlock, 128 * kSumBlock}) for (Int64 helpers : {0, 1, 5}) {
     TestTree(pool, chunk, helpers, false, false);
     TestTree(pool, chunk, helpers, true, false);
     TestTree(pool, chunk, helpers, true, true);
+    TestTree(pool, chunk, helpers, true, true, kWide, true);
     for (const Case& which : {kNarrow, kPassed}) TestTree(pool, chunk, helpers, true, true, which);
   }
   std::vector<std::thread> callers;
   for (int i = 0; i < 4; ++i) {
-    callers.emplace_back([&] {
-      for (int n = 0; n < 5; ++n) TestTree(pool, 512, 3, true, true);
-    });
+    callers.emplace_back([&] { for (int n = 0; n < 5; ++n) TestTree(pool, 512, 3, true, true); });
   }
   for (std::thread& caller : callers) caller.join();
   TestSubnormalsAreFlushed();

@@ -53,7 +53,9 @@ def in_words(trees: Sequence[Tree]) -> Tree:
     return tree | {"words": [words.encode(m, v, np.uint32(0)) for m, v in pairs]}
 
 
-class _Tests:
+class Tests:
+    """Of one implementation."""
+
     implementation: ClassVar[Implementation]
 
     @pytest.fixture(scope="class", autouse=True)
@@ -69,7 +71,7 @@ class _Tests:
         if "dtypes" in metafunc.fixturenames:
             metafunc.parametrize("dtypes", self.implementation.dtypes, ids="-".join)
 
-    def run(self, h: Any, tree: Tree, groups: Any = None, **flags: bool) -> UpdateResult:
+    def run(self, h: Any, tree: Tree, groups: Any = None, **flags: Any) -> UpdateResult:
         groups = None if groups is None else tuple(groups)
         return self.implementation.step(groups, **flags)(h, tree)
 
@@ -86,7 +88,7 @@ class _Tests:
         return every[place % here.in_turn :: here.in_turn]
 
 
-class UpdateContract(_Tests):
+class UpdateContract(Tests):
     """Results are what the formulas say, of the shapes and dtypes of what they replace."""
 
     def test_it_is_what_is_tested(self) -> None:
@@ -268,7 +270,7 @@ class UpdateContract(_Tests):
                 assert_within(column[i], leaf[kind], f"{kind}[{i}]")
 
 
-class LowersAsAnother(_Tests):
+class LowersAsAnother(Tests):
     """For a platform whose programs are those of one that keeps the contract: to the letter."""
 
     other: ClassVar[Implementation]
@@ -288,7 +290,7 @@ class LowersAsAnother(_Tests):
         self.same(lambda x: jax.vmap(x.plain(made.groups), made.axes), made.rows, made.tree)
 
 
-class MakesChanges(_Tests):
+class MakesChanges(Tests):
     """With ``delta``, what is to be added to the params: in the arithmetic's dtype."""
 
     @pytest.mark.parametrize("choice", FOR_CHANGES, ids=name_of)
@@ -309,7 +311,7 @@ class MakesChanges(_Tests):
         check(result, h, tree, delta=self.implementation.delta, **flags)
 
 
-class UpdatesInPlace(_Tests):
+class UpdatesInPlace(Tests):
     """Results take the place of what a caller donates, and of nothing else."""
 
     def test_what_is_donated_is_updated_in_place(self) -> None:
@@ -351,7 +353,7 @@ class UpdatesInPlace(_Tests):
             assert_within(x, want[kind], kind)
 
 
-class UpdatesAnyTree(_Tests):
+class UpdatesAnyTree(Tests):
     """For what is compiled quickly: trees and options that nobody thought of."""
 
     def test_any_tree_and_options_match_the_formulas(self) -> None:

@@ -60,6 +60,7 @@ class Implementation:
       batch_shapes: of members of a batch, likewise.
       delta: how it makes a param's change; None: it makes none.
       quick: whether its machine code is nobody's but these tests', and need not be the best.
+      roundings: how many each square in a sum of n meets, its own included: at most n.
     """
 
     update: Callable[..., UpdateResult]
@@ -73,6 +74,7 @@ class Implementation:
     batch_shapes: Sequence[tuple[int, ...]] = ()
     delta: Literal["change", "difference"] | None = None
     quick: bool = False
+    roundings: Callable[[int], int] = lambda n: n
 
     def jit(self, f: Callable[..., Any], **options: Any) -> Any:
         """``jax.jit``, for this implementation's platform."""
@@ -87,11 +89,11 @@ class Implementation:
         return traced.lower(lowering_platforms=(self.platform or "cpu",)).as_text()
 
     @functools.cache  # noqa: B019  # the table lives as long as the process
-    def step(self, groups: tuple[int, ...] | None = None, **flags: bool) -> Any:
+    def step(self, groups: tuple[int, ...] | None = None, **flags: Any) -> Any:
         """``(hyper, tree) -> UpdateResult``: one jitted function for one kind of update."""
         return self.jit(self.plain(groups, **flags))
 
-    def plain(self, groups: tuple[int, ...] | None = None, **flags: bool) -> Any:
+    def plain(self, groups: tuple[int, ...] | None = None, **flags: Any) -> Any:
         """The same, not jitted."""
         return lambda h, tree: self.update(h, **tree, groups=groups, **flags)
 
@@ -150,6 +152,7 @@ IMPLEMENTATIONS = {
         dtypes=MIXED,
         shapes=[(15,), (1000,), (40_000,)],
         batch_shapes=[(64,), (65,)],
+        roundings=lambda n: min(n, 261),  # csrc/sums.h
     ),
     "gpu kernel": Implementation(
         _native,

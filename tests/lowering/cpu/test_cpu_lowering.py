@@ -187,7 +187,8 @@ def test_bits_do_not_depend_on_the_number_of_threads() -> None:
         from cpu_oracle import hyper, leaves
         tree = leaves([(100_003,), (7,), (0,), (50_001, 3), (1,)], "bfloat16", ema=True)
         tree["m"] = [x * 1e-39 for x in tree["m"]]  # subnormal: flushed on every thread
-        step = jax.jit(lambda h, t: adamw_update(h, **t, implementation="native"))
+        sums = dict(sums="leaves", grad_sums=True)
+        step = jax.jit(lambda h, t: adamw_update(h, **t, **sums, implementation="native"))
         result = jax.device_get(step(hyper(), tree))
         data = b"".join(x.tobytes() for x in jax.tree.leaves(result))
         print(hashlib.sha256(data).hexdigest())
