@@ -40,7 +40,7 @@ class TestCPUKernel(UpdateContract, GivesSums, UpdatesInPlace, UpdatesAnyTree):
     implementation = IMPLEMENTATIONS["cpu kernel"]
 
 
-class TestInterpretedGPUKernel(UpdateContract, UpdatesAnyTree):
+class TestInterpretedGPUKernel(UpdateContract, GivesSums, UpdatesAnyTree):
     implementation = IMPLEMENTATIONS["gpu kernel"]
 
 

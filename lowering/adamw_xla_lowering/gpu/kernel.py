@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import math
 from typing import Any
 
+import jax
 from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 
 from .. import stablehlo
@@ -19,14 +21,19 @@ from ..contract import (
     cut_evenly,
     is_one_leaf,
     join_leaves,
+    join_results,
     split_leaves,
     split_operands,
+    split_results,
 )
 from ..donation import Donation
 from ..errors import logger, unavailable, unfit, unfused
+from ..norm_stablehlo import sum_over
 from ..rules import partitioned
+from ..sums import joined
 from . import call, merge
 from .pieces import Kind, Launch, Leaf
+from .sums_kernel import ranges, sums_kernel
 from .triton_builder import update_kernel
 
 LAUNCHES = {
@@ -53,8 +60,6 @@ def lower(
         return merge.lower(ctx, *operands, spec=spec)
     whole = devices_hold_whole_operands(ctx)
     reason = _unfit(ctx) or (None if whole else partitioned.refusal(ctx, spec)) or unfused(spec)
-    if spec.sums:
-        reason = "sums of squares beside the update are StableHLO's"
     if reason is not None:
         raise unavailable(reason)
     if not whole:
@@ -81,19 +86,25 @@ def launch_shape() -> Launch:
 def _lower_native(
     ctx: mlir.LoweringRuleContext, operands: Sequence[ir.Value], spec: UpdateSpec
 ) -> Sequence[ir.Value]:
-    outs = split_leaves(ctx.avals_out, spec.num_leaves)
+    outs, _ = split_results(spec, ctx.avals_out)
     empty = [i for i, row in enumerate(outs) if 0 in row[0].shape]
     full = [i for i in range(spec.num_leaves) if i not in set(empty)]
-    lowered, _ = stablehlo.lower_leaves(ctx, operands, spec, empty) if empty else ([], [])
+    lowered, no_sums = stablehlo.lower_leaves(ctx, operands, spec, empty) if empty else ([], [])
     results: dict[int, Sequence[ir.Value]] = dict(zip(empty, lowered, strict=True))
     streams = len(spec.operand_kinds) + len(spec.result_kinds)
     most = (MAX_POINTERS - spec.num_scalars) // streams
-    calls, donation = 0, Donation(ctx)
+    calls, donation, sums = 0, Donation(ctx), joined.Parts(ctx, spec)
+    if spec.sums and empty:
+        sums.add_by_leaf(empty, no_sums)
     for part in cut_evenly(full, most) if full else ():
-        results.update(zip(part, _call(ctx, operands, spec, part, donation), strict=True))
+        own, own_sums = _call(ctx, operands, spec, part, donation)
+        results.update(zip(part, own, strict=True))
+        if own_sums is not None:
+            sums.add(part, own_sums)
         calls += 1
     logger.debug("%s: %d leaves in %d GPU kernels", UPDATE_NAME, len(full), calls)
-    return join_leaves([results[i] for i in range(spec.num_leaves)])
+    rows = [results[i] for i in range(spec.num_leaves)]
+    return join_results(rows, sums.result() if spec.sums else None)
 
 
 def _call(
@@ -102,19 +113,45 @@ def _call(
     spec: UpdateSpec,
     part: Sequence[int],
     donation: Donation,
-) -> list[tuple[ir.Value, ...]]:
-    """One kernel for some of the leaves."""
+) -> tuple[list[tuple[ir.Value, ...]], ir.Value | None]:
+    """One kernel for some of the leaves, and one for the sums of them."""
     values, avals = split_operands(spec, operands), split_operands(spec, ctx.avals_in)
-    outs = split_leaves(ctx.avals_out, spec.num_leaves)
+    outs, _ = split_results(spec, ctx.avals_out)
     scalars = ctx.avals_in[: spec.num_scalars]
     leaves = [_leaf(spec, i, scalars, avals.leaves[i], outs[i]) for i in part]
     shapes = [(aval.shape, aval.dtype) for aval in scalars]
     kernel = update_kernel(spec, leaves, shapes, launch_shape())
     args, avals_in = values.of_leaves(part), avals.of_leaves(part)
-    avals_out = join_leaves([outs[i] for i in part])
-    written = donation.in_place(spec.of_leaves(part), args, avals_in, avals_out)
+    own = spec.of_leaves(part)
+    shape = (len(spec.sum_kinds), kernel.programs)
+    partial = jax.core.ShapedArray(shape, scalars[0].dtype) if spec.sums else None
+    avals_out = join_results([outs[i] for i in part], partial)
+    written = donation.in_place(own, args, avals_in, avals_out)
     flat = call.call(ctx, kernel, args, avals_in, avals_out, written)
-    return split_leaves(stablehlo.with_shardings(ctx, flat, avals_out), len(part))
+    rows, parts = split_results(own, flat)
+    kept = stablehlo.with_shardings(ctx, join_leaves(rows), join_leaves([outs[i] for i in part]))
+    sums = None if parts is None else _added(ctx, spec, leaves, parts, partial)
+    return split_leaves(kept, len(part)), sums
+
+
+def _added(
+    ctx: mlir.LoweringRuleContext,
+    spec: UpdateSpec,
+    leaves: Sequence[Leaf],
+    parts: ir.Value,
+    aval: Any,
+) -> ir.Value:
+    """The sums of these leaves, from what each program has of them."""
+    r, launch = spec.batch_rank, launch_shape()
+    batch = ctx.avals_out[-1].shape[:r]
+    table = ranges(leaves, batch, launch.block)
+    kinds, programs = aval.shape
+    kernel = sums_kernel(aval.dtype, kinds, programs, table.size // table.shape[-1], launch)
+    aval_out = jax.core.ShapedArray((*batch, len(leaves), kinds), aval.dtype)
+    aval_table = jax.core.ShapedArray(table.shape, table.dtype)
+    operands = [hlo.constant(ir.DenseElementsAttr.get(table)), parts]
+    (sums,) = call.call(ctx, kernel, operands, [aval_table, aval], [aval_out], {})
+    return sum_over(sums, [r]) if spec.sums == "tree" else sums
 
 
 def _leaf(
@@ -126,7 +163,7 @@ def _leaf(
     size = math.prod(out[0].shape[rank:])
     dtypes = tuple(x.dtype for x in row), tuple(x.dtype for x in out)
     own = tuple(x.shape[:rank] for x in row)
-    if is_one_leaf(spec, scalars, row, out):
+    if is_one_leaf(spec, scalars, row, out) and not (spec.sums and rank):
         kind = Kind(*dtypes)
         size *= math.prod(batch)
     else:

@@ -23,7 +23,16 @@ from ..contract import (
 )
 from .call import Kernel, build, tt
 from .pieces import Kind, Launch, Leaf, Section, cut
-from .triton_ops import BlockOps, constant, convert, load_scalar, offset_by, splat_constant
+from .sums_kernel import PartialSums
+from .triton_ops import (
+    BlockOps,
+    constant,
+    convert,
+    load_scalar,
+    offset_by,
+    over_threads,
+    splat_constant,
+)
 from .triton_tree import Work, find, for_each_section, member_of
 
 
@@ -35,6 +44,9 @@ def update_kernel(
 ) -> Kernel:
     """The update of ``leaves``: parameters are hyper, leaf_scale, operands, results.
 
+    With sums there is one parameter more, [kinds, programs] in the dtype of hyper: what each
+    program has of them.
+
     Args:
       spec: what kind of update it is.
       leaves: none of them empty.
@@ -44,14 +56,18 @@ def update_kernel(
     sections = cut(leaves, launch.block)
     n, first = len(leaves), len(scalars)
 
+    end = first + n * (len(spec.operand_kinds) + len(spec.result_kinds))
+
     def body(args: Sequence[ir.Value]) -> None:
-        columns = [args[i : i + n] for i in range(first, len(args), n)]
+        columns = [args[i : i + n] for i in range(first, end, n)]
         shapes = [tuple(shape) for shape, _ in scalars]
-        update = _Update(spec, shapes, args[:first], columns)
+        sums = PartialSums(args[end], sections[-1].end) if spec.sums else None
+        update = _Update(spec, shapes, args[:first], columns, sums)
         for_each_section(sections, update.body)
 
     pointers = [dtype for _, dtype in scalars]
     pointers += join_leaves([(*leaf.kind.operands, *leaf.kind.results) for leaf in leaves])
+    pointers += pointers[:1] * (spec.sums is not None)
     return build(f"{UPDATE_NAME}_kernel", pointers, body, sections[-1].end, launch.num_warps)
 
 
@@ -84,6 +100,7 @@ class _Update:
     shapes: Sequence[tuple[int, ...]]
     scalars: Sequence[ir.Value]
     columns: Sequence[Sequence[ir.Value]]
+    sums: PartialSums | None
 
     def body(self, section: Section, program: ir.Value) -> None:
         """What a program does with its block of some leaf."""
@@ -106,11 +123,19 @@ class _Update:
         new = arithmetic.update(
             ops, spec, slot, x, self._scales(ops, work, member), is_narrow=is_narrow
         )
+        after: dict[str, ir.Value] = {}
         for i, name in enumerate(spec.result_kinds):
             value = convert(new[name], mlir.dtype_to_ir_type(kind.results[i]))
             if spec.skip:
                 value = arith.select(ops.is_set(slot(Slot.APPLY)), value, stored[name])
             tt.store(work.pointers(len(kind.operands) + i, base, member), value, mask=mask)
+            after[name] = value
+        if self.sums is not None:
+            added = new["added"]
+            if spec.skip:
+                added = ops.select(ops.is_set(slot(Slot.APPLY)), added, ops.number(0.0))
+            values = {"grads": x["grads"], "params": ops.operand(after["params"]), "updates": added}
+            self.sums.store(ops, spec, values, mask, program)
 
     def _place(self, scalar: int, index: ir.Value, kind: Kind, member: Any) -> ir.Value:
         """``index`` in the scalar's dimension behind the batch, in that of the member."""
@@ -175,18 +200,8 @@ class _Norm:
             numbers = (x, ops.multiply(x, unit))
             pairs = zip(loop.inner_iter_args, numbers, strict=True)
             scf.yield_([ops.add(total, ops.multiply(y, y)) for total, y in pairs])
-        plain, small = (self._over_threads(ops, total) for total in loop.results)
+        plain, small = (over_threads(ops, total) for total in loop.results)
         infinity = arith.constant(ops.dtype, ir.FloatAttr.get(ops.dtype, math.inf))
         fits = arith.cmpf(arith.CmpFPredicate.OLT, plain, infinity)  # no sum is negative
         total = arith.select(fits, plain, arith.negf(small))
         tt.store(offset_by(self.sums, program), total)
-
-    @staticmethod
-    def _over_threads(ops: BlockOps, block: ir.Value) -> ir.Value:
-        # jaxlib's stubs show the generated class, which this one takes the place of.
-        reduce: Any = tt.ReduceOp
-        total = reduce([block], 0)
-        combine = total.regions[0].blocks.append(ops.dtype, ops.dtype)
-        with ir.InsertionPoint(combine):
-            tt.reduce_return([arith.addf(*combine.arguments)])
-        return total.result[0]

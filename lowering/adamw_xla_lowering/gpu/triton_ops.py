@@ -161,3 +161,14 @@ def splat_constant(width: int, dtype: ir.Type, number: float) -> ir.Value:
     kind = ir.RankedTensorType.get([width], dtype)
     attribute = ir.DenseElementsAttr.get_splat(kind, ir.FloatAttr.get(dtype, number))
     return arith.constant(kind, attribute)
+
+
+def over_threads(ops: BlockOps, block: ir.Value) -> ir.Value:
+    """The sum of a block's elements, by halves."""
+    # jaxlib's stubs show the generated class, which this one takes the place of.
+    reduce: Any = tt.ReduceOp
+    total = reduce([block], 0)
+    combine = total.regions[0].blocks.append(ops.dtype, ops.dtype)
+    with ir.InsertionPoint(combine):
+        tt.reduce_return([arith.addf(*combine.arguments)])
+    return total.result[0]

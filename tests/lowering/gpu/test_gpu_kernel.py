@@ -30,8 +30,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[Interpreted]:
     jax.clear_caches()
 
 
-def update(h: Any, tree: dict[str, Any], groups: Any = None) -> UpdateResult:
-    return adamw_update(h, **tree, groups=groups, implementation="native")
+def update(h: Any, tree: dict[str, Any], groups: Any = None, **flags: Any) -> UpdateResult:
+    return adamw_update(h, **tree, groups=groups, implementation="native", **flags)
 
 
 def test_a_tree_is_one_kernel(interpreted: Interpreted) -> None:
@@ -40,8 +40,10 @@ def test_a_tree_is_one_kernel(interpreted: Interpreted) -> None:
     tree = {kind: trees[0][kind] + trees[1][kind] for kind in trees[0]}
     empty = {kind: [x[..., :0] for x in column] for kind, column in tree.items()}
     batched = jax.vmap(update, in_axes=(0, 0))
+    summed = functools.partial(update, sums="tree", grad_sums=True)
     for f, h, operands, kernels in (
         (update, hyper(), tree, 1),
+        (summed, hyper(), tree, 2),  # and one that adds what its programs have summed
         (batched, hyper(batch=(3,)), tree, 1),
         (update, hyper(), empty, 0),
     ):
@@ -57,9 +59,12 @@ def test_too_many_leaves_are_split_into_few_kernels(
     tree["leaf_scale"] = np.linspace(0.5, 1.5, 9).astype(np.float32)
     monkeypatch.setattr(gpu_kernel, "MAX_POINTERS", 2 + 7 * 4)
     groups = [i % 2 for i in range(9)]
-    step = jax.jit(functools.partial(update, groups=groups))
-    check(step(hyper(2), tree), hyper(2), tree, groups)
-    assert len(interpreted.kernels) == 3
+    step = jax.jit(functools.partial(update, groups=groups, sums="leaves"))
+    got = step(hyper(2), tree)
+    check(got, hyper(2), tree, groups)
+    assert len(interpreted.kernels) == 3 * 2
+    squares = [np.sum(np.square(x, dtype=np.float64)) for x in got.params]
+    np.testing.assert_allclose(got.sums[:, 0], squares, rtol=1e-6)  # each leaf's own
 
 
 def test_very_large_leaves_are_cut_without_overflow() -> None:
