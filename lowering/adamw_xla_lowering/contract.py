@@ -104,6 +104,19 @@ STATE_KINDS = ("m", "v", "words", "v_max", "ema", "remainder")
 """What a leaf may keep from step to step beside its param, in operand order."""
 
 
+class Shards(NamedTuple):
+    """How leaves lie on the devices of which each sums its part.
+
+    Attributes:
+      counted: for each leaf, for each device whether it counts its part: of those that hold
+        the same, one does.
+      sizes: for each leaf None, or for each device the sizes of its part, the rest being padding.
+    """
+
+    counted: tuple[tuple[bool, ...], ...]
+    sizes: tuple[tuple[tuple[int, ...], ...] | None, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class UpdateSpec:
     """The static side of one update: what kind it is, never a number.
@@ -133,6 +146,8 @@ class UpdateSpec:
       batch_rank: how many leading batch dimensions every operand has. An operand
         that does not vary along one of them has size 1 there.
       implementation: "xla", "native", or None for the platform's own choice.
+      shards: with sums, the leaves are one device's parts, of even sizes, and the sums those of
+        all devices.
     """
 
     groups: tuple[int, ...]
@@ -154,6 +169,7 @@ class UpdateSpec:
     offload: bool = False
     batch_rank: int = 0
     implementation: Implementation | None = None
+    shards: Shards | None = None
 
     @property
     def num_leaves(self) -> int:
@@ -215,19 +231,6 @@ class UpdateSpec:
         if self.implementation:
             shown.append(f"implementation={self.implementation}")
         return f"UpdateSpec({', '.join(shown)})"
-
-
-class Shards(NamedTuple):
-    """How leaves lie on the devices of which each sums its part.
-
-    Attributes:
-      counted: for each leaf, for each device whether it counts its part: of those that hold
-        the same, one does.
-      sizes: for each leaf None, or for each device the sizes of its part, the rest being padding.
-    """
-
-    counted: tuple[tuple[bool, ...], ...]
-    sizes: tuple[tuple[tuple[int, ...], ...] | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from .errors import unavailable
 from .gpu import kernel as cuda
 from .gpu import merge
 from .gpu import norm as gpu_norm
-from .rules import norm_shards, partitioned, partitioned_norm, streamed
+from .rules import norm_shards, partitioned, partitioned_norm, streamed, update_shards
 
 Lowering = Callable[..., Any]
 
@@ -61,6 +61,8 @@ def _lower(ctx: mlir.LoweringRuleContext, *operands: Any, spec: UpdateSpec) -> A
     """The rule of the platform; for a program that must run on several, StableHLO."""
     if spec.implementation is None:
         spec = dataclasses.replace(spec, implementation=default_implementation())
+    if spec.shards is not None:
+        return update_shards.lower(ctx, _platform(ctx).update, *operands, spec=spec)
     if spec.offload:
         in_turn = _platform(ctx).fetches_all
         return streamed.lower(ctx, *operands, spec=spec, in_turn=in_turn)

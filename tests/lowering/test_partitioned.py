@@ -215,6 +215,32 @@ def what_cannot_be_partitioned_is_refused() -> None:
             jax.jit(many).lower(np.stack([hyper()] * 2), placed)
 
 
+def sums_are_one_sum() -> None:
+    """Of params, updates and gradients, however leaves are cut: those that one device makes."""
+    options: dict[str, dict[str, bool]] = {"float32": {}, "bfloat16": {"amsgrad": True}}
+    # The last is of 7 rows on 4 devices within the program: padding does not count.
+    shapes = [(16, 8), (8,), (16, 3), (0, 4), (), (8, 3)]
+    specs = [P("x", "y"), P("y"), P(("y", "x")), P(), P(), P("x")]
+    kinds = itertools.product((AxisType.Auto, AxisType.Explicit), ("tree", "leaves"))
+    for (kind, mode), dtype in zip(kinds, [*options] * 2, strict=True):
+        tree, mesh = leaves(shapes, dtype, **options[dtype]), mesh_of(kind)
+        is_cut = kind == AxisType.Auto
+
+        def step(h: Any, tree: dict[str, Any], mode: str = mode, is_cut: bool = is_cut) -> Any:
+            if is_cut:
+                tree = {k: [*xs[:-1], xs[-1][:7]] for k, xs in tree.items()}
+            return update(h, tree, sums=mode, grad_sums=True)
+
+        want = jax.jit(step)(hyper(), tree).sums
+        with jax.set_mesh(mesh):
+            h, placed = place(mesh, hyper(), tree, specs)
+            compiled = jax.jit(step).lower(h, placed).compile()
+            text, found = compiled.as_text(), compiled(h, placed).sums
+        assert CALL in text
+        assert len(REDUCES.findall(text)) == 1, text
+        np.testing.assert_allclose(found, want, rtol=RTOL)
+
+
 def norms_are_one_sum() -> None:
     """However leaves are cut, of whatever magnitude: one all-reduce, and the norm of all."""
     shapes = [(8, 6), (8,), (16, 3), (16,), (3, 5), (2, 8), ()]
@@ -342,6 +368,7 @@ CHECKS = {
         gradients_follow_their_params,
         in_place_where_donated,
         what_cannot_be_partitioned_is_refused,
+        sums_are_one_sum,
         norms_are_one_sum,
         norms_see_what_is_not_finite,
         padding_has_no_norm,

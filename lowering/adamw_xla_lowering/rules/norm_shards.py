@@ -25,7 +25,7 @@ def lower(
     assert shards is not None
     device = hlo.PartitionIdOp().result
     parts = [
-        x if sizes is None else _without_padding(x, _row(device, np.array(sizes)))
+        x if sizes is None else _without_padding(x, row_of(device, np.array(sizes)))
         for x, sizes in zip(leaves, shards.sizes, strict=True)
     ]
     if spec.per_leaf:
@@ -41,10 +41,10 @@ def lower(
         own = ctx.replace(avals_in=members)
         sums.append(_in_both_units(*norm(own, scale, *(parts[i] for i in run), spec=whole)))
     both = hlo.concatenate(sums, axis(1)) if len(sums) > 1 else sums[0]
-    both = _where(_row(device, np.transpose(counted)), both)
+    both = where(row_of(device, np.transpose(counted)), both)
     if not spec.per_leaf:
         both = sum_over(both, [1])
-    first, second = _unpacked(_all_reduced(both, len(counted[0])))
+    first, second = _unpacked(all_reduced(both, len(counted[0])))
     fits = hlo.is_finite(first)
     one, unit = (splat(first.type, x) for x in numbers(first))
     return with_types(ctx, [hlo.select(fits, first, second), hlo.select(fits, one, unit)])
@@ -78,7 +78,7 @@ def _unpacked(both: ir.Value) -> list[ir.Value]:
     return [hlo.reshape(ir.RankedTensorType.get(rest, kind.element_type), x) for x in halves]
 
 
-def _row(device: ir.Value, table: np.ndarray[Any, Any]) -> ir.Value:
+def row_of(device: ir.Value, table: np.ndarray[Any, Any]) -> ir.Value:
     """This device's row of a table of whole numbers."""
     rows = hlo.constant(ir.DenseElementsAttr.get(np.ascontiguousarray(table, np.int32)))
     start = [hlo.convert(_int32(), device), _zeros(_int32())]
@@ -95,7 +95,7 @@ def _zeros(kind: ir.Type) -> ir.Value:
     return hlo.constant(ir.DenseElementsAttr.get_splat(kind, number))
 
 
-def _where(flags: ir.Value, x: ir.Value) -> ir.Value:
+def where(flags: ir.Value, x: ir.Value) -> ir.Value:
     """``x`` [2, n] in the columns whose flag is set, else 0."""
     kind = _int32(*ir.RankedTensorType(x.type).shape)
     spread = hlo.broadcast_in_dim(kind, flags, mlir.dense_int_array([1]))
@@ -115,7 +115,7 @@ def _without_padding(x: ir.Value, sizes: ir.Value) -> ir.Value:
     return x
 
 
-def _all_reduced(x: ir.Value, devices: int) -> ir.Value:
+def all_reduced(x: ir.Value, devices: int) -> ir.Value:
     """The sum over all devices of a partitioned program."""
     op = hlo.AllReduceOp(
         [x.type],

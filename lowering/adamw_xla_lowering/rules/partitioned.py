@@ -24,10 +24,18 @@ import numpy as np
 
 from .. import stablehlo
 from .._jax_private import HloSharding, partitions_automatically, platforms_of, uses_shardy
-from ..contract import UPDATE_NAME, UpdateSpec, aliases, split_leaves, split_operands
+from ..contract import (
+    UPDATE_NAME,
+    Shards,
+    UpdateSpec,
+    aliases,
+    split_operands,
+    split_results,
+)
 from ..errors import logger
 from . import called_back, placing
 from .called_back import Shardings, factor
+from .partitioned_norm import parts_of
 
 TARGET_NAME = "adamw_xla_partitioned_update"
 """The custom call in lowered programs, until XLA partitions them."""
@@ -41,8 +49,6 @@ def refusal(ctx: mlir.LoweringRuleContext, spec: UpdateSpec) -> str | None:
         return "jax_use_shardy_partitioner is off, and GSPMD cannot partition a kernel"
     if spec.batch_rank:
         return "a batch is partitioned over several devices (outside of shard_map)"
-    if spec.sums:
-        return "sums of squares beside an update that is partitioned are StableHLO's"
     return None
 
 
@@ -70,13 +76,13 @@ def lower(
     """Lowers the whole tree to a call that the partitioner replaces."""
     (platform,) = platforms_of(ctx)
     config = json.dumps({"platform": platform, **dataclasses.asdict(spec)})
-    rule = _sharding_rule(spec, ctx.avals_in)
+    rule = _sharding_rule(spec, ctx.avals_in, ctx.avals_out)
     results = called_back.call(ctx, TARGET_NAME, _partition, operands, rule, config)
     logger.debug("%s: %d leaves, to be partitioned by XLA", UPDATE_NAME, spec.num_leaves)
     return stablehlo.with_shardings(ctx, results, ctx.avals_out)
 
 
-def _sharding_rule(spec: UpdateSpec, avals: Sequence[Any]) -> str:
+def _sharding_rule(spec: UpdateSpec, avals: Sequence[Any], avals_out: Sequence[Any]) -> str:
     """Shardy's rule: dimension d of leaf i is one factor in all its operands and results."""
     sizes: list[int] = []
 
@@ -86,14 +92,18 @@ def _sharding_rule(spec: UpdateSpec, avals: Sequence[Any]) -> str:
         return f"[{', '.join(factor(k) for k in range(first, len(sizes)))}]"
 
     scalars = [factors(aval) for aval in avals[: spec.num_scalars]]
-    whole = ", ".join(factor(k) for k in range(len(sizes)))
+    whole = list(range(len(sizes)))
     leaves = [factors(row[0]) for row in split_operands(spec, avals).leaves]
     operands = ", ".join([*scalars, *leaves * len(spec.operand_kinds)])
-    results = ", ".join(leaves * len(spec.result_kinds))
+    end = len(sizes)
+    sums = [factors(avals_out[-1])] if spec.sums else []
+    whole += range(end, len(sizes))
+    results = ", ".join(leaves * len(spec.result_kinds) + sums)
+    replicated = ", ".join(map(factor, whole))
     extents = ", ".join(f"{factor(k)}={size}" for k, size in enumerate(sizes))
     return (
         f"#sdy.op_sharding_rule<({operands})->({results}) {{{extents}}} "
-        f"need_replication={{{whole}}}>"
+        f"need_replication={{{replicated}}}>"
     )
 
 
@@ -112,19 +122,37 @@ def _partition(
     """The program of each device, and how its operands and results are to be sharded."""
     del shardings
     spec, platform = _decode(config)
-    n = spec.num_leaves
-    wanted = split_leaves(result_sharding.tuple_elements(), n)
-    results = split_leaves(result.tuple_shapes(), n)
+    wanted, _ = split_results(spec, result_sharding.tuple_elements())
+    results, _ = split_results(spec, result.tuple_shapes())
     smallest = [
         min(options, key=lambda s, shape=row[0]: math.prod(s.tile(shape).dimensions()))  # type: ignore[misc]
         for options, row in zip(wanted, results, strict=True)
     ]
-    scalars = [HloSharding.replicate()] * spec.num_scalars
-    args = [*scalars, *smallest * len(spec.operand_kinds)]
+    whole = HloSharding.replicate()
+    if spec.sums:
+        # Padding would count: such a leaf, which no program is given and few make, is gathered.
+        parts = [parts_of(s, row[0]) for s, row in zip(smallest, results, strict=True)]
+        even = [sizes is None for _, sizes in parts]
+        smallest = [s if fits else whole for s, fits in zip(smallest, even, strict=True)]
+        spec = _with_shards(
+            spec, [c if fits else (True,) for (c, _), fits in zip(parts, even, strict=True)]
+        )
+    args = [*[whole] * spec.num_scalars, *smallest * len(spec.operand_kinds)]
     tiles = [s.tile(shape) for s, shape in zip(args, shapes, strict=True)]
     structs = [jax.ShapeDtypeStruct(t.dimensions(), np.dtype(t.numpy_dtype())) for t in tiles]
-    packed = HloSharding.tuple_sharding(result, smallest * len(spec.result_kinds))
+    places = [*smallest * len(spec.result_kinds), *[whole] * (spec.sums is not None)]
+    packed = HloSharding.tuple_sharding(result, places)
     return _program(spec, platform, structs), args, packed
+
+
+def _with_shards(spec: UpdateSpec, counted: Sequence[tuple[bool, ...]]) -> UpdateSpec:
+    """Of leaves that each device counts its part of, or all have whole: (True,)."""
+    devices = max(map(len, counted))
+    if devices == 1:
+        return spec
+    alone = (True, *[False] * (devices - 1))
+    flags = tuple(c if len(c) > 1 else alone for c in counted)
+    return dataclasses.replace(spec, shards=Shards(flags, (None,) * len(flags)))
 
 
 def _program(spec: UpdateSpec, platform: str, operands: Sequence[Any]) -> bytes:

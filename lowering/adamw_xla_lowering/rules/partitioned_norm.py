@@ -86,7 +86,7 @@ def _partition(
     whole = HloSharding.replicate()
     args = [s if s is not None and s.is_tiled() else whole for s in shardings]
     args[0] = whole
-    parts = [_parts(s, shape) for s, shape in zip(args[1:], shapes[1:], strict=True)]
+    parts = [parts_of(s, shape) for s, shape in zip(args[1:], shapes[1:], strict=True)]
     devices = max((len(counted) for counted, _ in parts), default=1)
     spec = NormSpec(**fields)
     if devices > 1:
@@ -106,7 +106,7 @@ def _partition(
     return called_back.program(traced, platform), args, packed
 
 
-def _parts(sharding: Any, shape: Any) -> tuple[tuple[bool, ...], Any]:
+def parts_of(sharding: Any, shape: Any) -> tuple[tuple[bool, ...], Any]:
     """For each device whether it counts its part of a leaf; and the sizes of parts, if uneven."""
     if not sharding.is_tiled():
         return (True,), None
