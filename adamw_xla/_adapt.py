@@ -93,7 +93,7 @@ def adapt_state(state: Any, params: Any, config: AdamW) -> AdamWState:
         if field in COLUMNS
     }
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    for i in frozen_leaves(config, params, len(leaves)):
+    for i in frozen_leaves(config, params):
         rows[i] = dict.fromkeys(rows[i])
     new = [_Leaf(params, i, leaves[i], row, config).adapted() for i, row in enumerate(rows)]
     used = used_fields(config)

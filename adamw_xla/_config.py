@@ -16,7 +16,7 @@ from adamw_xla._check import axes, calls, fields, formats, options
 from adamw_xla._check.trees import is_mask_function
 from adamw_xla._check.words import NATIVE, not_a_config
 from adamw_xla._inside import decay
-from adamw_xla._rules import spikes
+from adamw_xla._rules import spikes, stacked
 from adamw_xla._rules.groups import Group, ScalarOrSchedule, checked
 from adamw_xla._rules.spikes import SpikeRule
 from adamw_xla._saved.static import Compared, Static, from_bytes, to_bytes
@@ -78,8 +78,8 @@ class AdamW(Compared):
         gradient does not move.
       amsgrad: divide by the running maximum of ``v``. As in Keras and PyTorch the raw
         ``v`` is compared; optax compares the bias-corrected one.
-      clipnorm: clip each leaf's gradient to this L2 norm. A leaf that holds a stack of layers,
-        as for ``jax.lax.scan``, is one leaf, with one norm.
+      clipnorm: clip each leaf's gradient to this L2 norm; of leaves that hold ``stacked`` layers,
+        each layer's.
       clipvalue: clip each gradient element to [-clipvalue, clipvalue].
       global_clipnorm: clip the gradient of the whole tree to this L2 norm, summed over all
         devices; inside of ``jax.shard_map`` ``axis_names`` says over which.
@@ -101,9 +101,8 @@ class AdamW(Compared):
       weight_decay_mask: a pytree of bools, a prefix of the params' tree, or a callable
         from params to one: False where there is no decay. Arrays of one bool will do, if they
         are known when a step is traced. A callable sees None where a leaf has no state. Takes
-        the place of Keras' ``exclude_from_weight_decay``. Of stacked layers it sees the stack:
-        there a bias has two dimensions, so go by the path
-        (``jax.tree_util.tree_map_with_path``) and not by ``ndim``.
+        the place of Keras' ``exclude_from_weight_decay``. Of ``stacked`` layers it sees one, a
+        shape and a dtype.
       skip_nonfinite: a step whose gradient has a NaN or an infinity, or whose squared norm
         overflows after clipping (so that ``v`` would never recover), leaves params, state and
         count as they were, and is counted in ``state.skipped``. Decided on the device.
@@ -143,6 +142,12 @@ class AdamW(Compared):
         leaf is of the first that matches it; one that none matches has the config's numbers.
         ``describe_groups`` prints which is where. A group without a leaf is an error of
         ``adamw_init`` and ``adamw_step``.
+      stacked: which leaves hold layers along axis 0, as ``jax.lax.scan`` takes them: a regular
+        expression for paths or a tuple of them, or a callable from a path and the leaf to a bool,
+        as a ``Group`` has; or a tree of bools, a prefix of the params'. Each layer is clipped to
+        ``clipnorm`` by itself, and callables of ``groups`` and of ``weight_decay_mask`` see one
+        layer, a ``jax.ShapeDtypeStruct``: all is as with a list of the layers. A pattern without
+        a leaf is an error. None: no leaf does.
       axis_names: inside of ``jax.shard_map`` (and only there; elsewhere XLA knows), over which
         manual mesh axes the norms of ``clipnorm`` and ``global_clipnorm`` are summed, and
         ``skip_nonfinite`` looks, so that all devices clip and skip alike. A tuple of names, as
@@ -211,6 +216,7 @@ class AdamW(Compared):
     decay_times_lr: bool = True
     cautious_decay: bool = False
     groups: tuple[Group, ...] = ()
+    stacked: Any = None
     axis_names: Any = None
 
     _NUMBERS: ClassVar[tuple[str, ...]] = (
@@ -254,6 +260,7 @@ class AdamW(Compared):
             object.__setattr__(self, "name", "adamw")
         object.__setattr__(self, "groups", checked(self.groups))
         spikes.checked(self.skip_spikes)
+        object.__setattr__(self, "stacked", stacked.checked(self.stacked))
         fields.check(self)
 
     def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], Hashable]:
@@ -276,22 +283,22 @@ class AdamW(Compared):
         rules = tuple(name for name in self._RULES if getattr(self, name))
         children += tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in rules)
         choices = tuple(getattr(self, name) for name in self._CHOICES)
-        mask = self.weight_decay_mask
-        kept = mask if is_mask_function(mask) else Static.of(mask)
-        return children, (schedules, choices, kept, Static.of(self.axis_names), rules)
+        trees = (self.weight_decay_mask, self.axis_names, self.stacked)
+        kept = tuple(x if is_mask_function(x) else Static.of(x) for x in trees)
+        return children, (schedules, choices, *kept, rules)
 
     @classmethod
     def tree_unflatten(cls, aux: Any, children: Any) -> AdamW:
         """Rebuilds without checks: the leaves may be tracers, or no numbers at all."""
-        schedules, choices, mask, axis_names, rules = aux
+        schedules, choices, *kept, rules = aux
+        trees = (x.tree() if isinstance(x, Static) else x for x in kept)
         config = object.__new__(cls)
         numbers, following = children[: len(cls._NUMBERS)], iter(children[len(cls._NUMBERS) :])
         fields = {
             **dict(zip(cls._NUMBERS, numbers, strict=True)),
             **dict(schedules),
             **dict(zip(cls._CHOICES, choices, strict=True)),
-            "weight_decay_mask": mask.tree() if isinstance(mask, Static) else mask,
-            "axis_names": axis_names.tree(),
+            **dict(zip(("weight_decay_mask", "axis_names", "stacked"), trees, strict=True)),
         }
         for name, value in fields.items():
             object.__setattr__(config, name, value)

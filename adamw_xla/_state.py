@@ -156,7 +156,7 @@ def begin(params: Any, config: AdamW) -> AdamWState:
     """What ``adamw_init`` does; of shapes without values it makes real zeros, as optax does."""
     treedef: Any
     leaves, treedef = jax.tree.flatten(params)
-    frozen = frozen_leaves(config, params, len(leaves))
+    frozen = frozen_leaves(config, params)
     live = {i: leaf for i, leaf in enumerate(leaves) if i not in frozen}
     for i, leaf in live.items():
         float_leaf("params", params, i, leaf, needs_values=config.use_ema)

@@ -63,7 +63,7 @@ def abstract_state(
     check_config(config, call)
     treedef: Any
     leaves, treedef = jax.tree.flatten(params)
-    frozen = frozen_leaves(config, params, len(leaves))
+    frozen = frozen_leaves(config, params)
     for i, leaf in enumerate(leaves):
         if i not in frozen:
             float_leaf("params", params, i, leaf, needs_values=False)
@@ -86,7 +86,7 @@ def abstract_state(
     return built(config, column, lambda field: _struct(getattr(state, field), scalars))
 
 
-def _frozen(config: AdamW, tree: Any, count: int) -> set[int]:
+def _frozen(config: AdamW, tree: Any) -> set[int]:
     """The leaves without state; those of shardings are known by their paths alone."""
     if any(isinstance(x, Sharding) for x in jax.tree.leaves(tree)):
         for group in config.groups:
@@ -95,7 +95,7 @@ def _frozen(config: AdamW, tree: Any, count: int) -> set[int]:
                     f"params: is a tree of shardings, and {group.name} of the config is called "
                     "with leaves; give params, or jax.ShapeDtypeStruct with these shardings."
                 )
-    return frozen_leaves(config, tree, count)
+    return frozen_leaves(config, tree)
 
 
 def _struct(shape: Any, place: Sharding | None) -> jax.ShapeDtypeStruct:
@@ -157,7 +157,7 @@ def of_tree(
         found = [s.with_memory_kind(memory_kind) for s in found]
     if any(group.frozen for group in config.groups):
         matched = tree if params is None else params
-        for i in _frozen(config, matched, len(leaves)):
+        for i in _frozen(config, matched):
             found[i] = None
     return built(config, lambda field: treedef.unflatten(found), lambda field: scalars)
 

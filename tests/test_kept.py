@@ -45,6 +45,7 @@ EXPORTED: dict[str, ax.AdamW] = {
     "names of axes": ax.AdamW(axis_names=("x", "y")),
     "specs": ax.AdamW(axis_names={"w": P("x", ("y", "z"), None), "layers": [P(), ("x",)]}),
     "rules": ax.AdamW(skip_spikes=ax.SpikeRule(), groups=(ax.Group("w", scale=2.0),)),
+    "stacks": ax.AdamW(clipnorm=1.0, stacked=("^w", "layers/0")),
     "other choices": ax.AdamW(
         epsilon_hat=False, nesterov=True, use_ema=True, ema_overwrite_frequency=3
     ),
@@ -79,6 +80,10 @@ NOT_EXPORTED: dict[str, tuple[ax.AdamW, str]] = {
     "a mask function": (
         ax.AdamW(weight_decay_mask=lambda p: True),
         "weight_decay_mask is a callable",
+    ),
+    "stacks by a function": (
+        ax.AdamW(stacked=lambda path, leaf: True),
+        "stacked is a callable",
     ),
     "a mask of a class": (
         ax.AdamW(weight_decay_mask=optax.EmptyState()),

@@ -69,6 +69,17 @@ def of_each_leaf(value: Any, params_tree: Any, count: int) -> list[Axes]:
     return [frozenset(_listed(entry)) for entry in entries]
 
 
+def of_axis_0(value: Any, params_tree: Any, count: int) -> list[Axes | None]:
+    """What specs say of axis 0 of each of the ``count`` leaves; None where names are given."""
+    if is_flat(value):
+        return [None] * count
+    entries = trees.of_each_leaf("axis_names", params_tree, value, _is_of_one_leaf)
+    return [
+        frozenset(_listed(entry[:1])) if isinstance(entry, PartitionSpec) else None
+        for entry in entries
+    ]
+
+
 def known(names: Iterable[str], manual: Collection[str], mesh: Sequence[str]) -> None:
     """Refuses a name that is none of the manual axes."""
     for name in names:
@@ -150,4 +161,19 @@ def contradicts_types(where: str, said: Axes, varying: Axes) -> ValueError:
         f"axis_names: says {said_!r} of params{where}, which by its type varies over {varying_!r}. "
         "Give it the specs that the params have in in_specs of jax.shard_map; or a tuple of names "
         "alone, and types tell the rest."
+    )
+
+
+def over_layers(where: str, names: Sequence[str], first: Axes | None) -> ValueError:
+    """The error for layers that lie, or may lie, on several devices; ``first`` are axis 0's."""
+    if first:
+        return ValueError(
+            f"stacked: axis 0 of params{where}, along which layers lie, is cut over "
+            f"{_spoken(sorted(first))}, and clipnorm inside of jax.shard_map needs all layers on "
+            "each device; cut another axis, or leave the step to XLA, outside of jax.shard_map."
+        )
+    return ValueError(
+        f"axis_names: params{where} holds layers, each with a norm of its own, and is cut over "
+        f"{_spoken(names)}; names do not say whether along axis 0. Give axis_names the params' "
+        "tree of PartitionSpecs, as in in_specs of jax.shard_map."
     )

@@ -49,6 +49,7 @@ _ELSEWHERE: dict[str, tuple[str, ...]] = {
     "skip_nonfinite": ("skip_nan", "skip_nans", "skip_non_finite", "apply_if_finite"),
     "skip_spikes": ("skip_step_on_spikes", "skip_bad_steps", "skip_step", "spike_rule"),
     "groups": ("param_groups", "parameter_groups", "group", "param_labels"),
+    "stacked": ("scanned", "scan_layers", "stacked_layers", "layers"),
     "axis_names": ("axis_name", "mesh_axes", "pmean_axis_name"),
 }
 """Each option by its name here, with the names that it has elsewhere."""

@@ -21,7 +21,7 @@ def untold(params: Any, config: AdamW, asked: Sums | None) -> StepInfo:
     assert asked is not None
     treedef: Any
     leaves, treedef = jax.tree.flatten(params)
-    frozen = frozen_leaves(config, params, len(leaves))
+    frozen = frozen_leaves(config, params)
     dtype = hyper_dtype([p.dtype for i, p in enumerate(leaves) if i not in frozen])
     unknown = jnp.full((), np.nan, dtype)
     held = [None if i in frozen else unknown for i in range(len(leaves))]

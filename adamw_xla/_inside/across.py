@@ -113,3 +113,28 @@ def axes_of_leaves(
             over = varying
         found.append(tuple(name for name in manual if name in over))
     return found
+
+
+def not_over_layers(
+    axis_names: Any,
+    tree: Any,
+    layers: Sequence[int | None],
+    over: Sequence[tuple[str, ...]],
+) -> None:
+    """Refuses leaves whose layers, each with a norm of its own, lie on several devices.
+
+    Args:
+      axis_names: the config's.
+      tree: the params' tree.
+      layers: for each of its leaves how many layers it holds.
+      over: for each the axes over which its parts lie.
+
+    Raises:
+      ValueError: names the leaf.
+    """
+    if not any(names for count, names in zip(layers, over, strict=True) if count):
+        return
+    first = axes.of_axis_0(axis_names, tree, len(layers))
+    for i, (count, names) in enumerate(zip(layers, over, strict=True)):
+        if count and names and (first[i] is None or first[i]):
+            raise axes.over_layers(path(tree, i), names, first[i])

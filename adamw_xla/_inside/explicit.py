@@ -83,6 +83,30 @@ def on_one_mesh(parts: Sequence[Any]) -> list[Any]:
     ]
 
 
+def axis_0_of(x: Any) -> Any:
+    """How axis 0 of an array is cut: its entry of the spec."""
+    return (*jax.typeof(x).sharding.spec, None)[0]
+
+
+def axis_0_like(x: Any, other: Any) -> Any:
+    """``x``, which is cut nowhere, with axis 0 cut as another array's is."""
+    if (entry := axis_0_of(other)) is None:
+        return x
+    spec: Any = PartitionSpec(entry)  # type: ignore[no-untyped-call]
+    place = NamedSharding(jax.typeof(other).sharding.mesh, spec)
+    return jax.sharding.reshard(x, place)  # type: ignore[no-untyped-call]
+
+
+def whole(x: Any) -> Any:
+    """``x`` cut nowhere: for what is small."""
+    sharding = jax.typeof(x).sharding
+    if not any(sharding.spec):
+        return x
+    spec: Any = PartitionSpec()  # type: ignore[no-untyped-call]
+    place = NamedSharding(sharding.mesh, spec)
+    return jax.sharding.reshard(x, place)  # type: ignore[no-untyped-call]
+
+
 def _cuts(spec: PartitionSpec) -> tuple[tuple[Any, ...], ...]:
     """For each dimension the axes that cut it, major first."""
     return tuple(e if isinstance(e, tuple) else () if e is None else (e,) for e in spec)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 import dataclasses
-import difflib
 import math
 from typing import Any
 
@@ -15,18 +14,8 @@ from adamw_xla._check import calls, trees
 from adamw_xla._check.words import NATIVE, misplaced
 from adamw_xla._config import AdamW, check_config
 from adamw_xla._rules.groups import Group, shown
-
-Paths = Sequence[tuple[str, Any]]
-"""Leaves with the paths that groups are matched with."""
-
-
-def paths_of(params: Any) -> Paths:
-    """The leaves of params with their paths."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(params)
-    return [
-        (jax.tree_util.keystr(trees.without_value(path), simple=True, separator="/"), leaf)
-        for path, leaf in flat
-    ]
+from adamw_xla._rules.paths import Paths, nearest, paths_of
+from adamw_xla._rules.stacked import layers_of, one_layer
 
 
 def first_matches(groups: Sequence[Group], leaves: Paths) -> list[int]:
@@ -41,15 +30,20 @@ def first_matches(groups: Sequence[Group], leaves: Paths) -> list[int]:
     return [first(path, leaf) for path, leaf in leaves]
 
 
-def members(groups: Sequence[Group], params: Any, count: int) -> list[int]:
-    """``first_matches`` of the ``count`` leaves of params.
+def members(groups: Sequence[Group], params: Any, layers: Sequence[int | None]) -> list[int]:
+    """``first_matches`` of the leaves of params.
+
+    Args:
+      groups: the config's.
+      params: a tree of arrays, shapes or shardings.
+      layers: for each leaf how many layers it holds; a callable sees one.
 
     Raises:
       ValueError: a group has no leaf, or all leaves are frozen.
     """
-    if not groups or not count:
-        return [0] * count
-    leaves = paths_of(params)
+    if not groups or not layers:
+        return [0] * len(layers)
+    leaves = paths_of(one_layer(params, layers))
     found = first_matches(groups, leaves)
     if empty := {*range(len(groups))} - {*found}:
         raise ValueError(_without_leaf(groups, min(empty), leaves))
@@ -67,13 +61,13 @@ def is_frozen(groups: Sequence[Group], member: int) -> bool:
     return member < len(groups) and groups[member].frozen
 
 
-def frozen_leaves(config: AdamW, params: Any, count: int) -> set[int]:
-    """The leaves of params, ``count`` in all, that groups of the config freeze.
+def frozen_leaves(config: AdamW, params: Any) -> set[int]:
+    """The leaves of params that groups of the config freeze.
 
     Raises:
-      ValueError: as ``members``.
+      TypeError, ValueError: as ``members`` and ``layers_of``.
     """
-    found = enumerate(members(config.groups, params, count))
+    found = enumerate(members(config.groups, params, layers_of(config.stacked, params)))
     return {i for i, member in found if is_frozen(config.groups, member)}
 
 
@@ -88,24 +82,15 @@ def _without_leaf(groups: Sequence[Group], index: int, leaves: Paths) -> str:
             f"{' and '.join(groups[i].name for i in before)} before it, and the first that matches "
             "counts; put it first, or leave it out."
         )
-    paths = [path for path, _ in leaves]
     if isinstance(group.match, str):
-        pattern = group.match
-        near = sorted(paths, key=lambda path: -_likeness(pattern, path))[:3]
         return (
-            f"{name} matches no path in params; the nearest are {', '.join(map(repr, near))}. "
-            "(adamw_xla.describe_groups(params, config) prints them all.)"
+            f"{name} {nearest(group.match, leaves)}. (adamw_xla.describe_groups(params, config) "
+            "prints them all.)"
         )
     return (
         f"{name} is True for no leaf of params; it is called with a leaf's path, such as "
-        f"{', '.join(map(repr, paths[:3]))}, and the leaf."
+        f"{', '.join(repr(path) for path, _ in leaves[:3])}, and the leaf."
     )
-
-
-def _likeness(pattern: str, path: str) -> float:
-    """How like a pattern a path is, or the part of it that is likest."""
-    parts = {path, *path.split("/")}
-    return max(difflib.SequenceMatcher(None, pattern, part).ratio() for part in parts)
 
 
 _DESCRIBE = "describe_groups(params, config)"
@@ -125,8 +110,9 @@ def describe_groups(params: Any, config: AdamW) -> str:
     Returns:
       A table of the groups in order, the last row for leaves that none matches: how many leaves
       and elements each has, and its numbers, a schedule by its name. Then a table of the leaves:
-      the group's number, the path, dtype and shape, and where ``weight_decay_mask`` says that it
-      does not decay.
+      the group's number, the path, dtype and shape (of ``stacked`` layers their number and the
+      shape of one, ``float32[12 x 3,4]``), and where ``weight_decay_mask`` says that it does not
+      decay.
 
     Raises:
       TypeError: ``config`` is no ``AdamW``, or a group's callable says neither True nor False.
@@ -147,8 +133,10 @@ def describe_groups(params: Any, config: AdamW) -> str:
     misplaced(dataclasses.replace(NATIVE, call=_DESCRIBE), params=params, config=config)
     check_config(config, _DESCRIBE)
     leaves = paths_of(params)
-    found = first_matches(config.groups, leaves)
-    decays = _decays(params, config, found)
+    layers = layers_of(config.stacked, params, may_match_none=True)
+    seen = one_layer(params, layers)
+    found = first_matches(config.groups, paths_of(seen))
+    decays = _decays(seen, config, found)
     groups: list[Group | None] = [*config.groups, None]
     rows: list[tuple[str, ...]] = [("group", "match", "leaves", "elements", *_NUMBERS)]
     for i, group in enumerate(groups):
@@ -157,9 +145,9 @@ def describe_groups(params: Any, config: AdamW) -> str:
         rows.append((_number(groups, i), shown(group.match) if group else "rest", *count))
         rows[-1] += tuple(_text(config, group, name) for name in _NUMBERS)
     listed = [("group", "leaf", "type", "")]
-    for (path, leaf), member, decay in zip(leaves, found, decays, strict=True):
+    for (path, leaf), held, member, decay in zip(leaves, layers, found, decays, strict=True):
         note = "" if decay else "no decay, by the mask"
-        listed.append((_number(groups, member), path, _type(leaf), note))
+        listed.append((_number(groups, member), path, _type(leaf, held), note))
     return f"{_table(rows, left=2)}\n\n{_table(listed, left=4)}"
 
 
@@ -195,10 +183,11 @@ def _value(value: Any) -> str:
     return "traced" if isinstance(value, jax.core.Tracer) else f"{float(value):g}"
 
 
-def _type(leaf: Any) -> str:
+def _type(leaf: Any, layers: int | None) -> str:
     if not hasattr(leaf, "shape"):
         return type(leaf).__name__
-    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+    shape = ",".join(map(str, leaf.shape if layers is None else leaf.shape[1:]))
+    return f"{leaf.dtype}[{shape if layers is None else f'{layers} x {shape}'.rstrip()}]"
 
 
 def _table(rows: Sequence[tuple[str, ...]], left: int) -> str:

@@ -76,7 +76,7 @@ def _text(option: str, value: Any) -> str:
     if isinstance(value, SpikeRule):
         return f"SpikeRule({value.window}, {_text('deviations', value.deviations)})"
     if is_mask_function(value):
-        if option == "weight_decay_mask":  # is called with params, which are not here
+        if option in ("weight_decay_mask", "stacked"):  # called with params, which are not here
             return "a function"
         try:
             values = [float(np.asarray(called(value, np.int32(k)))) for k in _COUNTS]

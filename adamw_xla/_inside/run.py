@@ -16,7 +16,8 @@ from adamw_xla._config import AdamW, check_config, needs_norm
 from adamw_xla._info.norms import Measured, nothing, told
 from adamw_xla._info.step_info import ReturnInfo, StepInfo, asked
 from adamw_xla._inside import clipping, explicit
-from adamw_xla._inside.across import Across, axes_of_leaves
+from adamw_xla._inside.across import Across, axes_of_leaves, not_over_layers
+from adamw_xla._inside.clipping import SumOfSquares
 from adamw_xla._inside.grouped import is_frozen, members
 from adamw_xla._inside.hyper import Row, Scalar, as_scalar, increment, rates_of, rows_of
 from adamw_xla._inside.offload import as_before, check_memory, check_places, to_device
@@ -29,6 +30,8 @@ from adamw_xla._inside.update import (
     update_leaves,
 )
 from adamw_xla._rules.groups import ScalarOrSchedule
+from adamw_xla._rules.layered import Layered
+from adamw_xla._rules.stacked import layers_of, one_layer
 from adamw_xla._state import OF_ALL, AdamWState, check_kind, check_state
 from adamw_xla_lowering import compute_dtype
 from adamw_xla_lowering.contract import Sums
@@ -103,7 +106,8 @@ def run_step(
     flat = trees.like_params("grads", params, treedef, grads)
     # What jax.grad(..., allow_int=True) has for integers and keys is no gradient either.
     flat = [None if getattr(g, "dtype", None) == jax.dtypes.float0 else g for g in flat]
-    owners = members(config.groups, params, len(leaves))
+    layers = layers_of(config.stacked, params)
+    owners = members(config.groups, params, layers)
     frozen = {i for i, owner in enumerate(owners) if is_frozen(config.groups, owner)}
     unmoved = _unchanged(leaves, flat, frozen) if delta else leaves
     flat = [None if i in frozen else g for i, g in enumerate(flat)]
@@ -125,7 +129,8 @@ def run_step(
     first = next(iter(columns.values()), [])
     held = [i for i, x in enumerate(first) if x is not None and i not in frozen]
     trained = _trained(params, treedef, leaves, held)
-    mask = trees.mask(trained, len(held), config.weight_decay_mask, words.mask)
+    seen = one_layer(trained, [layers[i] for i in held])
+    mask = trees.mask(seen, len(held), config.weight_decay_mask, words.mask)
     overrides = {"learning_rate": learning_rate, "weight_decay": weight_decay}
     for name, value in overrides.items():
         if value is not None:
@@ -147,6 +152,10 @@ def run_step(
         lying = tuple(names_of[i] for i in live)
         across = Across(backend.sum_of_squares, lying)
         backend = backend._replace(sum_of_squares=across, axes=lying)
+    if config.clipnorm is not None and any(layers[i] for i in live):
+        if over is not None:
+            not_over_layers(config.axis_names, trained, [layers[i] for i in held], over)
+        backend = _layered(backend, [layers[i] for i in live])
     decays = dict(zip(held, mask, strict=True))
     groups, kinds = groups_of([(owners[i], decays[i]) for i in live])
     chosen = _Leaves(treedef, live, groups)
@@ -185,6 +194,19 @@ def run_step(
         **{kind: put(column, new.columns[kind]) for kind, column in columns.items()},
     )
     return Made(put(unmoved, new.columns["params"]), after, info)
+
+
+def _layered(backend: Backend, layers: Sequence[int | None]) -> Backend:
+    """A backend that clips each layer of its leaves by itself."""
+    whole = backend.sum_of_squares
+
+    def of_part(leaves: Sequence[int]) -> SumOfSquares:
+        if not isinstance(whole, Across):
+            return whole
+        return dataclasses.replace(whole, axes=[whole.axes[i] for i in leaves])
+
+    layered = Layered(layers, backend.update, whole, of_part)
+    return backend._replace(update=layered.update, sum_of_squares=layered.sum_of_squares)
 
 
 def _unchanged(leaves: Sequence[Any], grads: Sequence[Any], frozen: set[int]) -> list[Any]:

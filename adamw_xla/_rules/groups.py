@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 
 from adamw_xla._check import calls, options, trees
 from adamw_xla._inside import decay
+from adamw_xla._rules.paths import no_pattern
 from adamw_xla._saved.static import Compared, group_from_bytes, group_to_bytes
 
 Schedule: TypeAlias = Callable[[jax.Array], ArrayLike] | Callable[[], ArrayLike]
@@ -109,13 +110,10 @@ class Group(Compared):
     def _check_match(self) -> None:
         match: Any = self.match
         if isinstance(match, str):
-            try:
-                re.compile(match)
-            except re.error as error:
+            if (why := no_pattern(match)) is not None:
                 raise ValueError(
-                    f"AdamW: {self.name} has a match that is no regular expression: {error}; "
-                    "re.escape(text) finds a text as it is."
-                ) from None
+                    f"AdamW: {self.name} has a match that is no regular expression: {why}."
+                )
         elif not callable(match) or not options.takes(match, 2):
             advice = "give its .pattern" if isinstance(match, re.Pattern) else "see Group"
             raise TypeError(

@@ -76,14 +76,19 @@ def to_bytes(names: Sequence[str], static: Any) -> bytes:
     Raises:
       TypeError: it is nothing that a file can hold; names the option.
     """
-    schedules, choices, mask, axis_names, rules = static
+    schedules, choices, mask, axis_names, stacked, rules = static
     if schedules:
         raise _is_callable(schedules[0][0])
-    if not isinstance(mask, Static):
-        raise _is_callable("weight_decay_mask")
+    for name, value in {"weight_decay_mask": mask, "stacked": stacked}.items():
+        if not isinstance(value, Static):
+            raise _is_callable(name)
     values = (x.name if isinstance(x, np.dtype) else x for x in choices)
     fields = dict(zip(names, values, strict=True)) | {"rules": rules}
-    trees = {"weight_decay_mask": (mask, "bools"), "axis_names": (axis_names, "names and specs")}
+    trees = {
+        "weight_decay_mask": (mask, "bools"),
+        "axis_names": (axis_names, "names and specs"),
+        "stacked": (stacked, "bools"),
+    }
     for name, (kept, leaves) in trees.items():
         try:
             fields[name] = _to_json(kept.tree())
@@ -110,12 +115,15 @@ def from_bytes(names: Sequence[str], data: bytes) -> Any:
     """What ``to_bytes`` wrote."""
     fields = json.loads(data)
     mask = Static.of(_from_json(fields.pop("weight_decay_mask")))
-    axis_names = Static.of(_from_json(fields.pop("axis_names", None)))  # files of 0.1.0 have none
+    # Files of 0.1.0 have none of these.
+    axis_names, stacked = (
+        Static.of(_from_json(fields.pop(name, None))) for name in ("axis_names", "stacked")
+    )
     if fields["state_dtype"] is not None:
         fields["state_dtype"] = jnp.dtype(fields["state_dtype"])
     rules = tuple(fields.pop("rules", ()))
     choices = tuple(fields.get(name, NEWER.get(name)) for name in names)
-    return (), choices, mask, axis_names, rules
+    return (), choices, mask, axis_names, stacked, rules
 
 
 def group_to_bytes(static: Any) -> bytes:

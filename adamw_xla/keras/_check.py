@@ -57,6 +57,7 @@ ALIASES = calls.called_here(
             ("maximize", "decay_times_lr", "cautious_decay", "groups"),
             "stock Keras has none either; adamw_xla.AdamW has it",
         ),
+        "stacked": "Keras' layers have variables of their own; adamw_xla.AdamW has stacked",
         "skip_nonfinite": "keras.optimizers.LossScaleOptimizer skips such steps",
     }
 )

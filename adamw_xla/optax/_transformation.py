@@ -62,6 +62,7 @@ def adamw(
     decay_times_lr: bool = True,
     cautious_decay: bool = False,
     groups: tuple[Group, ...] = (),
+    stacked: Any = None,
     keep_info: ReturnInfo = False,
     updates_like_grads: bool = False,
     implementation: Implementation | None = None,
@@ -100,10 +101,10 @@ def adamw(
         ``learning_rate``.
       mask: a pytree of bools, a prefix of the params' tree, or a callable from params to
         one: False where there is no decay. Arrays of one bool will do, if they are known when
-        a step is traced. Of stacked layers it sees the stack, with a dimension more.
+        a step is traced. Of ``stacked`` layers it sees one.
       nesterov: Nesterov momentum, as ``optax.nadamw``.
       amsgrad: divide by the running maximum of the second moments.
-      clipnorm: clip each leaf's gradient to this norm; of stacked layers, that of the stack.
+      clipnorm: clip each leaf's gradient to this norm; of ``stacked`` layers, each layer's.
       clipvalue: clip each gradient element to [-clipvalue, clipvalue].
       global_clipnorm: clip the gradient of the whole tree to this norm; as
         ``clip_by_global_norm`` in front.
@@ -133,6 +134,7 @@ def adamw(
       groups: of ``adamw_xla.Group``: leaves, chosen by their paths, with numbers of their own, or
         frozen, in place of ``optax.partition``. Updates of frozen leaves are zeros, or None where
         the gradient is.
+      stacked: which leaves hold layers along axis 0; see ``adamw_xla.AdamW``.
       keep_info: keep what each update tells of itself in ``state.info``, an
         ``adamw_xla.StepInfo``: norms of gradients, params and updates, the rates, and whether it
         was applied. True, or "per_leaf" for the norms of each leaf too. The params' norm is of
@@ -211,6 +213,7 @@ def adamw(
         decay_times_lr=decay_times_lr,
         cautious_decay=cautious_decay,
         groups=groups,
+        stacked=stacked,
     )
     transform = _Transform(
         config,

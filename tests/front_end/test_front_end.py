@@ -46,7 +46,7 @@ def test_names_and_defaults_are_those_of_keras() -> None:
     keyword_only = {f.name for f in dataclasses.fields(ax.AdamW) if f.kw_only}
     ours_alone = {"epsilon_hat", "weight_decay_mask", "skip_nonfinite", "state_dtype"}
     ours_alone |= {"epsilon_root", "nesterov", "axis_names", "groups", "maximize"}
-    ours_alone |= {"state_format", "params_rounding", "master", "skip_spikes"}
+    ours_alone |= {"state_format", "params_rounding", "master", "skip_spikes", "stacked"}
     assert keyword_only == ours_alone | {"decay_times_lr", "cautious_decay"}
 
 

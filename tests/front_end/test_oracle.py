@@ -25,6 +25,7 @@ import adamw_xla as ax
 OPTIONS: dict[str, dict[str, Any]] = {
     "amsgrad": {"amsgrad": True},
     "clipnorm": {"clipnorm": 0.5},
+    "stacked": {"clipnorm": 0.5, "stacked": [False, True, True, True, False, True]},
     "clipvalue": {"clipvalue": 0.25},
     "global_clipnorm": {"global_clipnorm": 0.75},
     "ema": {"use_ema": True, "ema_momentum": 0.75},
@@ -46,7 +47,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "weight_decay": lambda k: 0.125 * (k % 3),
     },
 }
-CLIPS = {"clipnorm", "clipvalue", "global_clipnorm"}
+CLIPS = {"clipnorm", "clipvalue", "global_clipnorm", "stacked"}
+OF_THE_TREE = {"mask", "stacked"}
 CHOICES = [
     *((name,) for name in OPTIONS),
     *(pair for pair in itertools.combinations(OPTIONS, 2) if not set(pair) <= CLIPS),
@@ -111,7 +113,7 @@ HALVES = ("bfloat16", "float16", "float32")
 @settings(max_examples=40)
 @given(
     tree=trees(HALVES),
-    names=st.sampled_from([names for names in CHOICES if "mask" not in names]),
+    names=st.sampled_from([names for names in CHOICES if not OF_THE_TREE & {*names}]),
     numbers=numbers,
     steps=st.integers(1, 5),
     seed=st.integers(0, 2**32 - 1),
@@ -129,7 +131,7 @@ def test_any_shape_and_dtype(
 @settings(max_examples=25)
 @given(
     tree=trees((*HALVES, "float64")),
-    names=st.sampled_from([names for names in CHOICES if "mask" not in names]),
+    names=st.sampled_from([names for names in CHOICES if not OF_THE_TREE & {*names}]),
     steps=st.integers(1, 5),
     seed=st.integers(0, 2**32 - 1),
 )

@@ -44,6 +44,7 @@ class Options:
     decay_times_lr: bool = True
     cautious_decay: bool = False
     skip_spikes: Any = None  # has a window and deviations
+    stacked: Any = None  # for each leaf whether it holds layers along axis 0
 
 
 @dataclasses.dataclass
@@ -115,6 +116,14 @@ def _norm(leaves: Leaves) -> float:
 
 def _factor(norm: float, bound: float) -> float:
     return 1.0 if norm <= bound else bound / norm
+
+
+def _by_layer(x: Array, bound: float, is_stack: bool | None) -> Array:
+    """The factor that clips a leaf; of a stack, one for each layer."""
+    if not is_stack:
+        return np.float64(_factor(_norm([x]), bound))
+    found = [_factor(_norm([layer]), bound) for layer in x]
+    return np.reshape(np.float64(found), (-1, *[1] * (x.ndim - 1)))
 
 
 def spikes(norms: Array, norm: float, window: int, deviations: float) -> tuple[bool, Array]:
@@ -193,14 +202,14 @@ def step(
     if o.maximize:
         g = {i: -x for i, x in g.items()}
     if o.clipnorm is not None:
-        factors = {i: _factor(_norm([x]), o.clipnorm) for i, x in g.items()}
+        factors = {i: _by_layer(x, o.clipnorm, o.stacked and o.stacked[i]) for i, x in g.items()}
     elif o.global_clipnorm is not None:
         norm = _norm(list(g.values()))
         factor = _factor(norm, o.global_clipnorm)
-        factors = dict.fromkeys(live, factor if np.isfinite(norm) else np.nan)
+        factors = dict.fromkeys(live, np.float64(factor if np.isfinite(norm) else np.nan))
     else:
-        factors = dict.fromkeys(live, 1.0)
-    info.clip_factor = min(factors.values(), default=1.0)
+        factors = dict.fromkeys(live, np.float64(1.0))
+    info.clip_factor = min((float(np.min(x, initial=1.0)) for x in factors.values()), default=1.0)
     if is_spike:
         new.skipped += 1
         info.added = {i: np.zeros_like(x) for i, x in g.items()}

@@ -31,6 +31,7 @@ KEYWORDS = {
     "max_norm": "here it is global_clipnorm.",
     "axis_name": "here it is axis_names.",
     "nesterov": "stock Keras has none either; adamw_xla.AdamW has nesterov.",
+    "stacked": "Keras' layers have variables of their own",
     "skip_spikes": "an optimizer's variables are stock Keras'",
     "skip_nonfinite": "keras.optimizers.LossScaleOptimizer skips such steps.",
 }
