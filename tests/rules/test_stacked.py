@@ -29,12 +29,19 @@ import adamw_xla as ax
 from adamw_xla._inside.processes import _text
 import adamw_xla.optax as axo
 
-SHAPES = {"blocks": {"b": (4, 4), "g": (4,), "w": (4, 6, 4)}, "dec": {"w": (2, 3, 4)}, "head": (8,)}
+SHAPES = {
+    "blocks": {"b": (4, 4), "g": (4,), "w": (4, 6, 4)},
+    "dec": {"w": (2, 3, 4)},
+    "head": (8,),
+    "out": (4, 4),
+}
+"""All but the head hold layers, and leaves of as many are no neighbours."""
+
 WAYS: dict[str, Any] = {
-    "patterns": ("blocks", "^dec/"),
-    "one pattern": "blocks|dec",
-    "a callable": lambda path, leaf: leaf.ndim > 1 or path == "blocks/g",
-    "a prefix": {"blocks": True, "dec": {"w": True}, "head": False},
+    "patterns": ("blocks", "^dec/", "out"),
+    "one pattern": "blocks|dec|out",
+    "a callable": lambda path, leaf: path == "blocks/g" or leaf.ndim > 1,
+    "a prefix": {"blocks": True, "dec": {"w": True}, "head": False, "out": True},
 }
 STACKED = WAYS["patterns"]
 
@@ -58,7 +65,7 @@ def listed(value: Any) -> Any:
         return ax.AdamWState(**{name: listed(x) for name, x in fields.items()})
     if not isinstance(value, dict):
         return value
-    stacks = jax.tree.map(list, {k: value[k] for k in ("blocks", "dec")})
+    stacks = jax.tree.map(list, {k: value[k] for k in ("blocks", "dec", "out")})
     return stacks | {"head": value["head"]}
 
 
@@ -153,8 +160,8 @@ def test_leaves_of_as_many_layers_are_one_equation_and_without_clipnorm_all_are(
         )
 
     params = tree(0)
-    assert found(clipnorm=1.0) == [(1, 0), (1, 1), (3, 1)]
-    assert found(global_clipnorm=1.0) == found() == [(5, 0)]
+    assert found(clipnorm=1.0) == [(1, 0), (1, 1), (4, 1)]
+    assert found(global_clipnorm=1.0) == found() == [(6, 0)]
 
 
 def test_a_population_of_stacks() -> None:
@@ -180,7 +187,8 @@ SPECS = {
 
 def specs_of(name: str) -> Any:
     of = {"head": P("x")} | SPECS[name]
-    return {"blocks": {k: of[k] for k in "bgw"}, "dec": {"w": of["dec"]}, "head": of["head"]}
+    blocks = {k: of[k] for k in "bgw"}
+    return {"blocks": blocks, "dec": {"w": of["dec"]}, "head": of["head"], "out": P()}
 
 
 def mesh_of(kind: AxisType) -> Any:
@@ -298,13 +306,14 @@ def test_the_drop_in_for_optax_has_it() -> None:
 def test_it_is_described() -> None:
     config = ax.AdamW(**COMMON, stacked=(*STACKED, "nothing"))
     groups, leaves = ax.describe_groups(tree(0), config).split("\n\n")
-    assert [line.split()[2:4] for line in groups.splitlines()[1:]] == [["1", "16"], ["4", "132"]]
+    assert [line.split()[2:4] for line in groups.splitlines()[1:]] == [["2", "32"], ["4", "132"]]
     assert [re.split("  +", line) for line in leaves.splitlines()[1:]] == [
         ["0", "blocks/b", "float32[4 x 4]", "no decay, by the mask"],
         ["-", "blocks/g", "float32[4 x]", "no decay, by the mask"],
         ["-", "blocks/w", "float32[4 x 6,4]"],
         ["-", "dec/w", "float32[2 x 3,4]"],
         ["-", "head", "float32[8]", "no decay, by the mask"],
+        ["0", "out", "float32[4 x 4]", "no decay, by the mask"],
     ]
 
 
@@ -330,7 +339,7 @@ def test_wrong_kinds(stacked: Any, error: type[Exception], text: str) -> None:
 UNFIT: dict[str, tuple[Any, type[Exception], str]] = {
     "no path": ("block$", ValueError, r"stacked='block\$' matches no path .* are '.*blocks/"),
     "one of two": (("dec", "x"), ValueError, "stacked='x' matches no path in params"),
-    "a scalar": (("s", "dec"), ValueError, r"params\['s'\] holds layers, but it is a scalar"),
+    "a scalar": (("^s$", "dec"), ValueError, r"params\['s'\] holds layers, but it is a scalar"),
     "no bool": (lambda path, leaf: 1, TypeError, "must return True or False.*'blocks/b'.* 1"),
     "another tree": ({"x": True}, ValueError, r"stacked: lacks \['blocks'\]\['b'\], which params"),
 }
