@@ -34,8 +34,8 @@ class Group(Compared):
     Args:
       match: which leaves: a regular expression, found anywhere (``re.search``) in the leaf's path
         as ``jax.tree_util.keystr(path, simple=True, separator="/")`` writes it, such as
-        ``layers/0/bias``; or a callable from that path and the leaf to True or False. Leaves that
-        are no arrays are in no group.
+        ``layers/0/bias``; or a callable from that path and the leaf (of ``stacked`` layers the
+        shape and dtype of one) to True or False. Leaves that are no arrays are in no group.
       learning_rate: a number, scalar array or schedule. An override of the step,
         ``adamw_step(learning_rate=...)``, takes the place of the config's rate alone: a group with
         a rate of its own keeps it.

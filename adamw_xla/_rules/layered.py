@@ -6,7 +6,7 @@ stacks as they lie.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import itertools
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamw_xla._inside import explicit
-from adamw_xla_lowering import STATE_KINDS, Squares, UpdateResult
+from adamw_xla_lowering import STATE_KINDS, Squares, UpdateResult, shard_alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Layered:
 
             if layers:
                 table = explicit.axis_0_like(scale.reshape(layers, -1), own["grads"][0])
-                made.append(jax.vmap(updated)(own, table))
+                made.append(_lying_alike(jax.vmap(updated)(own, table), own))
             else:
                 made.append(updated(own, scale))
         order = np.argsort([i for _, indices in parts for i in indices])
@@ -102,3 +102,17 @@ class Layered:
             key = (layers, explicit.axis_0_of(g)) if layers else (0, None)
             found.setdefault(key, []).append(i)
         return [(layers, indices) for (layers, _), indices in found.items()]
+
+
+def _lying_alike(new: UpdateResult, old: Mapping[str, Sequence[jax.Array]]) -> UpdateResult:
+    """The results, sharded as what they replace.
+
+    All leaves of a part read one table, by which XLA would conclude of one from another.
+    """
+    columns = new._asdict()
+    tied: Any = {
+        kind: [shard_alike(x, like) for x, like in zip(columns[kind], old[kind], strict=True)]
+        for kind in columns
+        if kind in old and columns[kind] is not None
+    }
+    return new._replace(**tied)

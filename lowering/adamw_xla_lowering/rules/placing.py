@@ -15,7 +15,7 @@ import jax
 from jax.extend.core import Primitive
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import sdy
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 from .._jax_private import functions_of, partitions_automatically, uses_shardy
 from . import autodiff
@@ -109,7 +109,7 @@ mlir.register_lowering(shard_apart_p, _lower_apart)
 shard_alike_p = Primitive("shard_alike")
 shard_alike_p.def_impl(lambda x, like: x)
 shard_alike_p.def_abstract_eval(lambda x, like: x)
-autodiff.register(shard_alike_p)
+ad.primitive_jvps[shard_alike_p] = lambda primals, tangents: (shard_alike(*primals), tangents[0])
 batching.primitive_batchers[shard_alike_p] = _batch_alike
 # Each equation is a group of its own, and may not share the text of another's.
 mlir.register_lowering(shard_alike_p, _lower_alike, cacheable=False)
