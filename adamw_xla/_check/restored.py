@@ -20,7 +20,7 @@ _LATER = ("words", "remainder", "norms")
 
 FIELDS = {
     NATIVE_STATE: ("count", "m", "v", *_OPTIONAL[0], *_LATER),
-    OPTAX_STATE: ("count", "mu", "nu", *_OPTIONAL[1], *_LATER),
+    OPTAX_STATE: ("count", "mu", "nu", *_OPTIONAL[1], *_LATER, "info"),
     STOCK_STATE: ("count", "mu", "nu"),
 }
 """The fields of each class that holds AdamW's state, in order.

@@ -29,8 +29,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 ALL = {name: value for options in OPTIONS.values() for name, value in options.items()}
 FULL = ax.AdamW(**COMMON, **ALL)
 ONE_BY_ONE = [pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
-FIELDS = {field.name for field in dataclasses.fields(ax.AdamWState)} - {"words", "remainder"}
-"""Of a state of moments; ``tests/formats`` has the other ones."""
+FIELDS = {field.name for field in dataclasses.fields(ax.AdamWState)}
+FIELDS -= {"words", "remainder", "norms"}
+"""Of a state of moments; ``tests/formats`` has the other ones, and ``tests/rules`` norms."""
 BEFORE, AFTER = 5, 6
 
 
