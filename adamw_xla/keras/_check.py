@@ -9,8 +9,9 @@ from pathlib import Path
 import sys
 from typing import Any
 
-from adamw_xla._check import calls
+from adamw_xla._check import calls, options
 from adamw_xla._check.words import NATIVE
+from adamw_xla._config import AdamW
 from adamw_xla_lowering import PARAM_DTYPES, dtype_names, manual_axes, types_say_varying
 
 
@@ -42,22 +43,26 @@ def _configured(file: Path) -> str | None:
     return found.get("backend") if isinstance(found, dict) else None
 
 
+_NOT_OF_KERAS = {
+    field.name: f"stock Keras has none either; adamw_xla.AdamW has {field.name}"
+    for field in dataclasses.fields(AdamW)
+    if field.kw_only and field.name != "axis_names"
+}
+
 ALIASES = calls.called_here(
     {
+        **_NOT_OF_KERAS,
         "weight_decay_mask": "call exclude_from_weight_decay(...) of the optimizer",
         "state_dtype": "float32_state",
-        "epsilon_root": "stock Keras has none either; adamw_xla.AdamW has epsilon_root",
-        "nesterov": "stock Keras has none either; adamw_xla.AdamW has nesterov",
+        "return_info": "keep_info",
         **dict.fromkeys(
             ("state_format", "params_rounding", "master", "skip_spikes"),
             "an optimizer's variables are stock Keras', which its files have; adamw_xla.adamw_step "
             "has it",
         ),
-        **dict.fromkeys(
-            ("maximize", "decay_times_lr", "cautious_decay", "groups"),
-            "stock Keras has none either; adamw_xla.AdamW has it",
-        ),
         "stacked": "Keras' layers have variables of their own; adamw_xla.AdamW has stacked",
+        "maximize": "pass a loss of the other sign",
+        "groups": "give each group an optimizer of its own, in keras.optimizers.MultiOptimizer",
         "skip_nonfinite": "keras.optimizers.LossScaleOptimizer skips such steps",
     }
 )
@@ -96,6 +101,25 @@ def keywords(given: Iterable[str], known: Iterable[str]) -> None:
     foreign = [name for name in given if name in ALIASES and name != "decay"]
     if foreign:
         raise TypeError(calls.unknown("AdamW", foreign, known, ALIASES))
+
+
+def keep_info(value: Any) -> None:
+    """Refuses what is not a bool."""
+    if isinstance(value, str) and value == "per_leaf":
+        raise ValueError(
+            'AdamW: keep_info must be True or False, got "per_leaf"; the norms of each leaf are in '
+            'what adamw_xla.adamw_step(..., return_info="per_leaf") returns.'
+        )
+    options.flag("keep_info", value)
+
+
+def no_info() -> AttributeError:
+    """The error where info is asked for and was not kept."""
+    return AttributeError(
+        "AdamW: info is what keep_info=True keeps, and this optimizer was made without; make one "
+        'with AdamW.from_config(optimizer.get_config() | {"keep_info": True}), into which this '
+        "one's files load."
+    )
 
 
 def names_of_axes(value: Any) -> tuple[str, ...] | None:

@@ -12,12 +12,13 @@ from adamw_xla._check import options
 from adamw_xla._config import AdamW as Config
 from adamw_xla.keras import _check
 from adamw_xla.keras._step import Step, dense
+from adamw_xla.keras._told import Telling
 
 _NARROW = ("bfloat16", "float16")
 
 
 @keras.saving.register_keras_serializable(package="adamw_xla")
-class AdamW(keras.optimizers.AdamW):
+class AdamW(Telling):
     r"""``keras.optimizers.AdamW``, seen by the compiler as one operation.
 
     Arguments, variables, their names and order, checkpoints and semantics are those of the
@@ -65,8 +66,12 @@ class AdamW(keras.optimizers.AdamW):
         summed: each variable's over those of them that it varies over. ``()``: each device is for
         itself, or holds all variables whole. None: an error where more than one device is to
         have a norm. Elsewhere it has no effect: XLA knows.
+      keep_info: keep what each call tells of itself in ``info``, an ``adamw_xla.StepInfo``: norms
+        of gradients, new variables and updates, the rates, and whether an update was made. It is
+        one more variable, the last, and not in files. The variables' norm is taken before Keras
+        applies constraints. ``learning_rate`` is that of this call.
 
-    The last three are in ``get_config()`` only where they differ from their defaults, so that
+    The last four are in ``get_config()`` only where they differ from their defaults, so that
     otherwise the stock class can be built from it.
 
     Raises:
@@ -106,6 +111,20 @@ class AdamW(keras.optimizers.AdamW):
       >>> history = model.fit(x, 3 * x + 1, epochs=100, verbose=0)
       >>> history.history["loss"][-1] < 1e-2
       True
+
+      With ``keep_info`` a callback has the norms. It must ask its own ``model``, which fetches the
+      optimizer's variables; in ``fit`` they are elsewhere:
+
+      >>> class GradNorm(keras.callbacks.Callback):
+      ...     def on_train_batch_end(self, batch, logs=None):
+      ...         print(f"{batch}: {self.model.optimizer.info.grad_norm:.1e}")
+      >>> model.compile(optimizer=AdamW(keep_info=True), loss="mse")
+      >>> history = model.fit(x, 3 * x + 101, batch_size=64, verbose=0, callbacks=[GradNorm()])
+      0: 2.0e+02
+
+    ``keras.optimizers.LossScaleOptimizer``, which Keras puts around the optimizer under the policy
+    mixed_float16, has it as ``inner_optimizer``, does not call it where it skips a step, and writes
+    all its variables to files: with ``info``, so that Keras reads them into one with it alone.
     """
 
     __module__ = "adamw_xla.keras"  # what saved files name
@@ -132,6 +151,7 @@ class AdamW(keras.optimizers.AdamW):
         float32_state: bool = True,
         ema_at_every_call: bool = False,
         axis_names: Sequence[str] | None = None,
+        keep_info: bool = False,
         **kwargs: Any,
     ) -> None:
         _check.backend(keras.config.backend())
@@ -161,10 +181,12 @@ class AdamW(keras.optimizers.AdamW):
         self.float32_state = float32_state
         self.ema_at_every_call = ema_at_every_call
         self.axis_names = _check.names_of_axes(axis_names)
+        _check.keep_info(keep_info)
+        self._keep_info = keep_info
         self._hyperparameters()
 
     def get_config(self) -> dict[str, Any]:
-        """The constructor's arguments; see the class for the last three."""
+        """The constructor's arguments; see the class for the last four."""
         config: dict[str, Any] = super().get_config()
         if not self.float32_state:
             config["float32_state"] = False
@@ -172,6 +194,8 @@ class AdamW(keras.optimizers.AdamW):
             config["ema_at_every_call"] = True
         if self.axis_names is not None:
             config["axis_names"] = list(self.axis_names)
+        if self.keep_info:
+            config["keep_info"] = True
         return config
 
     def build(self, var_list: Sequence[Any]) -> None:
@@ -249,6 +273,6 @@ class AdamW(keras.optimizers.AdamW):
         """Clips, decays, updates, averages and accumulates, for all variables at once."""
         variables = list(trainable_variables)
         arrays = [dense(g, v) for g, v in zip(grads, variables, strict=True)]
-        step = Step(self, self._hyperparameters(), variables)
+        step = Step(self, self._hyperparameters(), variables, self._kept)
         for variable, value in step.run(arrays):
             self.assign(variable, value)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from adamw_xla._config import AdamW, needs_norm
+from adamw_xla._info.norms import Measured, nothing
 from adamw_xla._inside.across import Across, axes_of_leaves
-from adamw_xla._inside.hyper import Row, as_scalar, ema_slots
+from adamw_xla._inside.hyper import Row, Scalar, as_scalar, ema_slots
 from adamw_xla._inside.update import (
     Backend,
     do_if,
@@ -24,6 +25,7 @@ from adamw_xla._inside.update import (
     update_leaves,
 )
 from adamw_xla.keras import _check
+from adamw_xla.keras._info import Kept, packed
 from adamw_xla_lowering import PARAM_DTYPES, Slot, adamw_sum_of_squares
 
 Arrays: TypeAlias = list[jax.Array]
@@ -41,9 +43,14 @@ class Step:
       optimizer: the Keras optimizer, built.
       config: its hyperparameters at this moment.
       variables: those of its variables that have a gradient.
+      kept: where to keep what the step tells; None: nowhere.
     """
 
-    def __init__(self, optimizer: Any, config: AdamW, variables: Variables) -> None:
+    def __init__(
+        self, optimizer: Any, config: AdamW, variables: Variables, kept: Kept | None
+    ) -> None:
+        self._kept = kept
+        self._rates: tuple[Scalar, Scalar] | None = None
         self._optimizer, self._config, self._variables = optimizer, config, variables
         self._columns = {
             "params": variables,
@@ -69,21 +76,38 @@ class Step:
     def run(self, grads: Arrays) -> Iterable[tuple[Any, jax.Array]]:
         """Makes the step: pairs of a variable and its new value."""
         values = {kind: [x.value for x in column] for kind, column in self._columns.items()}
-        self._backend = _backend(self._config, values["params"], grads)
+        option = needs_norm(self._config) or ("keep_info" if self._kept else None)
+        self._backend = _backend(self._config, option, values["params"], grads)
+        if self._kept is None:
+            return _pairs(*self._run(values, grads))
+        # Here, since what a callable returns in the loop of an update stays there.
+        self._rates = self._current_rates()
+        columns, values = self._run(values, grads)
+        row = packed(Measured(*values["measured"]), self._rates)
+        return [*_pairs(columns, values), (self._kept.variable, row)]
+
+    def _run(self, values: Columns, grads: Arrays) -> tuple[dict[str, Variables], Columns]:
+        """Columns of variables, and their new values."""
         steps, columns = self._config.gradient_accumulation_steps, self._columns
         if steps is None:
-            return _pairs(columns, self._updated(self._config, values, grads, 1.0))
+            return columns, self._updated(self._config, values, grads, 1.0)
         sums = self._of(self._optimizer._accumulated_gradients)
         old = [x.value for x in sums]
         scaled = scaled_like(old, grads, 1.0, self._dtype)
         values["sums"] = [a + g for a, g in zip(old, scaled, strict=True)]
+        if self._kept is not None:
+            values["measured"] = _scalars(nothing(self._dtype, len(grads), "tree"))
         last = (self._optimizer._iterations.value + 1) % steps == 0
         everywhere = self._config.use_ema and self._optimizer.ema_at_every_call
         values = do_if(last, self._with_sums_alone if everywhere else self._with_sums, values)
         if everywhere:
             values |= self._averaged(values, "params", "ema")
             values |= self._averaged(values, "idle", "idle_ema")
-        return _pairs(columns | {"sums": sums}, values)
+        return columns | {"sums": sums}, values
+
+    def _current_rates(self) -> tuple[Scalar, Scalar]:
+        learning_rate = as_scalar(_value(self._optimizer.learning_rate), self._dtype)
+        return learning_rate, as_scalar(_value(self._config.weight_decay), self._dtype)
 
     def _of(self, state: Sequence[Any]) -> Variables:
         return [state[self._optimizer._get_variable_index(v)] for v in self._variables]
@@ -110,9 +134,8 @@ class Step:
         """
         optimizer, dtype = self._optimizer, self._dtype
         groups, kinds = groups_of([optimizer._use_weight_decay(v) for v in self._variables])
-        learning_rate = as_scalar(_value(optimizer.learning_rate), dtype)
-        weight_decay = as_scalar(_value(config.weight_decay), dtype)
-        new, _, zeros, *_ = update_leaves(
+        learning_rate, weight_decay = self._rates or self._current_rates()
+        new, _, zeros, measured, *_ = update_leaves(
             config,
             old,
             grads,
@@ -123,8 +146,9 @@ class Step:
             dtype=dtype,
             backend=self._backend,
             clear=clear,
+            asked=None if self._kept is None else "tree",
         )
-        found = {**new._asdict(), "sums": zeros}
+        found = {**new._asdict(), "sums": zeros, "measured": measured and _scalars(measured)}
         columns = {kind: x for kind, x in found.items() if x is not None}
         return columns | (self._averaged(old, "idle", "idle_ema") if config.use_ema else {})
 
@@ -141,13 +165,19 @@ class Step:
         }
 
 
-def _backend(config: AdamW, params: Arrays, grads: Arrays) -> Backend:
+def _backend(config: AdamW, option: str | None, params: Arrays, grads: Arrays) -> Backend:
     """What does the work: inside of ``shard_map``, with norms over several devices."""
-    names, option = config.axis_names, needs_norm(config)
+    names = config.axis_names
     if option is not None:
         _check.types_tell(option, names)
     over = axes_of_leaves(names, option, params, params, grads, _check.WORDS)
-    return Backend() if over is None else Backend(sum_of_squares=Across(adamw_sum_of_squares, over))
+    if over is None:
+        return Backend()
+    return Backend(sum_of_squares=Across(adamw_sum_of_squares, over), axes=over)
+
+
+def _scalars(measured: Measured) -> Arrays:
+    return [x for x in measured if x is not None]
 
 
 def dense(grad: Any, variable: Any) -> jax.Array:

@@ -28,7 +28,7 @@ OPTIONS: dict[str, Any] = {
     "gradient_accumulation_steps": 5,  # epochs of 22 batches end between updates
     "clipnorm": 0.5,
 }
-OURS_ONLY = {"float32_state": False, "ema_at_every_call": True}
+OURS_ONLY = {"float32_state": False, "ema_at_every_call": True, "keep_info": True}
 
 
 def go_on(model: keras.Model) -> keras.Model:

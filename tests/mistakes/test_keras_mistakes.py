@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+import dataclasses
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 from pathlib import Path
@@ -16,6 +18,7 @@ import keras
 import numpy as np
 import pytest
 
+import adamw_xla as ax
 import adamw_xla.keras
 from adamw_xla.keras import AdamW
 
@@ -33,6 +36,12 @@ KEYWORDS = {
     "nesterov": "stock Keras has none either; adamw_xla.AdamW has nesterov.",
     "stacked": "Keras' layers have variables of their own",
     "skip_spikes": "an optimizer's variables are stock Keras'",
+    "epsilon_hat": "stock Keras has none either; adamw_xla.AdamW has epsilon_hat.",
+    "cautious_decay": "stock Keras has none either; adamw_xla.AdamW has cautious_decay.",
+    "maximize": "pass a loss of the other sign.",
+    "param_groups": "an optimizer of its own, in keras.optimizers.MultiOptimizer.",
+    "state_format": "stock Keras', which its files have; adamw_xla.adamw_step has it.",
+    "return_info": "here it is keep_info.",
     "skip_nonfinite": "keras.optimizers.LossScaleOptimizer skips such steps.",
 }
 
@@ -40,6 +49,12 @@ KEYWORDS = {
 @pytest.mark.parametrize(("keyword", "advice"), KEYWORDS.items())
 def test_keywords(refused: Any, keyword: str, advice: str) -> None:
     refused(lambda: AdamW(**{keyword: 0.5}), TypeError, f"AdamW: has no argument {keyword}", advice)
+
+
+def test_every_option_of_the_config_is_here_or_answered(refused: Any) -> None:
+    here = inspect.signature(AdamW).parameters
+    for name in {field.name for field in dataclasses.fields(ax.AdamW)} - {*here}:
+        refused(lambda name=name: AdamW(**{name: None}), TypeError, f"has no argument {name}; ")
 
 
 def test_what_nobody_knows_is_answered_by_keras() -> None:
@@ -64,6 +79,16 @@ CALLS: dict[str, tuple[Call, type[Exception], str]] = {
         lambda: AdamW(lambda first, last: 0.1),
         TypeError,
         "learning_rate | with the step count alone | call it, and pass what it returns",
+    ),
+    "info of each leaf": (
+        lambda: AdamW(keep_info="per_leaf"),
+        ValueError,
+        'keep_info must be True or False | adamw_step(..., return_info="per_leaf")',
+    ),
+    "info that is not kept": (
+        lambda: AdamW().info,
+        AttributeError,
+        'keep_info=True | AdamW.from_config(optimizer.get_config() | {"keep_info": True})',
     ),
     "beta": (lambda: AdamW(beta_1=None), TypeError, "beta_1 | got None | leave it out"),
     "integers": (
