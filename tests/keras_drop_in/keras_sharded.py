@@ -18,6 +18,7 @@ import pytest
 from small import equations
 
 from adamw_xla.keras import AdamW
+from adamw_xla.keras._info import LENGTH
 
 OPTIONS = {
     "learning_rate": 3e-3,
@@ -44,11 +45,16 @@ def model_parallel() -> Any:
 def check(distribution: Any, split: set[str]) -> None:
     """Trains like the stock class and like one device; state lies where its variable does."""
     keras.distribution.set_distribution(None)
-    alone = fit(AdamW(**OPTIONS), epochs=1)
+    alone = fit(AdamW(**OPTIONS, keep_info=True), epochs=1)
     keras.distribution.set_distribution(distribution)
-    ours, theirs = fit(AdamW(**OPTIONS), epochs=1), fit(keras.optimizers.AdamW(**OPTIONS), epochs=1)
+    ours = fit(AdamW(**OPTIONS, keep_info=True), epochs=1)
+    theirs = fit(keras.optimizers.AdamW(**OPTIONS), epochs=1)
     close(ours.trainable_variables, theirs.trainable_variables)
-    close(ours.optimizer.variables, theirs.optimizer.variables, 2e-5)
+    *state, row = ours.optimizer.variables
+    close(state, theirs.optimizer.variables, 2e-5)
+    assert row.value.sharding.is_fully_replicated
+    assert len(row.value.sharding.device_set) == 8
+    np.testing.assert_allclose(row.value, alone.optimizer.variables[-1].value, rtol=1e-4)
     close(ours.trainable_variables, alone.trainable_variables)
     assert len(equations(train_step_jaxpr(ours).jaxpr)) == 1
     assert split_variables(ours) == split
@@ -75,9 +81,13 @@ def split_variables(model: keras.Model) -> set[str]:
 def by_hand() -> None:
     """``stateless_apply`` inside of ``shard_map`` clips like one device, or says what it lacks."""
     keras.distribution.set_distribution(None)
-    specs = {(8, 6): P("x", "y"), (4,): P("x"), (3,): P(), (): P()}
+    specs = {(8, 6): P("x", "y"), (4,): P("x"), (3,): P(), (): P(), (LENGTH,): P()}
     rng = np.random.default_rng(0)
-    values = [rng.uniform(0.5, 1.5, shape).astype(np.float32) for shape in specs if shape]
+    values = [
+        rng.uniform(0.5, 1.5, shape).astype(np.float32)
+        for shape in specs
+        if shape not in ((), (LENGTH,))
+    ]
     grads = [rng.standard_normal((5, *x.shape)).astype(np.float32) for x in values]
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
@@ -106,13 +116,16 @@ def by_hand() -> None:
         return jax.jit(mapped)(values, state, grads)
 
     clips: tuple[dict[str, float], ...] = ({"global_clipnorm": 2.0}, {"clipnorm": 1.0})
-    for more, clip in itertools.product(({}, {"gradient_accumulation_steps": 2}), clips):
-        options = {**more, **clip}
+    told = {"keep_info": True}
+    for more, clip in itertools.product(({}, {"gradient_accumulation_steps": 2}), (*clips, told)):
+        options = {**more, **clip, **told}
         want, got = trained(False, **options), trained(True, **options, axis_names=["x", "y"])
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
     with pytest.raises(ValueError, match=r"global_clipnorm .* the optimizer .*=\('x', 'y'\)"):
         trained(True, **clips[0])
+    with pytest.raises(ValueError, match=r"keep_info .* the optimizer .*=\('x', 'y'\)"):
+        trained(True, **told)
     with pytest.raises(ValueError, match="types do not tell; leave check_vma on, or give the"):
         trained(True, vma=False, **clips[0], axis_names=["x", "y"])
     again = AdamW.from_config(AdamW(axis_names=("x",)).get_config())
