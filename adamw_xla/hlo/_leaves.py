@@ -57,7 +57,8 @@ def leaves_of(
     Without an update those whose moments any of ``kernels`` read. Of these, only kernels that
     make a result of a leaf's size update it: forward and backward passes read params too.
     """
-    readers, own = _readers(module, update or kernels), {kernel.name for kernel in update}
+    readers = _readers(module, update or kernels)
+    own = {kernel.name for kernel in update or kernels}
     if not update:
         results = [made(module.computations[name]) for name in {k.computation for k in kernels}]
         makers = {name: sizes for found in results for name, sizes in found.items()}
@@ -71,10 +72,10 @@ def leaves_of(
             moments = tuple(by_name[name] for name in of_leaf.state if name in by_name)
             param = _param(of_leaf, second, read) or _whole(of_leaf, second, inputs)
             touched = [n for x in (param, *moments) if x for n in readers.get(x.number, ())]
-            if param is not None and param.output is not None and update:
-                touched += [n for n in makers_of(module, param.output) if n in own]
             if not update:
                 touched = [n for n in touched if second.elements in makers.get(n, ())]
+            if param is not None:
+                touched += _making(module, param, own)
             found.append(
                 Leaf(
                     name=param.name if param else of_leaf.suffix,
@@ -90,21 +91,29 @@ def leaves_of(
     if not found:
         makers = {} if update else makers
         known = families(module, named=bool(update))
-        found = [_unnamed(family, inputs, readers, makers) for family in known]
+        found = [_unnamed(module, family, inputs, readers, makers, own) for family in known]
     return found
 
 
+def _making(module: Module, param: Input, own: set[str]) -> list[str]:
+    """The kernels that make a new param: the one that computes it, and what brings it together."""
+    return [] if param.output is None else [n for n in makers_of(module, param.output) if n in own]
+
+
 def _unnamed(
+    module: Module,
     family: Family,
     inputs: Sequence[Input],
     readers: Mapping[int, list[str]],
     makers: Mapping[str, set[int]],
+    own: set[str],
 ) -> Leaf:
     param, moments = inputs[family.param], [inputs[number] for number in family.moments]
     kept = (*moments, param)[0]
     touched = [name for x in (param, *moments) for name in readers.get(x.number, ())]
     if makers:
         touched = [name for name in touched if kept.elements in makers.get(name, ())]
+    touched += _making(module, param, own)
     return Leaf(
         name=param.name,
         shape=kept.shape,

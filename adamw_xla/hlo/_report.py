@@ -209,8 +209,8 @@ def _summary(report: Report) -> str:
 
 def size(number_of_bytes: int) -> str:
     """Bytes for people: ``1.24 MB``."""
-    value, units = float(number_of_bytes), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
+    value, units = float(number_of_bytes), ["B", "kB", "MB", "GB", "TB", "PB"]
+    while value >= 999.5 and len(units) > 1:  # 999,500 B are 1 MB in three digits
         value /= 1000
         units.pop(0)
     return f"{number_of_bytes} B" if units[0] == "B" else f"{value:.3g} {units[0]}"
@@ -253,14 +253,19 @@ def _traffic(report: Report, title: str, part: Part) -> str:
 
 def _exchanged(report: Report, whose: str | None) -> str:
     """What is exchanged, of the update, of the norm or of all (None)."""
-    kinds: Counter[str] = Counter()
+    found = [x for x in report.collectives if whose is None or whose in x.bytes_of]
+    kinds = Counter(x.kind for x in found)
     sizes: Counter[str] = Counter()
-    for x in report.collectives:
-        if whose is None or whose in x.bytes_of:
-            kinds[x.kind] += 1
-            sizes[x.kind] += (x.bytes if whose is None else x.bytes_of[whose]) * (x.times or 1)
+    for x in found:
+        sizes[x.kind] += (x.bytes if whose is None else x.bytes_of[whose]) * (x.times or 1)
     each = (f"{n} {kind} of {size(sizes[kind])}" for kind, n in kinds.most_common())
-    return f"exchanges {', '.join(each) or 'nothing'}"
+    text = f"exchanges {', '.join(each) or 'nothing'}"
+    runs = [x.times for x in found]
+    if None in runs:
+        text += "; some in loops of unknown length"
+    elif sum(times or 0 for times in runs) != len(found):
+        text += f"; with loops {sum(times or 0 for times in runs)} runs"
+    return text if len(found) < 2 else f"{text}; {size(sum(sizes.values()))} in all"
 
 
 def _inputs(report: Report) -> str:
@@ -287,7 +292,8 @@ def _landings(report: Report) -> list[str]:
     """One line for all leaves that the same kernels update."""
     if not report.leaves:
         return []
-    lines = [f"  {len(report.leaves)} leaves, {report.parameters} params, land in"]
+    whose = "params" if report.devices == 1 else "params that a device updates"
+    lines = [f"  {len(report.leaves)} leaves, {report.parameters} {whose}, land in"]
     groups: dict[tuple[str, ...], list[Leaf]] = {}
     for leaf in report.leaves:
         groups.setdefault(leaf.kernels, []).append(leaf)

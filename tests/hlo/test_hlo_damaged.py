@@ -10,6 +10,7 @@ import re
 import sys
 from typing import Any
 
+from hlo_words import adds_up
 import pytest
 
 from adamw_xla.hlo import HloSyntaxError, Report, report
@@ -144,7 +145,9 @@ def wrong(name: str, damage: Callable[[str, random.Random], str], seed: int) -> 
     """What a report of a damaged text gets wrong; None where it is refused, or right."""
     text = damage(golden(name), random.Random(f"{name} {damage.__name__} {seed}"))
     try:
-        found = figures(report(text), text, name)
+        read = report(text)
+        adds_up(read)
+        found = figures(read, text, name)
     except HloSyntaxError as error:
         where = re.search(r"line \d+|no line|no ENTRY|not scheduled", str(error))
         return None if where else f"names no line: {error}"
