@@ -191,7 +191,7 @@ def _summary(report: Report) -> str:
     lines = [f"{report.name}, compiled for {report.platform}"]
     if report.devices > 1:
         lines[0] += f", {report.devices} devices; figures are of each of them"
-    for (title, part), whose in zip(_parts(report).items(), (None, UPDATE, NORM), strict=False):
+    for title, part, whose in _parts(report):
         lines.append(f"  {title:<17}{_kernels(part)}")
         lines.append(f"  {'':<17}{_traffic(report, title, part)}")
         if report.devices > 1:
@@ -216,9 +216,13 @@ def size(number_of_bytes: int) -> str:
     return f"{number_of_bytes} B" if units[0] == "B" else f"{value:.3g} {units[0]}"
 
 
-def _parts(report: Report) -> dict[str, Part]:
-    parts = {"whole program": report.program, "the update": report.update, "the norm": report.norm}
-    return {title: part for title, part in parts.items() if part.kernels}
+def _parts(report: Report) -> list[tuple[str, Part, str | None]]:
+    parts = (
+        ("whole program", report.program, None),
+        ("the update", report.update, UPDATE),
+        ("the norm", report.norm, NORM),
+    )
+    return [x for x in parts if x[1].kernels]
 
 
 def _kernels(part: Part) -> str:

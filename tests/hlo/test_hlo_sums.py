@@ -69,6 +69,8 @@ class Program:
     work: tuple[Work, ...]
     devices: int
     rounds: int | None
+    joined: bool = False
+    """Whether something of the norm's is exchanged together with something else."""
 
 
 SIZES = st.sampled_from([1, 7, 64, 1000, 123_456, 5_000_000])
@@ -89,7 +91,11 @@ PROGRAMS = st.builds(
     st.lists(WORK, max_size=8).map(tuple),
     st.sampled_from([1, 8]),
     st.sampled_from([None, 1, 3]),
-)
+    st.booleans(),
+).map(lambda x: dataclasses.replace(x, joined=x.joined and x.devices > 1))
+
+
+JOINED = (3, 1_000_000)
 
 
 def text_of(program: Program) -> str:
@@ -111,6 +117,13 @@ def text_of(program: Program) -> str:
             aliases += [f"{{{len(results)}}}: ({4 * i + old}, {{}}, may-alias)"] * given_away
             results.append((f"%{new}{i}", shape))
         lost += [f"({4 * i + 1}, {{}})"] * leaf.lost
+    if program.joined:
+        shapes = [f"f32[{n}]{{0}}" for n in JOINED]
+        for i, (shape, part) in enumerate(zip(shapes, ("norm", ""), strict=True)):
+            args.append((f"j{i}", shape, f"j{i}"))
+            lines.append(f"%k{i} = {shape} negate(%j{i}){meta(part)}")
+        groups = "replica_groups={{0,1,2,3,4,5,6,7}}, channel_id=99, to_apply=%sum"
+        lines.append(f"%both = ({', '.join(shapes)}) all-reduce(%k0, %k1), {groups}{meta('')}")
     inside: list[str] = []
     carried = [("%n", "s32[]")]
     for i, work in enumerate(program.work):
@@ -210,6 +223,7 @@ def test_made_up_programs(program: Program) -> None:
     expected["add"] = 4 * len(program.leaves)
     exchanges = [x for x in program.work if x.exchange and program.devices > 1]
     expected.update(x.exchange for x in exchanges)
+    expected.update({"negate": 2, "all-reduce": 1} if program.joined else {})
     assert found.program.by_kind == +expected
     params = sum(leaf.size for leaf in program.leaves)
     # Each of the four adds reads two arrays and writes one; of all a kernel must move seven.
@@ -229,6 +243,10 @@ def test_made_up_programs(program: Program) -> None:
     sent = sum(4 * size_of(x, program) * often(x, program) for x in exchanges)
     read = sum(4 * x.size * often(x, program) for x in exchanges)
     written = sum(4 * made_by(x, program) * often(x, program) for x in exchanges)
+    if program.joined:
+        moved, sent = moved + 4 * 4 * sum(JOINED), sent + 4 * sum(JOINED)
+        (both,) = [x for x in found.collectives if x.name == "both"]
+        assert both.bytes_of == {"norm": 4 * JOINED[0], "": 4 * JOINED[1]}
     total = found.program.read + found.program.written
     assert total == moved + read + written + 4 * 12 * params
     assert sum(x.bytes * (x.times or 1) for x in found.collectives) == sent
