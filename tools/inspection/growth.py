@@ -44,6 +44,7 @@ class Point:
       exchanged: with other devices in a step.
       traced: seconds until XLA has it.
       compiled: seconds in XLA.
+      at_least: whether more is moved or exchanged than that: in loops of unknown length.
     """
 
     target: str
@@ -58,6 +59,7 @@ class Point:
     exchanged: int | None = None
     traced: float | None = None
     compiled: float | None = None
+    at_least: bool = False
 
 
 def targets(names: Sequence[str], counts: Sequence[int]) -> list[tuple[aot.Target, int]]:
@@ -105,6 +107,7 @@ def points(layout: str, target: aot.Target, count: int, case: inspect_cases.Case
     except inspect_cases.DoesNotFitError as error:
         return [Point(target.name, count, name, refused=str(error)) for name in layouts]
     report = found.report
+    runs = [x.times for x in (*report.program.kernels, *report.collectives)]
     figures = (
         report.param_bytes,
         report.state_bytes,
@@ -114,6 +117,7 @@ def points(layout: str, target: aot.Target, count: int, case: inspect_cases.Case
         tables.exchanged(report),
         found.program.trace_seconds,
         found.program.compile_seconds,
+        None in runs,
     )
     return [Point(target.name, count, name, None, *figures) for name in layouts]
 
@@ -134,6 +138,7 @@ def table(found: Sequence[Point]) -> Table:
             made.add_section()
         figures = (x.params, x.state, x.temporaries, x.buffers, x.moved, x.exchanged)
         cells = ["" if n is None else size(n) for n in figures]
+        cells[4:] = [f">{cell}" if x.at_least else cell for cell in cells[4:]]
         cells += ["" if t is None else f"{t:.1f}" for t in (x.traced, x.compiled)]
         if x.refused is not None:
             cells[3] = "no room"

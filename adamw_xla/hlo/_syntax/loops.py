@@ -11,7 +11,7 @@ def trips(module: Module, computation: Computation, loop: Instruction) -> int | 
     """Rounds of a ``while``: as the compiler notes them, or as its counter shows; else None.
 
     TPU's compiler leaves no note. There a loop's length is read from a counter that begins at a
-    constant, grows by one, and is compared with a constant.
+    constant, grows by one (by two, where two rounds were made one), and is compared with one.
     """
     if loop.trip_count is not None:
         return loop.trip_count
@@ -25,17 +25,19 @@ def trips(module: Module, computation: Computation, loop: Instruction) -> int | 
         return None
     first = _constant(module, computation, start.operands[counter])
     added = origin(module, body, body.root.operands[counter])
-    if first is None or added.opcode != "add" or not _grows_by_one(module, body, added, counter):
-        return None
-    return max(last - first, 0)
+    grows = _growth(module, body, added, counter) if added.opcode == "add" else 0
+    return None if first is None or grows < 1 else max(-((first - last) // grows), 0)
 
 
-def _grows_by_one(module: Module, body: Computation, added: Instruction, counter: int) -> bool:
+def _growth(module: Module, body: Computation, added: Instruction, counter: int) -> int:
+    """By how much the counter grows each round; 0 where that is not known."""
     sides = added.operands
-    return any(
-        _carried(body, one) == counter and _constant(module, body, other) == 1
+    found = (
+        _constant(module, body, other)
         for one, other in (sides, sides[::-1])
+        if _carried(body, one) == counter
     )
+    return next(found, None) or 0
 
 
 def _carried(computation: Computation, name: str) -> int | None:
