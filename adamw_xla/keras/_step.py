@@ -135,7 +135,7 @@ class Step:
         optimizer, dtype = self._optimizer, self._dtype
         groups, kinds = groups_of([optimizer._use_weight_decay(v) for v in self._variables])
         learning_rate, weight_decay = self._rates or self._current_rates()
-        new, _, zeros, measured, *_ = update_leaves(
+        new, _, zeros, _, measured = update_leaves(
             config,
             old,
             grads,

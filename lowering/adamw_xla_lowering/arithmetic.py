@@ -1,6 +1,6 @@
 """The equations of ``contract.py``, for whatever makes operations of them.
 
-``stablehlo.py`` and the kernel of ``gpu/triton_builder.py`` build the same update from
+``stablehlo.py`` and the kernel of ``gpu/triton/builder.py`` build the same update from
 this one description, each with ``ops`` of its own.
 """
 

@@ -25,7 +25,7 @@ import pytest
 from adamw_xla_lowering import platforms
 from adamw_xla_lowering.gpu import call as gpu_call
 from adamw_xla_lowering.gpu import kernel as gpu_kernel
-from adamw_xla_lowering.gpu import triton_ops
+from adamw_xla_lowering.gpu.triton import ops as triton_ops
 
 DTYPES: dict[str, Any] = {
     "f64": np.float64,

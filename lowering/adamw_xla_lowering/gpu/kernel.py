@@ -33,8 +33,8 @@ from ..rules import partitioned
 from ..sums import joined
 from . import call, merge
 from .pieces import Kind, Launch, Leaf
-from .sums_kernel import ranges, sums_kernel
-from .triton_builder import update_kernel
+from .triton.builder import update_kernel
+from .triton.sums import ranges, sums_kernel
 
 LAUNCHES = {
     80: Launch(block=1024, num_warps=4),

@@ -18,7 +18,7 @@ from ..norm_stablehlo import splat, units
 from . import call
 from .kernel import can_run, launch_shape
 from .pieces import Kind, Leaf
-from .triton_builder import norm_kernel
+from .triton.builder import norm_kernel
 
 MAX_NORM_LEAVES = 512
 """Leaves of one kernel, whose compile time grows with the square of them: 2 s for so many."""

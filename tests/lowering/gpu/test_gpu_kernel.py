@@ -19,7 +19,7 @@ from adamw_xla_lowering import NativeUnavailableError, UpdateResult, adamw_updat
 from adamw_xla_lowering.gpu import call as gpu_call
 from adamw_xla_lowering.gpu import kernel as gpu_kernel
 from adamw_xla_lowering.gpu.pieces import Kind, Launch, Leaf, cut
-from adamw_xla_lowering.gpu.triton_builder import norm_kernel
+from adamw_xla_lowering.gpu.triton.builder import norm_kernel
 from adamw_xla_lowering.rules import partitioned
 
 

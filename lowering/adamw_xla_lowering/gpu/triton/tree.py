@@ -14,9 +14,9 @@ from typing import Any
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, scf
 
-from .call import tt
-from .pieces import Piece, Section
-from .triton_ops import arange, constant, offset_by
+from ..call import tt
+from ..pieces import Piece, Section
+from .ops import arange, constant, offset_by
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,10 +14,10 @@ from jax.extend.mlir.dialects import arith, scf
 from jax.interpreters import mlir
 import numpy as np
 
-from ..contract import UPDATE_NAME, UpdateSpec, small_unit
-from .call import Kernel, build, tt
-from .pieces import Launch, Leaf, cut
-from .triton_ops import (
+from ...contract import UPDATE_NAME, UpdateSpec, small_unit
+from ..call import Kernel, build, tt
+from ..pieces import Launch, Leaf, cut
+from .ops import (
     BlockOps,
     arange,
     constant,

@@ -11,8 +11,8 @@ from jax.interpreters import mlir
 import jax.numpy as jnp
 import numpy as np
 
-from .. import arithmetic
-from ..contract import (
+from ... import arithmetic
+from ...contract import (
     NORM_NAME,
     UPDATE_NAME,
     Slot,
@@ -21,10 +21,9 @@ from ..contract import (
     join_leaves,
     small_unit,
 )
-from .call import Kernel, build, tt
-from .pieces import Kind, Launch, Leaf, Section, cut
-from .sums_kernel import PartialSums
-from .triton_ops import (
+from ..call import Kernel, build, tt
+from ..pieces import Kind, Launch, Leaf, Section, cut
+from .ops import (
     BlockOps,
     constant,
     convert,
@@ -33,7 +32,8 @@ from .triton_ops import (
     over_threads,
     splat_constant,
 )
-from .triton_tree import Work, find, for_each_section, member_of
+from .sums import PartialSums
+from .tree import Work, find, for_each_section, member_of
 
 
 def update_kernel(

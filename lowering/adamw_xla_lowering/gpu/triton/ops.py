@@ -8,7 +8,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith
 from jax.extend.mlir.dialects import math as math_dialect
 
-from .call import tt
+from ..call import tt
 
 DIVIDE = "div.rn.f32 $0, $1, $2;"
 """PTX: the quotient of two float32, rounded to nearest."""
