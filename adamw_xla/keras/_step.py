@@ -135,7 +135,7 @@ class Step:
         optimizer, dtype = self._optimizer, self._dtype
         groups, kinds = groups_of([optimizer._use_weight_decay(v) for v in self._variables])
         learning_rate, weight_decay = self._rates or self._current_rates()
-        new, _, zeros, _, measured = update_leaves(
+        made = update_leaves(
             config,
             old,
             grads,
@@ -148,7 +148,8 @@ class Step:
             clear=clear,
             asked=None if self._kept is None else "tree",
         )
-        found = {**new._asdict(), "sums": zeros, "measured": measured and _scalars(measured)}
+        measured = made.measured and _scalars(made.measured)
+        found = {**made.leaves._asdict(), "sums": made.cleared, "measured": measured}
         columns = {kind: x for kind, x in found.items() if x is not None}
         return columns | (self._averaged(old, "idle", "idle_ema") if config.use_ema else {})
 
