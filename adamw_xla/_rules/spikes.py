@@ -135,7 +135,7 @@ def judged(rule: SpikeRule, window: jax.Array, norm: jax.Array) -> tuple[jax.Arr
     """Whether a norm is no spike, a bool scalar, and the window, [N], with it at its end."""
     window, norm = jax.lax.stop_gradient((window, norm.astype(window.dtype)))
     is_there = window >= 0
-    count = jnp.sum(is_there, dtype=np.int32)
+    count = jnp.sum(is_there, dtype=window.dtype)
     # In units of the largest: squares of norms may overflow, or vanish.
     largest = jnp.max(window)
     unit = jnp.where(largest > 0, largest, 1)
@@ -145,7 +145,8 @@ def judged(rule: SpikeRule, window: jax.Array, norm: jax.Array) -> tuple[jax.Arr
     deviation = jnp.sqrt(squares / jnp.maximum(count - 1, 1))
     away = jnp.asarray(rule.deviations, window.dtype) * jnp.maximum(deviation, LEAST * mean)
     is_known = (count >= max(2, rule.window // 2)) & (largest > 0)
-    bound = jnp.where(is_known, unit * (mean + away), jnp.inf)
+    # Not infinity: ``jax_debug_infs`` stops at it.
+    bound = jnp.where(is_known, unit * (mean + away), np.finfo(window.dtype).max)
     # No concatenation: with explicit axes its operands must be on one mesh.
     is_last = np.arange(rule.window) == rule.window - 1
     entered = jnp.where(is_last, jnp.minimum(norm, bound), jnp.roll(window, -1))

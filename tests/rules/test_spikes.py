@@ -282,6 +282,21 @@ def test_the_drop_in_for_optax_and_the_reference_have_it() -> None:
     assert np.isfinite(move(jax.tree.map(jnp.zeros_like, params))["w"]).all()
 
 
+@pytest.mark.parametrize(
+    "guard", [("jax_numpy_dtype_promotion", "strict"), ("jax_debug_infs", True)], ids=str
+)
+def test_guards_of_jax_do_not_stop_at_it(guard: tuple[str, Any]) -> None:
+    config = ax.AdamW(skip_spikes=RULE)
+    state = ax.adamw_init(tree(), config)
+    before = getattr(jax.config, guard[0])
+    jax.config.update(*guard)
+    try:
+        _, state = ax.adamw_step(tree(), tree(1), state, config)
+    finally:
+        jax.config.update(guard[0], before)
+    assert int(state.count) == 1
+
+
 # ------------------------------------------------------------------------------- refusals
 
 WRONG: dict[str, tuple[Any, type[Exception], str]] = {
