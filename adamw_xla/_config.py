@@ -350,5 +350,5 @@ export.register_pytree_node_serialization(
     deserialize_auxdata=functools.partial(from_bytes, AdamW._CHOICES),
 )
 AdamW.__init__ = calls.explained(  # type: ignore[method-assign]
-    "AdamW", aliases=calls.ALIASES, is_method=True
+    "AdamW", aliases=calls.ALIASES | calls.OF_THE_STEP, is_method=True
 )(AdamW.__init__)

@@ -57,6 +57,18 @@ _ELSEWHERE: dict[str, tuple[str, ...]] = {
 ALIASES = {alias: name for name, aliases in _ELSEWHERE.items() for alias in aliases}
 """The option's name here by its name elsewhere: in optax, PyTorch, Keras, or in speech."""
 
+INFO = ("return_info", "return_metrics", "has_aux")
+"""What asks an update for more than its result, here and elsewhere."""
+
+OF_THE_STEP = {
+    **{
+        x: f"adamw_step(..., {x}=...) has it"
+        for x in ("implementation", "offload", "state_shardings")
+    },
+    **{x: "adamw_step(..., return_info=True) asks for it" for x in (*INFO, "keep_info")},
+}
+"""Arguments of a step that are no options of a config, and where they are."""
+
 
 def called_here(names: Mapping[str, str]) -> dict[str, str]:
     """``ALIASES`` for an API that has other names for some: its name by every other."""

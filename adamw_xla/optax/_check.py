@@ -22,7 +22,7 @@ NAMES = {
     "weight_decay_mask": "mask",
     "state_dtype": "mu_dtype",
 }
-ALIASES = calls.called_here(NAMES)
+ALIASES = calls.called_here(NAMES) | dict.fromkeys(calls.INFO, "keep_info")
 """This API's names for the options, by all others."""
 
 WORDS = Words(

@@ -56,6 +56,8 @@ KEYWORDS: dict[str, str] = {
         ("every_k_schedule", "accumulation_steps"), "here it is gradient_accumulation_steps."
     ),
     "loss_scale": "here it is loss_scale_factor.",
+    "return_info": "adamw_step(..., return_info=True) asks for it.",
+    "state_shardings": "adamw_step(..., state_shardings=...) has it.",
     "learning_rte": "did you mean learning_rate?",
     "epsilom": "did you mean epsilon?",
     "weight_decays": "did you mean weight_decay?",

@@ -41,6 +41,8 @@ KEYWORDS = {
     "state_dtype": "here it is mu_dtype.",
     "max_norm": "here it is global_clipnorm.",
     "every_k_schedule": "here it is gradient_accumulation_steps.",
+    "return_info": "here it is keep_info.",
+    "has_aux": "here it is keep_info.",
     "weight_deca": "did you mean weight_decay?",
     "fused": "it has learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask",
 }
