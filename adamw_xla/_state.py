@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 import dataclasses
 import functools
-import sys
 from typing import Any, TypeVar
 
 import jax
@@ -83,9 +82,7 @@ class AdamWState:
 
     def __post_init__(self) -> None:
         """Makes the state known to Flax' checkpoints, where Flax is in use."""
-        # With each state, not with this module: Flax may be imported after it.
-        if "flax.serialization" in sys.modules:
-            flax.register(type(self))
+        flax.register(type(self))
 
     def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], tuple[str, ...]]:
         """All fields are children, but for later ones that are None.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,15 +24,19 @@ def untold(params: Any, config: AdamW, asked: Sums | None) -> StepInfo:
     leaves, treedef = jax.tree.flatten(params)
     frozen = frozen_leaves(config, params)
     dtype = hyper_dtype([p.dtype for i, p in enumerate(leaves) if i not in frozen])
-    unknown = jnp.full((), np.nan, dtype)
-    held = [None if i in frozen else unknown for i in range(len(leaves))]
-    measured = nothing(dtype, len(leaves), asked)
-    return told(measured, [unknown, unknown], lambda _: treedef.unflatten(held))
+
+    def put(row: Sequence[jax.Array]) -> Any:
+        return treedef.unflatten(None if i in frozen else x for i, x in enumerate(row))
+
+    rates = [jnp.full((), np.nan, dtype) for _ in range(2)]
+    return told(nothing(dtype, len(leaves), asked), rates, put)
 
 
 def like_before(info: StepInfo, before: StepInfo | None) -> StepInfo:
     """The info with NaN of leaves that had no gradient, of which ``before`` has a norm."""
-    if info.per_leaf is None or before is None or before.per_leaf is None:
+    if not isinstance(before, StepInfo):  # a dict, of a checkpoint that was not told the class
+        return info
+    if info.per_leaf is None or before.per_leaf is None:
         return info
 
     def norm(old: Any, new: Any) -> Any:

@@ -38,9 +38,10 @@ class Measured(NamedTuple):
 
 def nothing(dtype: np.dtype[np.generic], leaves: int, asked: Sums) -> Measured:
     """What a call has measured that made no update."""
-    unknown = jnp.full((), np.nan, dtype)
+    # An array each: what is donated must not be there twice.
+    grad, factor, param, update = (jnp.full((), np.nan, dtype) for _ in range(4))
     of_leaves = jnp.full((3, leaves), np.nan, dtype) if asked == "leaves" else None
-    return Measured(unknown, unknown, unknown, unknown, jnp.zeros((), bool), of_leaves)
+    return Measured(grad, factor, param, update, jnp.zeros((), bool), of_leaves)
 
 
 def told(

@@ -7,7 +7,9 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 from jax import export
+import numpy as np
 
+from adamw_xla._saved import flax
 from adamw_xla_lowering.contract import Sums
 
 ReturnInfo: TypeAlias = Literal[False, True, "per_leaf"]
@@ -19,7 +21,7 @@ def asked(option: str, value: Any) -> Sums | None:
     Raises:
       ValueError: it is none of the three.
     """
-    if isinstance(value, bool):
+    if isinstance(value, bool | np.bool_):
         return "tree" if value else None
     if isinstance(value, str) and value == "per_leaf":
         return "leaves"
@@ -43,6 +45,10 @@ class LeafNorms:
     grad_norm: Any
     param_norm: Any
     update_norm: Any
+
+    def __post_init__(self) -> None:
+        """Makes it known to Flax' checkpoints."""
+        flax.register(type(self), is_state=False)
 
 
 @jax.tree_util.register_dataclass
@@ -80,6 +86,10 @@ class StepInfo:
     weight_decay: jax.Array
     applied: jax.Array
     per_leaf: LeafNorms | None = None
+
+    def __post_init__(self) -> None:
+        """Makes it known to Flax' checkpoints."""
+        flax.register(type(self), is_state=False)
 
 
 for _class in (LeafNorms, StepInfo):  # lets `jax.export` write functions that return them

@@ -5,19 +5,41 @@ import dataclasses
 import sys
 from typing import Any
 
+import jax
 
-def register(cls: type) -> None:
-    """Makes a dataclass one of those that the ``flax.serialization`` of this process knows."""
-    serialization: Any = sys.modules["flax.serialization"]
+
+def register(cls: type, *, is_state: bool = True) -> None:
+    """Makes a dataclass one of those that the ``flax.serialization`` of this process knows.
+
+    Where Flax is in use; call it with each object, for Flax may be imported after the class.
+
+    Args:
+      cls: the dataclass.
+      is_state: False of what no training goes on from: where a file has it otherwise, or has it
+        not, it stays as the template has it.
+    """
+    serialization: Any = sys.modules.get("flax.serialization")
     # A module that is yet being imported has no such function.
     is_known = getattr(serialization, "is_serializable", lambda _: True)
     if not is_known(cls):
-        serialization.register_serialization_state(cls, _to_dict, _from_dict)
+        read = _from_dict if is_state else _like_template
+        serialization.register_serialization_state(cls, _to_dict, read)
 
 
 def _to_dict(value: Any) -> dict[str, Any]:
     to_state_dict = sys.modules["flax.serialization"].to_state_dict
     return {f.name: to_state_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+
+
+def _like_template(template: Any, found: Any) -> Any:
+    """What is found, if it is built as the template is; else the template."""
+    serialization: Any = sys.modules["flax.serialization"]
+    wanted: Any = jax.tree.structure(_to_dict(template))
+    if wanted != jax.tree.structure(found):
+        return template
+    names = [f.name for f in dataclasses.fields(template)]
+    read = serialization.from_state_dict
+    return type(template)(**{x: read(getattr(template, x), found[x], x) for x in names})
 
 
 NEWER = ("words", "remainder", "norms")

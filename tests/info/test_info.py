@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from comparing import same
+from flax import serialization
 import jax
 from jax import export
 import jax.numpy as jnp
@@ -185,6 +186,12 @@ def test_what_it_may_be(value: Any) -> None:
         axo.adamw(0.1, keep_info=value)
 
 
+def test_a_bool_of_numpy_is_one() -> None:
+    state = ax.adamw_init(tree(), ax.AdamW())
+    asked: Any = np.bool_(1)
+    assert len(ax.adamw_step(tree(), tree(), state, ax.AdamW(), return_info=asked)) == 3
+
+
 def test_a_result_that_is_not_unpacked_is_named() -> None:
     config = ax.AdamW()
     made = ax.adamw_step(tree(), tree(), ax.adamw_init(tree(), config), config, return_info=True)
@@ -228,6 +235,40 @@ def test_what_is_kept_stays_behind_where_a_state_moves() -> None:
     back = axo.from_optax_state(there, tx.init(tree()))
     assert np.isnan(back.info.grad_norm)
     same(back._replace(info=None), state._replace(info=None))
+
+
+def test_each_number_has_an_array_of_its_own() -> None:
+    """A state with one array twice cannot be donated, as ``optax.MultiSteps`` shows."""
+    config = ax.AdamW(gradient_accumulation_steps=2)
+    state = ax.adamw_init(tree(), config)
+    *_, between = ax.adamw_step(tree(), tree(1), state, config, return_info="per_leaf")
+    for info in (between, axo.adamw(0.1, keep_info="per_leaf").init(tree()).info):
+        places = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(info)]
+        assert len({*places}) == len(places)
+
+
+def test_a_state_that_lost_its_class_goes_on() -> None:
+    tx = axo.adamw(0.1, keep_info="per_leaf")
+    _, state = tx.update(tree(1), tx.init(tree()), tree())
+    plain = state._replace(info=dataclasses.asdict(state.info))
+    for opt_state in (plain._asdict(), (*plain,)):
+        with pytest.raises(TypeError) as error:
+            tx.update(tree(1), opt_state, tree())
+        call = re.search(r"adamw_xla\.optax(\.AdamWOptState\(.*?\)) has the", str(error.value))
+        assert call is not None
+        assert "does not know" not in str(error.value)
+        found = eval(f"axo{call[1]}", {"axo": axo, "opt_state": opt_state})
+        same(tx.update(tree(1), found, tree()), tx.update(tree(1), state, tree()))
+
+
+@pytest.mark.parametrize("saved", [True, "per_leaf", False])
+def test_what_is_kept_never_keeps_flax_from_a_state(saved: Any) -> None:
+    tx, template = axo.adamw(0.1, keep_info=saved), axo.adamw(0.1, keep_info="per_leaf")
+    _, state = tx.update(tree(1), tx.init(tree()), tree())
+    begun = template.init(tree())
+    found = serialization.from_bytes(begun, serialization.to_bytes(state))
+    same(found.info, state.info if saved == "per_leaf" else begun.info)
+    same(found._replace(info=None), state._replace(info=None))
 
 
 def test_the_drop_in_has_no_place_where_it_is_not_asked() -> None:
