@@ -297,7 +297,8 @@ def _landings(report: Report) -> list[str]:
     if not report.leaves:
         return []
     whose = "params" if report.devices == 1 else "params that a device updates"
-    lines = [f"  {len(report.leaves)} leaves, {report.parameters} {whose}, land in"]
+    many = "1 leaf" if len(report.leaves) == 1 else f"{len(report.leaves)} leaves"
+    lines = [f"  {many}, {report.parameters} {whose}, land in"]
     groups: dict[tuple[str, ...], list[Leaf]] = {}
     for leaf in report.leaves:
         groups.setdefault(leaf.kernels, []).append(leaf)
@@ -318,7 +319,8 @@ def _others_update(report: Report) -> list[str]:
     if report.update.kernels or not (report.leaves or report.in_place):
         return []
     kernels = {name for leaf in report.leaves for name in leaf.kernels}
-    found = f"{len(kernels)} kernels make the new leaves" if kernels else NOT_TOLD
+    makes = "1 kernel makes" if len(kernels) == 1 else f"{len(kernels)} kernels make"
+    found = f"{makes} the new leaves" if kernels else NOT_TOLD
     return [f"  {'the update':<17}none of this package; {found}"]
 
 

@@ -92,6 +92,14 @@ def elsewhere() -> tuple[Any, Any]:
     return _built(P("data"), in_shardings=NamedSharding(own, P()))
 
 
+def mapped() -> tuple[Any, Any]:
+    """With a mesh of this machine inside."""
+    own = jax.make_mesh((1,), ("data",))
+    _, args = _built(P())
+    double = jax.shard_map(lambda x: 2 * x, mesh=own, in_specs=P("data"), out_specs=P("data"))
+    return jax.jit(lambda params, state, x: double(x)), args
+
+
 def two_meshes() -> tuple[Any, Any]:
     """A batch on another mesh than the params."""
     step, (params, state, batch) = _built(P("data"))

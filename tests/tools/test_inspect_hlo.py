@@ -343,6 +343,7 @@ def test_a_mesh_of_the_target(tmp_path):
 
 MESH_MISTAKES = {
     "elsewhere": "names shardings of this machine's devices where it is jitted or inside, and cpu",
+    "mapped": "names shardings of this machine's devices where it is jitted or inside, and cpu",
     "two_meshes": "the arguments lie on several meshes: {'",
 }
 

@@ -249,7 +249,7 @@ def inspect(case: Case, target: aot.Target) -> Inspected:
             f"{case.name}: names shardings of this machine's devices where it is jitted or inside, "
             f"and {target.name} has others. Give them to the args alone, as "
             "jax.ShapeDtypeStruct(..., sharding=), and inside name PartitionSpecs of the mesh "
-            "that the args lie on."
+            "that the args lie on, which jax.shard_map takes where it is given no mesh."
         ) from None
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -261,7 +261,11 @@ def inspect(case: Case, target: aot.Target) -> Inspected:
     return Inspected(case.name, target.name, program, text, report, count)
 
 
-_OF_OTHER_DEVICES = ("incompatible devices", "does not match the sharding on the respective arg")
+_OF_OTHER_DEVICES = (
+    "incompatible devices",
+    "does not match the sharding on the respective arg",
+    "should match the mesh passed to shard_map",
+)
 """What JAX says where a function names shardings that are not the arguments'."""
 
 

@@ -148,7 +148,7 @@ def _exchanged(whose: str | None, found: Report) -> Sentence:
 
 def _others(found: Report) -> Sentence:
     makers = {name for leaf in found.leaves for name in leaf.kernels}
-    told = f"{len(makers)} kernels make the new leaves"
+    told = f"{len(makers)} kernels? makes? the new leaves"
     if not makers:
         told = "which arguments are params and moments is not known, so neither are leaves"
     return rf"  the update +none of this package; {told}", lambda match: None
@@ -203,7 +203,7 @@ def _kept(found: Report) -> Sentence:
 def _landings(found: Report) -> Iterator[Sentence]:
     whose = "params" if found.devices == 1 else "params that a device updates"
     total = sum(leaf.elements for leaf in found.leaves)
-    yield rf"  {len(found.leaves)} leaves, {total} {whose}, land in", lambda match: None
+    yield rf"  {len(found.leaves)} lea(?:f|ves), {total} {whose}, land in", lambda match: None
     groups = Counter(leaf.kernels for leaf in found.leaves)
     pattern = (
         r"    (?P<where>.+): (?P<name>.*) (?P<shape>\w+\[[\d,]*\])(?: and (?P<more>\d+) more)?"
