@@ -65,7 +65,7 @@ def main(
     device (data-parallel), its state cut (ZeRO-1), and both cut (FSDP): what a device holds,
     moves and exchanges in a step, and how long XLA compiles. Each device has 8 windows of text,
     however many there are. Nothing is run and no TPU is needed: bytes are the compiler's, and
-    seconds are measured here. With all numbers of devices it takes about a quarter of an hour.
+    seconds are measured here. All numbers of devices take a quarter of an hour of one processor.
 
     pip install -e '.\\[inspect,train,tpu-compile]'
 

@@ -161,7 +161,7 @@ def _kept(x: Point) -> float | None:
 PANELS = (
     _Panel("Memory: all buffers (dashed: params and state)", "B", lambda x: x.buffers, _kept),
     _Panel("Moved from and to main memory", "B", lambda x: x.moved),
-    _Panel("Exchanged with other devices", "B", lambda x: x.exchanged or None),
+    _Panel("Exchanged with other devices", "B", lambda x: x.exchanged),
     _Panel("Time to compile", "s", lambda x: x.compiled),
 )
 
@@ -183,8 +183,8 @@ def draw(path: Path, found: Sequence[Point], model: str) -> None:
                 if panel.beside is not None:
                     short = {"lw": 1.2, "ls": "--", "marker": "_" if len(line) == 1 else ""}
                     _line(axes, line, panel.beside, style | short)
-        if panel.unit != "B":
-            axes.set_ylim(bottom=0)
+        if panel.beside is None and axes.lines:
+            axes.set_ylim(0, 1.07 * axes.dataLim.y1)
     handles = [
         Line2D([], [], color=f"C{i}", marker=MARKERS[layout], label=LABELS[layout])
         for i, layout in enumerate(LAYOUTS)
@@ -214,7 +214,7 @@ def _scales(axes: Axes, counts: Sequence[int], panel: _Panel) -> None:
     axes.xaxis.set_tick_params(labelbottom=True)
     if axes.get_subplotspec().is_last_row():
         axes.set_xlabel("devices")
-    if panel.unit == "B":
+    if panel.beside is not None:  # of which one is a small part of the other
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
         axes.yaxis.set_minor_locator(NullLocator())
