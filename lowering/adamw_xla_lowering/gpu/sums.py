@@ -20,7 +20,7 @@ from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 
 from ..contract import UpdateSpec
-from ..norm_stablehlo import axis, sum_over
+from ..norm_stablehlo import axis, splat, sum_over
 from ..stablehlo import Tree
 from ..sums import beside
 from .rows import MIN_ROW, flat_shape, reshape, row_length, thinned
@@ -49,20 +49,17 @@ class Pairs(beside.Summing):
 
 
 def again(tree: Tree, leaf: int, number: int) -> ir.Value | None:
-    """``hyper`` as another value, for the group of this number; None if once is enough.
+    """``hyper`` as another value, and the group's number behind it; None if once is enough.
 
     Groups that read the same one would be joined, and have two reductions.
     """
     param = tree.avals.leaves[leaf][0]
     if math.prod(param.shape) * param.dtype.itemsize <= MAX_CACHED_BYTES:
         return None
-    i32 = ir.IntegerType.get_signless(32)
-    mark = hlo.constant(
-        ir.DenseElementsAttr.get_splat(
-            ir.RankedTensorType.get([], i32), ir.IntegerAttr.get(i32, number)
-        )
-    )
-    return hlo.OptimizationBarrierOp([mark, tree.values.hyper]).results[1]
+    hyper = ir.RankedTensorType(tree.values.hyper.type)
+    last = ir.RankedTensorType.get([1, hyper.shape[1]], hyper.element_type)
+    marked = hlo.concatenate([tree.values.hyper, splat(last, float(number))], axis(0))
+    return hlo.OptimizationBarrierOp([marked]).results[0]
 
 
 def of_group(leaves: Sequence[Sequence[ir.Value]]) -> list[ir.Value]:
