@@ -126,7 +126,7 @@ def test_sharding_rule() -> None:
     spec = UpdateSpec(groups=(0,) * 9, leaf_scale=True)
     scalars = [jax.ShapeDtypeStruct(s, np.float32) for s in ((1, NUM_SLOTS), (9,))]
     leaves = [jax.ShapeDtypeStruct((2, 3), np.float32)] * (4 * 9)
-    text = partitioned._sharding_rule(spec, [*scalars, *leaves])
+    text = partitioned._sharding_rule(spec, [*scalars, *leaves], [])
     with mlir.make_ir_context():
         assert str(ir.Attribute.parse(text)) == text
 
