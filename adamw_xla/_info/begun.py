@@ -14,6 +14,7 @@ from adamw_xla._info.norms import nothing, told
 from adamw_xla._info.step_info import StepInfo
 from adamw_xla._inside.grouped import frozen_leaves
 from adamw_xla._inside.update import hyper_dtype
+from adamw_xla._rules.stacked import layers_of
 from adamw_xla_lowering.contract import Sums
 
 
@@ -29,7 +30,9 @@ def untold(params: Any, config: AdamW, asked: Sums | None) -> StepInfo:
         return treedef.unflatten(None if i in frozen else x for i, x in enumerate(row))
 
     rates = [jnp.full((), np.nan, dtype) for _ in range(2)]
-    return told(nothing(dtype, len(leaves), asked), rates, put)
+    layers = layers_of(config.stacked, params)
+    count = sum(x or 1 for x in layers)
+    return told(nothing(dtype, count, asked), rates, layers, put)
 
 
 def like_before(info: StepInfo, before: StepInfo | None) -> StepInfo:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ class Measured(NamedTuple):
       param_norm: of new params.
       update_norm: of what was added to them.
       applied: bool.
-      of_leaves: [3, leaves]: the three norms of each leaf.
+      of_leaves: [3, n]: the three norms of each leaf, or of its layers, leaf after leaf.
     """
 
     grad_norm: jax.Array
@@ -36,23 +37,27 @@ class Measured(NamedTuple):
     of_leaves: jax.Array | None = None
 
 
-def nothing(dtype: np.dtype[np.generic], leaves: int, asked: Sums) -> Measured:
-    """What a call has measured that made no update."""
+def nothing(dtype: np.dtype[np.generic], count: int, asked: Sums) -> Measured:
+    """What a call has measured that made no update, of so many leaves and layers."""
     # An array each: what is donated must not be there twice.
     grad, factor, param, update = (jnp.full((), np.nan, dtype) for _ in range(4))
-    of_leaves = jnp.full((3, leaves), np.nan, dtype) if asked == "leaves" else None
+    of_leaves = jnp.full((3, count), np.nan, dtype) if asked == "leaves" else None
     return Measured(grad, factor, param, update, jnp.zeros((), bool), of_leaves)
 
 
 def told(
-    measured: Measured, rates: Sequence[jax.Array], put: Callable[[Sequence[jax.Array]], Any]
+    measured: Measured,
+    rates: Sequence[jax.Array],
+    layers: Sequence[int | None],
+    put: Callable[[Sequence[jax.Array]], Any],
 ) -> StepInfo:
     """What the caller gets.
 
     Args:
       measured: of the call.
       rates: learning rate and weight decay.
-      put: makes a tree like the params of a scalar for each leaf that is updated.
+      layers: for each leaf how many norms it has, None: one, without an axis; empty: for all.
+      put: makes a tree like the params of a value for each leaf that is updated.
     """
     learning_rate, weight_decay = rates
     table = measured.of_leaves
@@ -64,12 +69,24 @@ def told(
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         applied=measured.applied,
-        per_leaf=None if table is None else LeafNorms(*(put([*row]) for row in table)),
+        per_leaf=None if table is None else LeafNorms(*(put(_cut(row, layers)) for row in table)),
     )
 
 
+def _cut(norms: jax.Array, layers: Sequence[int | None]) -> list[jax.Array]:
+    """Of each leaf its norm, or those of its layers."""
+    if not layers:
+        return [*norms]
+    ends = [*itertools.accumulate(count or 1 for count in layers)]
+    pairs = zip(jnp.split(norms, ends[:-1]), layers, strict=True)
+    return [own if count else own[0] for own, count in pairs]
+
+
 def sums_needed(asked: Sums, axes: Sequence[tuple[str, ...]]) -> Sums:
-    """Of what the update is to sum: of the tree, or of each leaf if these lie differently."""
+    """Of what the update is to sum: of the tree, or of each leaf if these lie differently.
+
+    Leaves are layers too, where these have sums of their own.
+    """
     return "leaves" if asked == "leaves" or any(axes) else "tree"
 
 
@@ -84,9 +101,9 @@ def measured(
     """The norms of one update.
 
     Args:
-      sums: the update's own, [kinds] or [leaves, kinds].
+      sums: the update's own, [kinds], or [n, kinds] of leaves and layers.
       asked: whether norms of each leaf are wanted.
-      axes: for each leaf the manual mesh axes over which its parts lie; empty: none.
+      axes: for each of these the manual mesh axes over which its parts lie; empty: none.
       clip: the factors on the gradients.
       scale: the factor on every gradient before clipping.
       apply: whether the update was made; None: it was.

@@ -36,6 +36,8 @@ def asked(option: str, value: Any) -> Sums | None:
 class LeafNorms:
     """L2 norms of each leaf: trees like the params, with None where nothing is updated.
 
+    Scalars; of a leaf that the config's ``stacked`` says to hold layers, one for each: [layers].
+
     Attributes:
       grad_norm: of the gradient, as in ``StepInfo``.
       param_norm: of the new param.

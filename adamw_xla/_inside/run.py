@@ -152,7 +152,8 @@ def run_step(
         lying = tuple(names_of[i] for i in live)
         across = Across(backend.sum_of_squares, lying)
         backend = backend._replace(sum_of_squares=across, axes=lying)
-    if config.clipnorm is not None and any(layers[i] for i in live):
+    by_layer = config.clipnorm is not None or sums == "leaves"
+    if by_layer and any(layers[i] for i in live):
         if over is not None:
             not_over_layers(config.axis_names, trained, [layers[i] for i in held], over)
         backend = _layered(backend, [layers[i] for i in live])
@@ -186,7 +187,7 @@ def run_step(
     info = None
     if new.measured is not None:
         rates = rates_of(config, calls, dtype, overrides)
-        info = told(new.measured, rates, lambda xs: put([None] * len(leaves), xs))
+        info = told(new.measured, rates, backend.layers, lambda xs: put([None] * len(leaves), xs))
     if not leaves:  # nothing is counted
         return Made(params, state, info)
     after = AdamWState(
@@ -197,7 +198,7 @@ def run_step(
 
 
 def _layered(backend: Backend, layers: Sequence[int | None]) -> Backend:
-    """A backend that clips each layer of its leaves by itself."""
+    """A backend that clips each layer of its leaves by itself, and has sums of each."""
     whole = backend.sum_of_squares
 
     def of_part(leaves: Sequence[int]) -> SumOfSquares:
@@ -206,7 +207,13 @@ def _layered(backend: Backend, layers: Sequence[int | None]) -> Backend:
         return dataclasses.replace(whole, axes=[whole.axes[i] for i in leaves])
 
     layered = Layered(layers, backend.update, whole, of_part)
-    return backend._replace(update=layered.update, sum_of_squares=layered.sum_of_squares)
+    pairs = zip(backend.axes, layers, strict=False)
+    return backend._replace(
+        update=layered.update,
+        sum_of_squares=layered.sum_of_squares,
+        axes=[axes for axes, count in pairs for _ in range(count or 1)],
+        layers=layers,
+    )
 
 
 def _unchanged(leaves: Sequence[Any], grads: Sequence[Any], frozen: set[int]) -> list[Any]:
@@ -307,13 +314,16 @@ class _Step:
         between = _Moving(
             columns | {"params": self._unmoved(), "accumulated": total},
             counters | {"micro_step": done},
-            self.asked and nothing(self.dtype, len(grads), self.asked),
+            self.asked and nothing(self.dtype, self._num_sums(grads), self.asked),
         )
 
         def update(moving: _Moving) -> _Moving:
             return self._updated(moving, moving.columns["accumulated"], 1 / steps, clear=True)
 
         return self.backend.do_if(done >= steps, update, between)
+
+    def _num_sums(self, grads: Sequence[jax.Array]) -> int:
+        return sum(x or 1 for x in self.backend.layers) if self.backend.layers else len(grads)
 
     def _unmoved(self) -> list[jax.Array]:
         """What a call without an update returns in place of new params."""

@@ -71,7 +71,9 @@ class Backend(NamedTuple):
       sum_of_squares: over all devices.
       do_if: runs a body or not.
       offload: whether ``update`` streams the state.
-      axes: for each leaf the manual mesh axes over which its parts lie; empty: none.
+      axes: for each leaf, or layer of it, the manual mesh axes over which its parts lie; empty:
+        none.
+      layers: for each leaf how many layers have sums of their own; None, or empty: none.
     """
 
     update: Callable[..., UpdateResult] = adamw_update
@@ -79,6 +81,7 @@ class Backend(NamedTuple):
     do_if: Callable[..., Any] = do_if
     offload: bool = False
     axes: Sequence[tuple[str, ...]] = ()
+    layers: Sequence[int | None] = ()
 
 
 class Updated(NamedTuple):

@@ -24,8 +24,8 @@ from adamw_xla_lowering import STATE_KINDS, Squares, UpdateResult, shard_alike
 class Layered:
     """An update, and sums of squares, of leaves of which some hold layers.
 
-    Leaves that hold as many, which lie alike, are a part. What there is for each leaf or layer,
-    sums and ``leaf_scale``, stands in one vector: part after part, in a part layer after layer.
+    Leaves that hold as many, which lie alike, are a part. Norms' sums and ``leaf_scale``, of each
+    leaf or layer, stand in one vector: part after part, in a part layer after layer.
 
     Attributes:
       layers: for each leaf how many layers it holds; None: none but itself.
@@ -59,26 +59,33 @@ class Layered:
         params: Sequence[jax.Array],
         grads: Sequence[jax.Array],
         *,
-        leaf_scale: jax.Array,
+        leaf_scale: jax.Array | None,
         groups: Sequence[int],
         **rest: Any,
     ) -> UpdateResult:
-        """As ``adamw_update``, in an equation for each part."""
+        """As ``adamw_update``, in an equation for each part; sums of leaves are of each layer.
+
+        These stand leaf after leaf, in a leaf layer after layer.
+        """
         state = {kind: rest.pop(kind) for kind in STATE_KINDS if kind in rest}
         columns = {"params": params, "grads": grads, **state}
         parts = self._parts(grads)
         ends = itertools.accumulate(len(indices) * (layers or 1) for layers, indices in parts)
-        scales = jnp.split(leaf_scale, [*ends][:-1])
+        scales: Sequence[jax.Array | None] = [None] * len(parts)
+        if leaf_scale is not None:
+            scales = jnp.split(leaf_scale, [*ends][:-1])
         made: list[Any] = []
         for (layers, indices), scale in zip(parts, scales, strict=True):
             own = {kind: [xs[i] for i in indices] for kind, xs in columns.items()}
             own_groups = [groups[i] for i in indices]
 
-            def updated(own: Any, scale: jax.Array, groups: Any = own_groups) -> UpdateResult:
+            def updated(own: Any, scale: Any, groups: Any = own_groups) -> UpdateResult:
                 return self.inner(hyper, **own, leaf_scale=scale, groups=groups, **rest)
 
             if layers:
-                table = explicit.axis_0_like(scale.reshape(layers, -1), own["grads"][0])
+                table = None
+                if scale is not None:
+                    table = explicit.axis_0_like(scale.reshape(layers, -1), own["grads"][0])
                 made.append(_lying_alike(jax.vmap(updated)(own, table), own))
             else:
                 made.append(updated(own, scale))
@@ -90,9 +97,11 @@ class Layered:
         }
         found: Any = {kind: [xs[i] for i in order] for kind, xs in lists.items()}
         if made[0].sums is not None:
-            pairs = zip(parts, (new.sums for new in made), strict=True)
-            sums = [jnp.sum(explicit.whole(x), 0) if part[0] else x for part, x in pairs]
-            found["sums"] = sum(sums) if sums[0].ndim == 1 else jnp.concatenate(sums)[order]
+            sums = [
+                explicit.whole(new.sums) if layers else new.sums[None]
+                for (layers, _), new in zip(parts, made, strict=True)
+            ]
+            found["sums"] = _joined(sums, [indices for _, indices in parts])
         return UpdateResult(**found)
 
     def _parts(self, grads: Sequence[jax.Array]) -> list[tuple[int, list[int]]]:
@@ -102,6 +111,15 @@ class Layered:
             key = (layers, explicit.axis_0_of(g)) if layers else (0, None)
             found.setdefault(key, []).append(i)
         return [(layers, indices) for (layers, _), indices in found.items()]
+
+
+def _joined(sums: Sequence[jax.Array], parts: Sequence[Sequence[int]]) -> jax.Array:
+    """From sums [layers, kinds] or [layers, leaves, kinds] of each part those of all parts."""
+    if sums[0].ndim == 2:
+        return functools.reduce(jnp.add, [jnp.sum(x, 0) for x in sums])
+    pairs = zip(sums, parts, strict=True)
+    rows = {i: table[:, k] for table, indices in pairs for k, i in enumerate(indices)}
+    return jnp.concatenate([rows[i] for i in sorted(rows)])
 
 
 def _lying_alike(new: UpdateResult, old: Mapping[str, Sequence[jax.Array]]) -> UpdateResult:

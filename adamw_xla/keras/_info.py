@@ -46,7 +46,7 @@ def packed(measured: Measured, rates: Sequence[Scalar]) -> jax.Array:
       rates: learning rate and weight decay.
     """
     dtype = measured.grad_norm.dtype
-    info = told(measured, [jnp.asarray(x, dtype) for x in rates], list)
+    info = told(measured, [jnp.asarray(x, dtype) for x in rates], (), list)
     return jnp.stack([getattr(info, name).astype(dtype) for name in _FIELDS])
 
 

@@ -122,10 +122,34 @@ def test_a_stack_is_trained_as_the_list_of_its_layers(name: str) -> None:
 def test_what_a_step_tells_is_the_same_too() -> None:
     config = ax.AdamW(clipnorm=1.0, skip_nonfinite=True)
     stacked = dataclasses.replace(config, stacked="dec")
-    one = trained(stacked, jnp.float32, few, return_info=True)
-    other = trained(config, jnp.float32, lambda x: listed(few(x)), return_info=True)
-    close((listed(one[0]), *map(listed, one[1:])), other)
-    assert 0 < one[2][0].clip_factor < 1
+    one = trained(stacked, jnp.float32, few, return_info="per_leaf")
+    other = trained(config, jnp.float32, lambda x: listed(few(x)), return_info="per_leaf")
+    (told,), (of_list,) = one[2], other[2]
+    close((listed(one[0]), listed(one[1])), other[:2])
+    close(*(dataclasses.replace(x, per_leaf=None) for x in (told, of_list)))
+    for name, norms in vars(told.per_leaf).items():
+        close(listed(norms), getattr(of_list.per_leaf, name))
+    assert 0 < told.clip_factor < 1
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=str)
+def test_norms_of_each_layer_need_no_clip(options: dict[str, Any]) -> None:
+    config = ax.AdamW(stacked=STACKED, **options)
+    params, _, (info,) = trained(config, jnp.float32, lambda x: x, return_info="per_leaf")
+    want = jax.tree.map(lambda x: np.sqrt(np.sum(np.square(np.float64(x)))), listed(params))
+    norms = listed(info.per_leaf.param_norm)
+    assert jax.tree.structure(norms) == jax.tree.structure(want)
+    for got, expected in zip(jax.tree.leaves(norms), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_the_drop_in_for_optax_keeps_norms_of_each_layer() -> None:
+    tx = axo.adamw(0.1, stacked=STACKED, keep_info="per_leaf")
+    params = tree(0)
+    before = tx.init(params)
+    _, after = tx.update(tree(1), before, params)
+    kinds = [jax.tree.map(lambda x: (x.shape, x.dtype), state.info) for state in (before, after)]
+    assert kinds[0] == kinds[1]
 
 
 def test_the_reference_has_the_same_derivatives() -> None:
