@@ -273,3 +273,13 @@ def test_what_is_kept_never_keeps_flax_from_a_state(saved: Any) -> None:
 
 def test_the_drop_in_has_no_place_where_it_is_not_asked() -> None:
     assert axo.adamw(0.1).init(tree()).info is None
+
+
+def test_norms_of_layers_are_kept_in_one_structure() -> None:
+    tx = axo.adamw(0.1, stacked="^b", keep_info="per_leaf")
+    params = {"a": jnp.ones(3), "b": jnp.ones((4, 3))}
+    before = tx.init(params)
+    _, after = tx.update(params, before, params)
+    kinds = [jax.tree.map(lambda x: (x.shape, x.dtype), state.info) for state in (before, after)]
+    assert kinds[0] == kinds[1]
+    assert after.info.per_leaf.grad_norm["b"].shape == (4,)

@@ -143,15 +143,6 @@ def test_norms_of_each_layer_need_no_clip(options: dict[str, Any]) -> None:
         np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
-def test_the_drop_in_for_optax_keeps_norms_of_each_layer() -> None:
-    tx = axo.adamw(0.1, stacked=STACKED, keep_info="per_leaf")
-    params = tree(0)
-    before = tx.init(params)
-    _, after = tx.update(tree(1), before, params)
-    kinds = [jax.tree.map(lambda x: (x.shape, x.dtype), state.info) for state in (before, after)]
-    assert kinds[0] == kinds[1]
-
-
 def test_the_reference_has_the_same_derivatives() -> None:
     def slopes(config: ax.AdamW, of: Any) -> Any:
         params = of(tree(0))
