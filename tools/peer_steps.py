@@ -47,7 +47,12 @@ class Options:
 
 def ours(options: Options = Options(), implementation: Any = None) -> tuple[Init, Step]:
     """This package."""
-    config = ax.AdamW(
+    return of_config(ours_config(options), implementation)
+
+
+def ours_config(options: Options) -> ax.AdamW:
+    """The config of these options."""
+    return ax.AdamW(
         LEARNING_RATE,
         WEIGHT_DECAY,
         epsilon=EPSILON,
@@ -59,7 +64,6 @@ def ours(options: Options = Options(), implementation: Any = None) -> tuple[Init
         params_rounding="stochastic" if options.words else "nearest",
         **_clip_arguments(options),
     )
-    return of_config(config, implementation)
 
 
 def of_config(config: ax.AdamW, implementation: Any = None) -> tuple[Init, Step]:
@@ -76,6 +80,10 @@ def of_config(config: ax.AdamW, implementation: Any = None) -> tuple[Init, Step]
 
 def optax_adamw(options: Options = Options()) -> tuple[Init, Step]:
     """``optax.adamw`` and ``apply_updates``."""
+    return of_optax(_optax(options))
+
+
+def _optax(options: Options) -> Any:
     import optax
 
     if options.ema or options.clip == "leaf":
@@ -94,7 +102,7 @@ def optax_adamw(options: Options = Options()) -> tuple[Init, Step]:
         optimizer = optax.chain(clips[options.clip](BOUND), optimizer)
     if options.accumulate is not None:
         optimizer = optax.MultiSteps(optimizer, options.accumulate).gradient_transformation()
-    return of_optax(optimizer)
+    return optimizer
 
 
 def of_optax(optimizer: Any) -> tuple[Init, Step]:
@@ -139,6 +147,39 @@ def optax_grouped() -> tuple[Init, Step]:
     }
     labels = functools.partial(jax.tree_util.tree_map_with_path, label)
     return of_optax(optax.multi_transform(solvers, labels))
+
+
+Told = Callable[[Any, Any, Any], tuple[Any, Any, Any]]
+"""A step that returns norms of gradients, new params and updates too, and what else it tells."""
+
+
+def ours_told(
+    options: Options = Options(), implementation: Any = None, told: Any = True
+) -> tuple[Init, Told]:
+    """This package, with ``return_info``."""
+    config = ours_config(options)
+    init, _ = of_config(config)
+
+    def step(params: Any, grads: Any, state: Any) -> tuple[Any, Any, Any]:
+        return ax.adamw_step(
+            params, grads, state, config, implementation=implementation, return_info=told
+        )
+
+    return init, step
+
+
+def optax_told(options: Options = Options()) -> tuple[Init, Told]:
+    """``optax.adamw``, and ``optax.global_norm`` of what ``StepInfo`` has norms of."""
+    import optax
+
+    optimizer = _optax(options)
+
+    def step(params: Any, grads: Any, state: Any) -> tuple[Any, Any, Any]:
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        return params, state, [optax.global_norm(x) for x in (grads, params, updates)]
+
+    return optimizer.init, step
 
 
 def keras_adamw(options: Options = Options()) -> tuple[Init, Step]:
