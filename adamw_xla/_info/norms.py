@@ -59,24 +59,38 @@ def told(
       layers: for each leaf how many norms it has, None: one, without an axis; empty: for all.
       put: makes a tree like the params of a value for each leaf that is updated.
     """
-    learning_rate, weight_decay = rates
-    table = measured.of_leaves
+    *scalars, applied, table = measured
+    dtype = measured.grad_norm.dtype
+    numbers = _together([*scalars, *rates, applied.astype(dtype)])
+    grad_norm, clip_factor, param_norm, update_norm, learning_rate, weight_decay, flag = numbers
     return StepInfo(
-        grad_norm=measured.grad_norm,
-        clip_factor=measured.clip_factor,
-        param_norm=measured.param_norm,
-        update_norm=measured.update_norm,
+        grad_norm=grad_norm,
+        clip_factor=clip_factor,
+        param_norm=param_norm,
+        update_norm=update_norm,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
-        applied=measured.applied,
+        applied=flag != 0,
         per_leaf=None if table is None else LeafNorms(*(put(_cut(row, layers)) for row in table)),
     )
 
 
+@jax.jit
+def _together(numbers: Sequence[jax.Array] | jax.Array) -> list[jax.Array]:
+    """The numbers, by one kernel: XLA:GPU joins what reads one array, and else makes one each.
+
+    It is the bound below which nothing is, of which XLA does not know that.
+    """
+    kind = numbers[0].dtype
+    bounds = jnp.asarray(np.array([np.finfo(kind).min, 0], kind))
+    bound = jax.lax.optimization_barrier(bounds)[0]  # type: ignore[no-untyped-call]
+    return [jnp.maximum(x, bound) for x in numbers]
+
+
 def _cut(norms: jax.Array, layers: Sequence[int | None]) -> list[jax.Array]:
     """Of each leaf its norm, or those of its layers."""
-    if not layers:
-        return [*norms]
+    if not any(layers):
+        return _together(norms)
     ends = [*itertools.accumulate(count or 1 for count in layers)]
     pairs = zip(jnp.split(norms, ends[:-1]), layers, strict=True)
     return [own if count else own[0] for own, count in pairs]

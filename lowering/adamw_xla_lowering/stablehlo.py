@@ -5,10 +5,10 @@ of their composites. A compiler that knows ``adamw_xla.update`` may replace it; 
 other inlines the decomposition, and fuses it into one loop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, TypeAlias
 
 from jax.extend.mlir import ir, lower_with_sharding_in_types
 from jax.extend.mlir.dialects import func
@@ -30,6 +30,9 @@ from .contract import (
 )
 from .formats.hlo_ops import HloOps
 from .sums import beside
+
+Slots: TypeAlias = Callable[[Slot], ir.Value]
+"""The value of a column of ``hyper``, for every element."""
 
 
 def lower(
@@ -87,8 +90,8 @@ class Tree:
           leaf: its index.
           values: what stands for its operands, reshaped behind the batch; None: themselves.
           anchor: an array of ones for the gradient to be multiplied by (``gpu/merge.py`` says why).
-          again: ``hyper`` as another value, by which what is summed is computed once more
-            (``gpu/sums.py`` says why).
+          again: a one, [1, 1], times which ``hyper`` is another value: what is summed is computed
+            once more by that (``gpu/sums.py`` says why).
 
         Returns:
           The results, of the shapes that ``values`` make, and behind them the leaf's sums.
@@ -100,7 +103,7 @@ class Tree:
         if anchor is not None:
             scalars.append(anchor)
         if again is not None:
-            scalars.append(_row(again, self.spec.batch_rank, self.spec.groups[leaf]))
+            scalars.append(again)
         function = self._function(leaf, [*scalars, *values], again is not None)
         options = {name: ir.BoolAttr.get(on) for name, on in self.spec.options().items()}
         i64 = ir.IntegerType.get_signless(64)
@@ -213,7 +216,7 @@ def _decomposition(
     *,
     is_twice: bool,
 ) -> func.FuncOp:
-    """The private function of one leaf: ``(row, [scale], [anchor], [row again], leaf...)``."""
+    """The private function of one leaf: ``(row, [scale], [anchor], [again], leaf...)``."""
     module, symbols = functions_of(ctx)
     with ir.InsertionPoint(module.body):
         kind = (list(operands), list(results))
@@ -222,22 +225,28 @@ def _decomposition(
     with ir.InsertionPoint(function.add_entry_block()):
         n = len(spec.operand_kinds)
         row, *scales = function.arguments[:-n]
-        again = scales.pop() if is_twice else row
+        again = scales.pop() if is_twice else None
         leaf = dict(zip(spec.operand_kinds, function.arguments[-n:], strict=True))
 
-        def made(row: ir.Value) -> tuple[list[ir.Value], dict[str, ir.Value]]:
-            new = _update(loop, spec, row, scales, leaf)
+        def slot(name: Slot) -> ir.Value:
+            return loop.scalar(row, name)
+
+        def slot_again(name: Slot) -> ir.Value:
+            return slot(name) if again is None else hlo.multiply(slot(name), loop.scalar(again, 0))
+
+        def made(slot: Slots) -> tuple[list[ir.Value], dict[str, ir.Value]]:
+            new = _update(loop, spec, slot, scales, leaf)
             stored = [
                 _convert(new[kind], ir.RankedTensorType(result).element_type)
                 for kind, result in zip(spec.result_kinds, results, strict=False)
             ]
-            return _skip(loop, spec, row, stored, leaf) if spec.skip else stored, new
+            return _skip(loop, spec, slot, stored, leaf) if spec.skip else stored, new
 
-        stored, new = made(row)
+        stored, new = made(slot)
         sums = []
         if summing:
-            summed, new = made(again) if is_twice else (stored, new)
-            squares = _squares(loop, spec, again, leaf, summed[0], new["added"])
+            summed, new = made(slot_again) if is_twice else (stored, new)
+            squares = _squares(loop, spec, slot_again, leaf, summed[0], new["added"])
             sums = summing.made(spec, squares)
         func.ReturnOp([*stored, *sums])
     return function
@@ -246,14 +255,14 @@ def _decomposition(
 def _squares(
     loop: _Loop,
     spec: UpdateSpec,
-    row: ir.Value,
+    slot: Slots,
     leaf: dict[str, ir.Value],
     first: ir.Value,
     added: ir.Value,
 ) -> list[ir.Value]:
     """What is summed of the leaf; ``first`` is its first result."""
     if spec.skip:
-        apply = loop.ops.is_set(loop.scalar(row, Slot.APPLY))
+        apply = loop.ops.is_set(slot(Slot.APPLY))
         added = hlo.select(apply, added, loop.ops.number(0.0))
     params = loop.operand(first)
     if spec.delta:
@@ -265,14 +274,14 @@ def _squares(
 def _update(
     loop: _Loop,
     spec: UpdateSpec,
-    row: ir.Value,
+    slot: Slots,
     scales: Sequence[ir.Value],
     operands: dict[str, ir.Value],
 ) -> dict[str, ir.Value]:
     return arithmetic.update(
         loop.ops,
         spec,
-        functools.partial(loop.scalar, row),
+        slot,
         {kind: loop.operand(value) for kind, value in operands.items()},
         (loop.scalar(scale, 0) for scale in scales),
         is_narrow=loop.is_narrow,
@@ -282,12 +291,12 @@ def _update(
 def _skip(
     loop: _Loop,
     spec: UpdateSpec,
-    row: ir.Value,
+    slot: Slots,
     stored: Sequence[ir.Value],
     operands: dict[str, ir.Value],
 ) -> list[ir.Value]:
     """Keeps what was there, bit for bit, where the APPLY slot is 0."""
-    apply = loop.ops.is_set(loop.scalar(row, Slot.APPLY))
+    apply = loop.ops.is_set(slot(Slot.APPLY))
     kept = []
     for kind, new in zip(spec.result_kinds, stored, strict=True):
         old = loop.ops.number(0.0) if kind == "updates" else operands[kind]

@@ -47,11 +47,11 @@ def lower(
 ) -> Sequence[ir.Value]:
     """Lowers the whole tree, in groups of leaves that XLA:GPU will merge."""
     flatten = devices_hold_whole_operands(ctx)  # elsewhere it could move shards
-    is_summed = flatten and spec.sums == "tree" and spec.batch_rank == 0
+    is_summed = flatten and spec.sums is not None and spec.batch_rank == 0
     tree = Tree(ctx, operands, spec, own_sums.Pairs() if is_summed else None)
     results: list[Sequence[ir.Value]] = [()] * spec.num_leaves
     sums: list[Sequence[ir.Value]] = [()] * spec.num_leaves
-    partial: list[Sequence[ir.Value]] = []
+    partial: dict[int, Sequence[ir.Value]] = {}
     for index, group in enumerate(_groups(tree, flatten)):
         ones = anchor(index, spec.batch_rank) if len(group) > 1 else None
         again = own_sums.again(tree, group[0], index) if is_summed else None
@@ -70,9 +70,10 @@ def lower(
             shaped = [reshape(x, a.shape) for x, a in zip(new, avals, strict=True)]
             results[leaf] = with_shardings(ctx, shaped, avals)
         if is_summed:
-            partial.append(own_sums.of_group([sums[leaf] for leaf in group]))
+            partial[group[0]] = own_sums.of_group([sums[leaf] for leaf in group])
     if is_summed:
-        return join_results(results, own_sums.result(ctx, spec, partial))
+        ordered = [partial[leaf] for leaf in sorted(partial)]
+        return join_results(results, own_sums.result(ctx, spec, ordered))
     return join_results(results, beside.result(ctx, spec, sums) if spec.sums else None)
 
 
@@ -86,6 +87,8 @@ def _groups(tree: Tree, flatten: bool) -> Iterator[Sequence[int]]:
     streams = len(spec.operand_kinds) + len(spec.result_kinds)
     shared = 1 + spec.leaf_scale + _num_traced(tree.values.hyper) + len(spec.sum_kinds) // 2
     longest = max((MAX_FUSION_OPERANDS - shared) // streams, 1)
+    if spec.sums == "leaves":  # each kernel has one sum
+        longest = 1
     for leaves in alike.values():
         size = math.prod(tree.avals.leaves[leaves[0]][0].shape)
         yield from cut_evenly(leaves, 1 if size > MAX_MERGED_ELEMENTS else longest)

@@ -8,7 +8,7 @@ one, of squares that are added first. Two sums are the parts of complex numbers,
 Of a leaf larger than the cache it reckons that a kernel which also sums reads all twice, and
 makes two kernels of it. Kernels that read the same, and none what the other makes, it joins
 without reckoning: so for such leaves what is summed is computed once more from the operands, by
-numbers of which XLA does not know that they are the same.
+numbers of which XLA does not know that they are the same: times one.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,11 @@ import math
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
+import numpy as np
 
 from ..contract import UpdateSpec
-from ..norm_stablehlo import axis, splat, sum_over
-from ..stablehlo import Tree
+from ..norm_stablehlo import axis, sum_over
+from ..stablehlo import Tree, slice_at
 from ..sums import beside
 from .rows import MIN_ROW, flat_shape, reshape, row_length, thinned
 
@@ -49,17 +50,17 @@ class Pairs(beside.Summing):
 
 
 def again(tree: Tree, leaf: int, number: int) -> ir.Value | None:
-    """``hyper`` as another value, and the group's number behind it; None if once is enough.
+    """A one that XLA does not know, [1, 1], another for each group; None if once is enough.
 
     Groups that read the same one would be joined, and have two reductions.
     """
     param = tree.avals.leaves[leaf][0]
     if math.prod(param.shape) * param.dtype.itemsize <= MAX_CACHED_BYTES:
         return None
-    hyper = ir.RankedTensorType(tree.values.hyper.type)
-    last = ir.RankedTensorType.get([1, hyper.shape[1]], hyper.element_type)
-    marked = hlo.concatenate([tree.values.hyper, splat(last, float(number))], axis(0))
-    return hlo.OptimizationBarrierOp([marked]).results[0]
+    # The first number of an array that no other group has.
+    array = np.array([[1.0, -2.0 - number]], np.float32)
+    constant = hlo.constant(ir.DenseElementsAttr.get(array))
+    return slice_at(hlo.OptimizationBarrierOp([constant]).results[0], 0)
 
 
 def of_group(leaves: Sequence[Sequence[ir.Value]]) -> list[ir.Value]:
@@ -85,27 +86,47 @@ def _partly_summed(x: ir.Value) -> ir.Value:
 def result(
     ctx: mlir.LoweringRuleContext, spec: UpdateSpec, groups: Sequence[Sequence[ir.Value]]
 ) -> ir.Value:
-    """The equation's last result, from the partial sums of each group."""
+    """The equation's last result, from the partial sums of each group.
+
+    With sums of leaves the groups are these, in their order.
+    """
     dtype = mlir.dtype_to_ir_type(ctx.avals_out[-1].dtype)
+    pairs = zip(*groups, strict=True)
+    if spec.sums == "leaves":
+        columns = [x for partial in pairs for x in _parts(_of_leaves(dtype, partial))]
+        last = [reshape(x, [spec.num_leaves, 1]) for x in columns]
+        return beside.with_type(ctx, hlo.concatenate(last, axis(1)))
     rows = []
-    for partial in zip(*groups, strict=True):
+    for partial in pairs:
         row = hlo.concatenate([_in(dtype, thinned(x)) for x in partial], axis(0))
         rows.append(reshape(row, [1, *ir.RankedTensorType(row.type).shape]))
     # The barrier keeps the compiler from merging the stages and splitting them its own way.
     table = hlo.OptimizationBarrierOp([hlo.concatenate(rows, axis(0))]).results[0]
-    sums = sum_over(table, [1])
-    parts = (hlo.real(sums), hlo.imag(sums))
-    ones = mlir.dense_int_array([1])
-    numbers = [
-        hlo.slice(x, mlir.dense_int_array([i]), mlir.dense_int_array([i + 1]), ones)
-        for i in range(len(rows))
-        for x in parts
-    ]
+    sums = _parts(sum_over(table, [1]))
+    numbers = [slice_at(x, i) for i in range(len(rows)) for x in sums]
     return beside.with_type(ctx, hlo.concatenate(numbers, axis(0)))
+
+
+def _of_leaves(dtype: ir.Type, partial: Sequence[ir.Value]) -> ir.Value:
+    """Partial sums of each leaf -> [leaves]: leaves of as many are the rows of one table."""
+    alike: dict[int, list[int]] = {}
+    for i, x in enumerate(partial):
+        alike.setdefault(ir.RankedTensorType(x.type).shape[0], []).append(i)
+    sums: dict[int, ir.Value] = {}
+    for length, leaves in alike.items():
+        rows = [reshape(_in(dtype, partial[i]), [1, length]) for i in leaves]
+        table = hlo.OptimizationBarrierOp([hlo.concatenate(rows, axis(0))]).results[0]
+        column = sum_over(table, [1])
+        sums.update((i, slice_at(column, k)) for k, i in enumerate(leaves))
+    return hlo.concatenate([sums[i] for i in range(len(partial))], axis(0))
+
+
+def _parts(x: ir.Value) -> tuple[ir.Value, ir.Value]:
+    return hlo.real(x), hlo.imag(x)
 
 
 def _in(dtype: ir.Type, x: ir.Value) -> ir.Value:
     """Complex numbers with parts of this dtype."""
     if ir.RankedTensorType(x.type).element_type == ir.ComplexType.get(dtype):
         return x
-    return hlo.complex(*(beside.converted(part(x), dtype) for part in (hlo.real, hlo.imag)))
+    return hlo.complex(*(beside.converted(part, dtype) for part in _parts(x)))
