@@ -33,8 +33,9 @@ from ..rules import partitioned
 from ..sums import joined
 from . import call, merge
 from .pieces import Kind, Launch, Leaf
+from .rows import halved
 from .triton.builder import update_kernel
-from .triton.sums import ranges, sums_kernel
+from .triton.sums import even_ranges, ranges, sums_kernel
 
 LAUNCHES = {
     80: Launch(block=1024, num_warps=4),
@@ -144,13 +145,16 @@ def _added(
     """The sums of these leaves, from what each program has of them."""
     r, launch = spec.batch_rank, launch_shape()
     batch = ctx.avals_out[-1].shape[:r]
-    table = ranges(leaves, batch, launch.block)
     kinds, programs = aval.shape
+    is_whole = spec.sums == "tree" and r == 0
+    table = even_ranges(programs) if is_whole else ranges(leaves, batch, launch.block)
     kernel = sums_kernel(aval.dtype, kinds, programs, table.size // table.shape[-1], launch)
-    aval_out = jax.core.ShapedArray((*batch, len(leaves), kinds), aval.dtype)
+    aval_out = jax.core.ShapedArray((*table.shape[:-1], kinds), aval.dtype)
     aval_table = jax.core.ShapedArray(table.shape, table.dtype)
     operands = [hlo.constant(ir.DenseElementsAttr.get(table)), parts]
     (sums,) = call.call(ctx, kernel, operands, [aval_table, aval], [aval_out], {})
+    if is_whole:
+        return halved(sums)
     return sum_over(sums, [r]) if spec.sums == "tree" else sums
 
 

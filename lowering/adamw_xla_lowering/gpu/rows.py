@@ -51,3 +51,14 @@ def thinned(x: ir.Value) -> ir.Value:
     bounds = [mlir.dense_int_array([i * (n // k)]) for i in range(k + 1)]
     parts = [hlo.slice(x, low, high, ones) for low, high in itertools.pairwise(bounds)]
     return functools.reduce(hlo.add, parts)
+
+
+def halved(x: ir.Value) -> ir.Value:
+    """[n, k] -> [k] with the sums over n, a power of two, by whatever kernel reads them."""
+    n, k = ir.RankedTensorType(x.type).shape
+    while n > 1:
+        n //= 2
+        low, middle, high = (mlir.dense_int_array(i) for i in ([0, 0], [n, 0], [n, k]))
+        last, ones = mlir.dense_int_array([2 * n, k]), mlir.dense_int_array([1, 1])
+        x = hlo.add(hlo.slice(x, low, high, ones), hlo.slice(x, middle, last, ones))
+    return reshape(x, [k])

@@ -82,6 +82,20 @@ def ranges(leaves: Sequence[Leaf], batch: Sequence[int], block: int) -> np.ndarr
     return found.reshape(*batch, len(leaves), RANGES * 2)
 
 
+PARTS = 32
+"""Of a tree's sums: a few blocks that read fast enough, and rows that XLA adds where it reads them.
+
+A power of two."""
+
+
+def even_ranges(programs: int) -> np.ndarray[Any, Any]:
+    """int32[PARTS, RANGES * 2]: all programs, cut evenly."""
+    cuts = [i * programs // PARTS for i in range(PARTS + 1)]
+    found = np.zeros((PARTS, RANGES * 2), np.int32)
+    found[:, :2] = np.stack([cuts[:-1], cuts[1:]], -1)
+    return found
+
+
 def sums_kernel(dtype: Any, kinds: int, programs: int, sums: int, launch: Launch) -> Kernel:
     """Adds parts: parameters are ranges int32[sums, 4], [kinds, programs] and [sums, kinds].
 
