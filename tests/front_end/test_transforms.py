@@ -278,6 +278,20 @@ def test_dead_code_in_a_mask_keeps_each_leaf_its_decay() -> None:
         close(some(keys), {k: full[k] for k in keys})
 
 
+def test_sums_that_nobody_reads_are_not_made() -> None:
+    params, grads, state = problem()
+
+    def told(p: Any, g: Any, s: Any) -> Any:
+        new, _, info = ax.adamw_step(p, g, s, CONFIG, return_info=True)
+        return new["a"], info.param_norm
+
+    closed = jax.make_jaxpr(told)(params, grads, state)
+    for used, sums, leaves in (([True, False], None, 1), ([True, True], "tree", 3)):
+        jaxpr, _ = pe.dce_jaxpr(closed.jaxpr, used)
+        (eqn,) = equations(jaxpr)
+        assert (eqn.params["spec"].sums, eqn.params["spec"].num_leaves) == (sums, leaves)
+
+
 def test_dead_code_keeps_leaf_norms() -> None:
     config = ax.AdamW(clipnorm=0.5)
     params, grads = tree(0), tree(1)

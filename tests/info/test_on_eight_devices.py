@@ -15,6 +15,7 @@ import pytest
 from sharded.meshes import AUTO, EXPLICIT, GATHER, LAYOUTS, mesh_of, numbers, on
 
 import adamw_xla as ax
+from adamw_xla_lowering.rules import streamed
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "unclipped": {},
@@ -25,8 +26,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 MESHES = {"replicated": {"data": 8}, "fsdp": {"data": 8}, "tensor": {"data": 4, "model": 2}}
 
 
-def told(config: ax.AdamW, **how: Any) -> Any:
-    return jax.jit(lambda p, g, s: ax.adamw_step(p, g, s, config, return_info="per_leaf", **how))
+def told(config: ax.AdamW, info: Any = "per_leaf", **how: Any) -> Any:
+    return jax.jit(lambda p, g, s: ax.adamw_step(p, g, s, config, return_info=info, **how))
 
 
 @functools.cache
@@ -90,12 +91,15 @@ def zero1(name: str) -> None:
 
 
 def offloaded(name: str) -> None:
+    streamed.MIN_RUN_BYTES = 64  # several runs, whose sums are added
     config = ax.AdamW(0.01, **OPTIONS[name])
     with mesh_of(AUTO, data=8) as mesh:
         params, grads = on(mesh, "fsdp"), on(mesh, "fsdp", numbers(1))
         there = ax.sharding.state_shardings(params, config, memory_kind="pinned_host")
         state = jax.device_put(ax.adamw_init(params, config), there)
         same_everywhere(told(config, offload=True)(params, grads, state)[2], alone(name))
+        whole = told(config, True, offload=True)(params, grads, state)[2]
+        same_everywhere(whole, dataclasses.replace(alone(name), per_leaf=None))
 
 
 def unsaid() -> None:
