@@ -69,6 +69,11 @@ class Beta:
         """The square root of ``bias``."""
         return lax.sqrt(self.bias)
 
+    @functools.cached_property
+    def inverse_root(self) -> jax.Array:
+        """1 over that."""
+        return lax.div(np.ones((), self.root.dtype), self.root)
+
 
 def known(holder: Any, name: str) -> Decay:
     """The decay of this name, with what was known of it when its config was flattened."""

@@ -178,12 +178,12 @@ def hyper_rows(
         **_clip_slots(config, dtype),
         **ema_slots(config, update, dtype),
     }
-    packed = []
+    found = []
     for row in rows:
         times = row.learning_rate if config.decay_times_lr else 1.0
         decay = {Slot.DECAY_RATE: times * row.decay}
-        packed.append(_pack({**shared, **own[id(row.group)], **decay}, dtype))
-    return lax.concatenate(packed, 0) if len(packed) > 1 else packed[0]
+        found.append({**shared, **own[id(row.group)], **decay})
+    return _pack(found, dtype)
 
 
 def is_salted(config: AdamW) -> bool:
@@ -241,7 +241,7 @@ def _step_slots(
         slots = {slot: lax.mul(size, factor) for slot, size in slots.items()}
     if config.epsilon_hat:
         slots = {slot: lax.mul(size, root_2) for slot, size in slots.items()}
-    slots[Slot.V_CORRECTION] = 1.0 if config.epsilon_hat else lax.div(np.ones((), dtype), root_2)
+    slots[Slot.V_CORRECTION] = 1.0 if config.epsilon_hat else beta_2.inverse_root
     if config.epsilon_root is not None:
         # v / bias_2 + epsilon_root = (v + epsilon_root * bias_2) / bias_2
         root: Any = _array(as_scalar(config.epsilon_root, dtype), dtype)
@@ -270,16 +270,35 @@ def ema_slots(config: AdamW, update: jax.Array, dtype: DTypeLike) -> dict[Slot, 
     return slots
 
 
-def _pack(slots: Mapping[Slot, Scalar], dtype: DTypeLike) -> jax.Array:
-    """One row, [1, NUM_SLOTS]; neighbouring constants make one constant."""
-    values = [slots.get(Slot(slot), 0.0) for slot in range(NUM_SLOTS)]
+def _pack(rows: Sequence[Mapping[Slot, Scalar]], dtype: DTypeLike) -> jax.Array:
+    """[rows, NUM_SLOTS]; neighbouring constants make one constant.
+
+    Column by column, so that what rows share is one value to XLA: of GPT-2 small in eight groups
+    XLA:GPU makes 20 kernels, where rows on top of each other made 25.
+    """
+    columns = [[row.get(Slot(slot), 0.0) for row in rows] for slot in range(NUM_SLOTS)]
     parts: list[Any] = []
-    for is_constant, run in itertools.groupby(values, lambda x: isinstance(x, float | int)):
+    for is_constant, run in itertools.groupby(columns, _is_constant):
         if is_constant:
-            parts.append(np.array([list(run)], dtype))
+            parts.append(np.array(list(run), dtype).T)
         else:
-            parts.extend(lax.reshape(_array(x, dtype), (1, 1)) for x in run)
+            parts.extend(_column(values, dtype) for values in run)
     return lax.concatenate(explicit.on_one_mesh(parts), 1)
+
+
+def _is_constant(values: Sequence[Scalar]) -> bool:
+    return all(isinstance(x, float | int) for x in values)
+
+
+def _column(values: Sequence[Scalar], dtype: DTypeLike) -> jax.Array:
+    """[rows, 1] of a value for each row."""
+    first = values[0]
+    if len(values) == 1:
+        return lax.reshape(_array(first, dtype), (1, 1))
+    if all(x is first for x in values):
+        return lax.broadcast_in_dim(_array(first, dtype), (len(values), 1), ())
+    column = [lax.reshape(_array(x, dtype), (1, 1)) for x in values]
+    return lax.concatenate(explicit.on_one_mesh(column), 0)
 
 
 def _array(value: Scalar, dtype: DTypeLike) -> jax.Array | np.ndarray[Any, Any]:
