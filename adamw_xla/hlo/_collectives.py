@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import math
 import re
+from typing import Any
 
 from adamw_xla.hlo._kernels import NORM, OTHER, UPDATE, Schedule, named_part, part_of_maker
 from adamw_xla.hlo._syntax.flow import entry_parameter, origin, result_shape, results_of
@@ -52,15 +53,19 @@ def devices_of(module: Module) -> int:
 
 
 def collectives_of(module: Module, schedules: Sequence[Schedule]) -> list[Collective]:
-    """All of them, in the order of the schedule; each once, in however many steps it is made."""
-    found: dict[str, Collective] = {}
+    """All of them, in the order of the schedule; each once, in however many steps it is made.
+
+    The steps are of one channel, stand in one computation, and exchange the same. (XLA:TPU gives
+    what stands in different computations the same channel, too.)
+    """
+    found: dict[Any, Collective] = {}
     outputs = results_of(module)
     for computation, times, parts in schedules:
         for instruction in computation.instructions:
             for one in _Found(module, parts, ((computation, instruction),)).inside():
+                described = one.described(times, outputs)
                 channel = one.instruction.attributes.get("channel_id", one.instruction.name)
-                if channel not in found:
-                    found[channel] = one.described(times, outputs)
+                found.setdefault((channel, computation.name, described.bytes), described)
     return list(found.values())
 
 

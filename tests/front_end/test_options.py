@@ -259,7 +259,7 @@ def test_changes_add_up_to_the_step(options: dict[str, Any], backend: str) -> No
         bad = jnp.nan if k == 3 and config.skip_nonfinite else 0.5 * (k - 1)
         grads = {"a": jnp.sin(params["a"]) + bad, "b": params["b"] * 0.5, "frozen": None}
         want, new_state = ax.adamw_step(params, grads, state, config)
-        updates, delta_state = step(params, grads, state, config, delta=True)
+        updates, delta_state, _ = step(params, grads, state, config, delta=True)
         assert updates["frozen"] is None
         assert {k: updates[k].dtype.name for k in "ab"} == {"a": "float32", "b": "float32"}
         for name in "ab":

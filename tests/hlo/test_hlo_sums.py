@@ -169,14 +169,16 @@ def meta(part: str) -> str:
 
 
 def exchange(i: int, work: Work, devices: int) -> str:
-    groups = f"replica_groups={{{{{','.join(map(str, range(devices)))}}}}}, channel_id={i + 1}"
+    # What is inside of the loop may have a channel of what is outside, as TPU's compiler does it.
+    channel = f"channel_id={8 - i if work.in_loop else i + 1}"
+    groups = f"replica_groups={{{{{','.join(map(str, range(devices)))}}}}}, {channel}"
     shape, more = f"f32[{work.size}]{{0}}", ""
     if work.exchange == "all-gather":
         shape, more = f"f32[{work.size * devices}]{{0}}", ", dimensions={0}"
     if work.exchange == "all-reduce":
         more = ", to_apply=%sum"
     if work.exchange == "collective-permute":
-        groups = f"source_target_pairs={{{{0,1}},{{1,0}}}}, channel_id={i + 1}"
+        groups = f"source_target_pairs={{{{0,1}},{{1,0}}}}, {channel}"
     return f"%z{i} = {shape} {work.exchange}(%y{i}), {groups}{more}{meta(work.part)}"
 
 

@@ -65,21 +65,27 @@ def check(
         "update_norm": (exact.added, off_added),
     }
     for name, (values, error) in columns.items():
-        trees = [(getattr(info, name), live)]
+        # What has a norm: a part of some leaves, all of each or one of its layers.
+        found: list[tuple[Any, list[int], Any]] = [(getattr(info, name), live, ...)]
         if info.per_leaf is not None:
-            norms = getattr(info.per_leaf, name)
-            trees += [(norms[i], [i]) for i in range(len(params))]
-        for got, leaves in trees:
+            for i, norms in enumerate(getattr(info.per_leaf, name)):
+                layers = enumerate(norms) if np.ndim(norms) else [(..., norms)]
+                found += [(norm, [i], part) for part, norm in layers]
+        for got, leaves, part in found:
             if not live:  # nothing was measured
                 assert np.isnan(got), name
                 continue
-            own = [values[i] for i in leaves]
+            own = [values[i][part] for i in leaves]
             want, n = _norm(own), sum(x.size for x in own)
-            allowed = _norm([error(i) for i in leaves]) if np.isfinite(want) else 0.0
+            allowed = _norm([error(i)[part] for i in leaves]) if np.isfinite(want) else 0.0
             allowed += want * ((n + 2) / 4 + 3) * eps
             # Squares of what is below the root of the smallest normal number count as 0.
             allowed += np.sqrt(n * float(np.finfo(np.float32).tiny))
-            assert abs(float(got) - want) <= allowed or _same(float(got), want), (name, leaves)
+            assert abs(float(got) - want) <= allowed or _same(float(got), want), (
+                name,
+                leaves,
+                part,
+            )
     if live:
         n = sum(x.size for x in exact.grads.values())
         np.testing.assert_allclose(
