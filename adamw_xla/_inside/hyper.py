@@ -156,6 +156,11 @@ def hyper_rows(
     # cost a copy of it where it is donated.
     update = increment(count)
     t = lax.convert_element_type(update, dtype)
+    counts = {"beta_1": t, "beta_2": t}
+    if len(rows) > 1:
+        # Of what more than 15 places read, XLA:CPU makes a kernel: each of the two has a half.
+        again: jax.Array = lax.optimization_barrier(update)  # type: ignore[no-untyped-call]
+        counts["beta_2"] = lax.convert_element_type(again, dtype)
     betas: dict[tuple[int, str], Beta] = {}
     own: dict[int, dict[Slot, Scalar]] = {}  # rows that differ in decay alone have one for all
 
@@ -163,7 +168,7 @@ def hyper_rows(
         holder = _holder(config, group, name)
         key = id(holder), name
         if key not in betas:
-            betas[key] = Beta(decay_of(holder, name, dtype), t)
+            betas[key] = Beta(decay_of(holder, name, dtype), counts[name])
         return betas[key]
 
     for row in rows:
@@ -292,11 +297,9 @@ def _is_constant(values: Sequence[Scalar]) -> bool:
 
 def _column(values: Sequence[Scalar], dtype: DTypeLike) -> jax.Array:
     """[rows, 1] of a value for each row."""
-    first = values[0]
     if len(values) == 1:
-        return lax.reshape(_array(first, dtype), (1, 1))
-    if all(x is first for x in values):
-        return lax.broadcast_in_dim(_array(first, dtype), (len(values), 1), ())
+        return lax.reshape(_array(values[0], dtype), (1, 1))
+    # What all have is not broadcast: of a root that is, XLA:CPU makes a kernel.
     column = [lax.reshape(_array(x, dtype), (1, 1)) for x in values]
     return lax.concatenate(explicit.on_one_mesh(column), 0)
 

@@ -100,8 +100,15 @@ def _num_traced(x: ir.Value) -> int:
     if isinstance(owner, ir.Block):
         return 1
     if owner.operation.name == "stablehlo.concatenate":
-        return sum(map(_num_traced, owner.operands))
+        # Rows may have the same.
+        return sum(map(_num_traced, {_unshaped(part) for part in owner.operands}))
     return int(owner.operation.name != "stablehlo.constant")
+
+
+def _unshaped(x: ir.Value) -> ir.Value:
+    owner = x.owner
+    is_shape = not isinstance(owner, ir.Block) and owner.operation.name == "stablehlo.reshape"
+    return owner.operands[0] if is_shape else x
 
 
 def anchor(index: int, batch_rank: int) -> ir.Value:
