@@ -6,7 +6,7 @@ each ``jax.numpy`` call and operator is a nested ``jit``, and a dozen of them ta
 to trace than a hundred leaves.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import itertools
 from typing import Any, NamedTuple, TypeAlias
@@ -73,12 +73,35 @@ class Row(NamedTuple):
     group: Group | None = None
 
 
+def rates_of(
+    config: AdamW,
+    step: jax.Array,
+    dtype: DTypeLike,
+    overrides: Mapping[str, ScalarOrSchedule | None],
+) -> Callable[[str], Scalar]:
+    """A config's ``learning_rate`` and ``weight_decay`` at a step, by name; schedules run once.
+
+    Args:
+      config: the hyperparameters.
+      step: int32 scalar, what schedules see.
+      dtype: that of ``hyper``.
+      overrides: what takes the place of the config's, where it is not None.
+    """
+
+    @functools.cache
+    def rate(name: str) -> Scalar:
+        value = overrides[name]
+        return evaluate(name, getattr(config, name) if value is None else value, step, dtype)
+
+    return rate
+
+
 def rows_of(
     config: AdamW,
     kinds: Sequence[tuple[int, bool]],
     step: jax.Array,
     dtype: DTypeLike,
-    overrides: Mapping[str, ScalarOrSchedule | None],
+    of_config: Callable[[str], Scalar],
 ) -> tuple[Row, ...]:
     """The rows of one step.
 
@@ -88,13 +111,8 @@ def rows_of(
         it decays.
       step: int32 scalar, what schedules see.
       dtype: that of ``hyper``.
-      overrides: of the config's ``learning_rate`` and ``weight_decay`` at this step.
+      of_config: the config's rates, from ``rates_of``.
     """
-
-    @functools.cache
-    def of_config(name: str) -> Scalar:
-        value = overrides[name]
-        return evaluate(name, getattr(config, name) if value is None else value, step, dtype)
 
     def rate(group: Group | None, name: str) -> Scalar:
         if group is None or (value := getattr(group, name)) is None:
@@ -114,20 +132,6 @@ def rows_of(
         group, learning_rate, decay = of_group(member)
         rows.append(Row(learning_rate, decay if decays else 0.0, group))
     return tuple(rows)
-
-
-def rates_of(
-    config: AdamW,
-    step: jax.Array,
-    dtype: DTypeLike,
-    overrides: Mapping[str, ScalarOrSchedule | None],
-) -> list[jax.Array]:
-    """Learning rate and weight decay at a step, of leaves that are in no group: scalars."""
-    found = []
-    for name, value in overrides.items():
-        value = getattr(config, name) if value is None else value
-        found.append(jnp.asarray(evaluate(name, value, step, dtype), dtype))
-    return found
 
 
 def hyper_rows(

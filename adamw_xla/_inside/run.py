@@ -171,7 +171,8 @@ def run_step(
     dtype = hyper_dtype([p.dtype for p in old.columns["params"]])
 
     calls = _calls(old.counters, config)
-    rows = rows_of(config, kinds or ((len(config.groups), True),), calls, dtype, overrides)
+    rate = rates_of(config, calls, dtype, overrides)
+    rows = rows_of(config, kinds or ((len(config.groups), True),), calls, dtype, rate)
     slopes = chosen.take(flat)
     if spots:
         placement = Placement({kind: [at[i] for i in live] for kind, at in spots.items()})
@@ -186,7 +187,7 @@ def run_step(
     put = chosen.put
     info = None
     if new.measured is not None:
-        rates = rates_of(config, calls, dtype, overrides)
+        rates = [jnp.asarray(rate(name), dtype) for name in overrides]
         info = told(new.measured, rates, backend.layers, lambda xs: put([None] * len(leaves), xs))
     if not leaves:  # nothing is counted
         return Made(params, state, info)

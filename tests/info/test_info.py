@@ -124,6 +124,24 @@ def test_rates_are_those_of_this_step() -> None:
     assert (info.learning_rate, info.weight_decay) == (0.25, 3.0)
 
 
+@pytest.mark.parametrize("told", [False, True])
+def test_a_schedule_is_called_once(told: bool) -> None:
+    """What it tells is what the step is made with."""
+    called = []
+
+    def rate(count: Any) -> float:
+        called.append("rate")
+        return 0.1
+
+    def decay(count: Any) -> float:
+        called.append("decay")
+        return 0.5
+
+    config = ax.AdamW(rate, decay)
+    ax.adamw_step(tree(), tree(1), ax.adamw_init(tree(), config), config, return_info=told)
+    assert sorted(called) == ["decay", "rate"]
+
+
 def test_words_and_remainders() -> None:
     """Of bfloat16 params: the stored ones; and what is added, before it is rounded."""
     rng = np.random.default_rng(0)
