@@ -15,6 +15,7 @@ import numpy as np
 from adamw_xla._check import calls
 from adamw_xla._config import AdamW
 from adamw_xla._info.step_info import ReturnInfo
+from adamw_xla._inside.clipping import root
 from adamw_xla._inside.run import run_step
 from adamw_xla._inside.update import Backend, as_varying_as_after
 from adamw_xla._rules.groups import ScalarOrSchedule
@@ -242,7 +243,7 @@ def _update_leaf(
     v = row[Slot.BETA_2] * x["v"] + row[Slot.ONE_MINUS_BETA_2] * g * g
     w = jnp.maximum(x["v_max"], v) if "v_max" in x else v
     square = w + row[Slot.EPSILON_ROOT] if epsilon_root else w
-    denominator = _sqrt(square) * row[Slot.V_CORRECTION] + row[Slot.EPSILON]
+    denominator = root(square) * row[Slot.V_CORRECTION] + row[Slot.EPSILON]
     step = row[Slot.STEP_SIZE] * m
     if nesterov:
         step = step + row[Slot.GRAD_STEP_SIZE] * g
@@ -261,9 +262,3 @@ def _update_leaf(
             new["params"] = jnp.where(overwrite, new["ema"], p)
             new["added"] = jnp.where(overwrite, new["ema"] - old, added)
     return new
-
-
-def _sqrt(x: jax.Array) -> jax.Array:
-    """The square root, with derivative 0 at 0."""
-    zero = x == 0
-    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, x)))

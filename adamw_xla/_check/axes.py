@@ -169,8 +169,9 @@ def over_layers(where: str, names: Sequence[str], first: Axes | None) -> ValueEr
     if first:
         return ValueError(
             f"stacked: axis 0 of params{where}, along which layers lie, is cut over "
-            f"{_spoken(sorted(first))}, and clipnorm inside of jax.shard_map needs all layers on "
-            "each device; cut another axis, or leave the step to XLA, outside of jax.shard_map."
+            f"{_spoken(sorted(first))}, and norms of layers, for clipnorm or return_info, need all "
+            "layers on each device inside of jax.shard_map; cut another axis, or leave the step to "
+            "XLA, outside of jax.shard_map."
         )
     return ValueError(
         f"axis_names: params{where} holds layers, each with a norm of its own, and is cut over "

@@ -31,8 +31,7 @@ def untold(params: Any, config: AdamW, asked: Sums | None) -> StepInfo:
 
     rates = [jnp.full((), np.nan, dtype) for _ in range(2)]
     layers = layers_of(config.stacked, params)
-    count = sum(x or 1 for x in layers)
-    return told(nothing(dtype, count, asked), rates, layers, put)
+    return told(nothing(dtype, layers, asked), rates, layers, put)
 
 
 def like_before(info: StepInfo, before: StepInfo | None) -> StepInfo:

@@ -37,10 +37,11 @@ class Measured(NamedTuple):
     of_leaves: jax.Array | None = None
 
 
-def nothing(dtype: np.dtype[np.generic], count: int, asked: Sums) -> Measured:
-    """What a call has measured that made no update, of so many leaves and layers."""
+def nothing(dtype: np.dtype[np.generic], layers: Sequence[int | None], asked: Sums) -> Measured:
+    """What a call has measured that made no update; for each leaf how many layers it holds."""
     # An array each: what is donated must not be there twice.
     grad, factor, param, update = (jnp.full((), np.nan, dtype) for _ in range(4))
+    count = sum(x or 1 for x in layers)
     of_leaves = jnp.full((3, count), np.nan, dtype) if asked == "leaves" else None
     return Measured(grad, factor, param, update, jnp.zeros((), bool), of_leaves)
 

@@ -312,19 +312,17 @@ class _Step:
         # Else the factor is 1, and no bit changes.
         few = steps / jnp.maximum(done, steps).astype(self.dtype)
         total = [(a + g) * few.astype(a.dtype) for a, g in zip(old, scaled, strict=True)]
+        layers = self.backend.layers or [None] * len(grads)
         between = _Moving(
             columns | {"params": self._unmoved(), "accumulated": total},
             counters | {"micro_step": done},
-            self.asked and nothing(self.dtype, self._num_sums(grads), self.asked),
+            self.asked and nothing(self.dtype, layers, self.asked),
         )
 
         def update(moving: _Moving) -> _Moving:
             return self._updated(moving, moving.columns["accumulated"], 1 / steps, clear=True)
 
         return self.backend.do_if(done >= steps, update, between)
-
-    def _num_sums(self, grads: Sequence[jax.Array]) -> int:
-        return sum(x or 1 for x in self.backend.layers) if self.backend.layers else len(grads)
 
     def _unmoved(self) -> list[jax.Array]:
         """What a call without an update returns in place of new params."""

@@ -96,7 +96,7 @@ class Step:
         scaled = scaled_like(old, grads, 1.0, self._dtype)
         values["sums"] = [a + g for a, g in zip(old, scaled, strict=True)]
         if self._kept is not None:
-            values["measured"] = _scalars(nothing(self._dtype, len(grads), "tree"))
+            values["measured"] = _scalars(nothing(self._dtype, (), "tree"))
         last = (self._optimizer._iterations.value + 1) % steps == 0
         everywhere = self._config.use_ema and self._optimizer.ema_at_every_call
         values = do_if(last, self._with_sums_alone if everywhere else self._with_sums, values)

@@ -193,6 +193,14 @@ def splat(kind: ir.Type, number: float) -> ir.Value:
     return hlo.constant(ir.DenseElementsAttr.get_splat(kind, attribute))
 
 
+def converted(x: ir.Value, dtype: ir.Type) -> ir.Value:
+    """``x`` in another dtype; itself if it has that."""
+    kind = ir.RankedTensorType(x.type)
+    if kind.element_type == dtype:
+        return x
+    return hlo.convert(ir.RankedTensorType.get(kind.shape, dtype), x)
+
+
 def axis(index: int) -> ir.IntegerAttr:
     """A dimension's number, as an attribute."""
     return ir.IntegerAttr.get(ir.IntegerType.get_signless(64), index)

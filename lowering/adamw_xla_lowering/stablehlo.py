@@ -29,6 +29,7 @@ from .contract import (
     split_results,
 )
 from .formats.hlo_ops import HloOps
+from .norm_stablehlo import converted
 from .sums import beside
 
 Slots: TypeAlias = Callable[[Slot], ir.Value]
@@ -189,11 +190,11 @@ class _Loop:
         """A leaf operand, in the arithmetic's dtype and with the whole batch."""
         is_integer = isinstance(ir.RankedTensorType(x.type).element_type, ir.IntegerType)
         dtype = ir.IntegerType.get_signless(32) if is_integer else self.dtype
-        return self.spread(_convert(x, dtype), range(len(self.shape)))
+        return self.spread(converted(x, dtype), range(len(self.shape)))
 
     def scalar(self, row: ir.Value, slot: int) -> ir.Value:
         """Column ``slot`` of ``row`` [*batch, ..., slots], for every element."""
-        value = _convert(slice_at(row, slot), self.dtype)
+        value = converted(slice_at(row, slot), self.dtype)
         batch = ir.RankedTensorType(value.type).shape[: self.batch_rank]
         value = hlo.reshape(ir.RankedTensorType.get(batch, self.dtype), value)
         return self.spread(value, range(self.batch_rank))
@@ -237,7 +238,7 @@ def _decomposition(
         def made(slot: Slots) -> tuple[list[ir.Value], dict[str, ir.Value]]:
             new = _update(loop, spec, slot, scales, leaf)
             stored = [
-                _convert(new[kind], ir.RankedTensorType(result).element_type)
+                converted(new[kind], ir.RankedTensorType(result).element_type)
                 for kind, result in zip(spec.result_kinds, results, strict=False)
             ]
             return _skip(loop, spec, slot, stored, leaf) if spec.skip else stored, new
@@ -306,13 +307,6 @@ def _skip(
             old = hlo.broadcast_in_dim(new.type, old, dims)
         kept.append(hlo.select(apply, new, old))
     return kept
-
-
-def _convert(x: ir.Value, dtype: ir.Type) -> ir.Value:
-    kind = ir.RankedTensorType(x.type)
-    if kind.element_type == dtype:
-        return x
-    return hlo.convert(ir.RankedTensorType.get(kind.shape, dtype), x)
 
 
 # ------------------------------------------------------------------------ slices of hyper

@@ -81,4 +81,3 @@ def test_optax_norms_are_passes_of_their_own() -> None:
     assert theirs.program.count >= 20 * ours.program.count
     moved = [x.program.read + x.program.written for x in (theirs, ours)]
     assert moved[0] > 1.2 * moved[1]
-    print(theirs.program.count, moved)

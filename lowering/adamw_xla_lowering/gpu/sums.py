@@ -21,7 +21,7 @@ from jax.interpreters import mlir
 import numpy as np
 
 from ..contract import UpdateSpec
-from ..norm_stablehlo import axis, sum_over
+from ..norm_stablehlo import axis, converted, sum_over
 from ..stablehlo import Tree, slice_at
 from ..sums import beside
 from .rows import MIN_ROW, flat_shape, reshape, row_length, thinned
@@ -129,4 +129,4 @@ def _in(dtype: ir.Type, x: ir.Value) -> ir.Value:
     """Complex numbers with parts of this dtype."""
     if ir.RankedTensorType(x.type).element_type == ir.ComplexType.get(dtype):
         return x
-    return hlo.complex(*(beside.converted(part, dtype) for part in _parts(x)))
+    return hlo.complex(*(converted(part, dtype) for part in _parts(x)))

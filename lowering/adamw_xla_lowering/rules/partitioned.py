@@ -26,7 +26,6 @@ from .. import stablehlo
 from .._jax_private import HloSharding, partitions_automatically, platforms_of, uses_shardy
 from ..contract import (
     UPDATE_NAME,
-    Shards,
     UpdateSpec,
     aliases,
     split_operands,
@@ -35,7 +34,7 @@ from ..contract import (
 from ..errors import logger
 from . import called_back, placing
 from .called_back import Shardings, factor
-from .partitioned_norm import parts_of
+from .partitioned_norm import parts_of, shards_of
 
 TARGET_NAME = "adamw_xla_partitioned_update"
 """The custom call in lowered programs, until XLA partitions them."""
@@ -131,28 +130,17 @@ def _partition(
     whole = HloSharding.replicate()
     if spec.sums:
         # Padding would count: such a leaf, which no program is given and few make, is gathered.
-        parts = [parts_of(s, row[0]) for s, row in zip(smallest, results, strict=True)]
-        even = [sizes is None for _, sizes in parts]
-        smallest = [s if fits else whole for s, fits in zip(smallest, even, strict=True)]
-        spec = _with_shards(
-            spec, [c if fits else (True,) for (c, _), fits in zip(parts, even, strict=True)]
-        )
+        shapes_of = [row[0] for row in results]
+        parts = [parts_of(s, shape) for s, shape in zip(smallest, shapes_of, strict=True)]
+        smallest = [s if p[1] is None else whole for s, p in zip(smallest, parts, strict=True)]
+        parts = [parts_of(s, shape) for s, shape in zip(smallest, shapes_of, strict=True)]
+        spec = dataclasses.replace(spec, shards=shards_of(parts))
     args = [*[whole] * spec.num_scalars, *smallest * len(spec.operand_kinds)]
     tiles = [s.tile(shape) for s, shape in zip(args, shapes, strict=True)]
     structs = [jax.ShapeDtypeStruct(t.dimensions(), np.dtype(t.numpy_dtype())) for t in tiles]
     places = [*smallest * len(spec.result_kinds), *[whole] * (spec.sums is not None)]
     packed = HloSharding.tuple_sharding(result, places)
     return _program(spec, platform, structs), args, packed
-
-
-def _with_shards(spec: UpdateSpec, counted: Sequence[tuple[bool, ...]]) -> UpdateSpec:
-    """Of leaves that each device counts its part of, or all have whole: (True,)."""
-    devices = max(map(len, counted))
-    if devices == 1:
-        return spec
-    alone = (True, *[False] * (devices - 1))
-    flags = tuple(c if len(c) > 1 else alone for c in counted)
-    return dataclasses.replace(spec, shards=Shards(flags, (None,) * len(flags)))
 
 
 def _program(spec: UpdateSpec, platform: str, operands: Sequence[Any]) -> bytes:

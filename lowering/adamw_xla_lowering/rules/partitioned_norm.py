@@ -10,7 +10,7 @@ all-reduce makes the sum of all: two numbers.
 from collections.abc import Sequence
 import dataclasses
 import json
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from jax.extend.core import Primitive
@@ -87,14 +87,7 @@ def _partition(
     args = [s if s is not None and s.is_tiled() else whole for s in shardings]
     args[0] = whole
     parts = [parts_of(s, shape) for s, shape in zip(args[1:], shapes[1:], strict=True)]
-    devices = max((len(counted) for counted, _ in parts), default=1)
-    spec = NormSpec(**fields)
-    if devices > 1:
-        alone = (True, *[False] * (devices - 1))
-        counted, sizes = zip(*parts, strict=True)
-        spec = dataclasses.replace(
-            spec, shards=Shards(tuple(c if len(c) > 1 else alone for c in counted), sizes)
-        )
+    spec = dataclasses.replace(NormSpec(**fields), shards=shards_of(parts))
     tiles = [s.tile(shape) for s, shape in zip(args, shapes, strict=True)]
     structs = [jax.ShapeDtypeStruct(t.dimensions(), np.dtype(t.numpy_dtype())) for t in tiles]
     packed = HloSharding.tuple_sharding(result, [whole] * len(result.tuple_shapes()))
@@ -106,8 +99,23 @@ def _partition(
     return called_back.program(traced, platform), args, packed
 
 
-def parts_of(sharding: Any, shape: Any) -> tuple[tuple[bool, ...], Any]:
-    """For each device whether it counts its part of a leaf; and the sizes of parts, if uneven."""
+Part: TypeAlias = tuple[tuple[bool, ...], Any]
+"""For each device whether it counts its part of a leaf, (True,) of one that all have whole; and
+the sizes of parts, if they are uneven."""
+
+
+def shards_of(parts: Sequence[Part]) -> Shards | None:
+    """How leaves lie on the devices; None where there is one, or all have all."""
+    devices = max((len(counted) for counted, _ in parts), default=1)
+    if devices == 1:
+        return None
+    alone = (True, *[False] * (devices - 1))
+    counted, sizes = zip(*parts, strict=True)
+    return Shards(tuple(c if len(c) > 1 else alone for c in counted), sizes)
+
+
+def parts_of(sharding: Any, shape: Any) -> Part:
+    """The parts of one leaf."""
     if not sharding.is_tiled():
         return (True,), None
     dims = shape.dimensions()

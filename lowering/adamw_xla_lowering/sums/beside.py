@@ -8,7 +8,7 @@ from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 
 from ..contract import UpdateSpec
-from ..norm_stablehlo import axis, splat, sum_over, units
+from ..norm_stablehlo import axis, converted, splat, sum_over, units
 
 
 def squares(
@@ -80,11 +80,6 @@ def result(
 def with_type(ctx: mlir.LoweringRuleContext, sums: ir.Value) -> ir.Value:
     """In explicit mode, the last result's sharding is part of its type."""
     return lower_with_sharding_in_types(ctx, sums, ctx.avals_out[-1])
-
-
-def converted(x: ir.Value, dtype: ir.Type) -> ir.Value:
-    """``x`` in another dtype."""
-    return hlo.convert(ir.RankedTensorType.get(ir.RankedTensorType(x.type).shape, dtype), x)
 
 
 def _spread(x: ir.Value, batch: Sequence[int], dtype: ir.Type) -> ir.Value:

@@ -10,7 +10,7 @@ from jax.extend.mlir.dialects import stablehlo as hlo
 from jax.interpreters import mlir
 
 from ..contract import UpdateSpec
-from ..norm_stablehlo import axis
+from ..norm_stablehlo import axis, converted
 from . import beside
 
 
@@ -41,13 +41,13 @@ class Parts:
         """The equation's last result: parts are added in the order in which they came."""
         types = [ir.RankedTensorType(x.type).element_type for _, x in self._parts]
         wide = max(types, key=lambda kind: int(kind.width))
-        values = [_convert(x, wide) for _, x in self._parts]
+        values = [converted(x, wide) for _, x in self._parts]
         aval = self._ctx.avals_out[-1]
         if self._spec.sums == "tree":
             whole = functools.reduce(hlo.add, values)
         else:
             whole = self._in_order(values)
-        own = _convert(whole, mlir.dtype_to_ir_type(aval.dtype))
+        own = converted(whole, mlir.dtype_to_ir_type(aval.dtype))
         return lower_with_sharding_in_types(self._ctx, own, aval)
 
     def _in_order(self, values: Sequence[ir.Value]) -> ir.Value:
@@ -72,10 +72,3 @@ def _slice(x: ir.Value, dim: int, low: int, high: int) -> ir.Value:
     first = [low if d == dim else 0 for d in range(len(shape))]
     last = [high if d == dim else size for d, size in enumerate(shape)]
     return hlo.slice(x, *(mlir.dense_int_array(k) for k in (first, last, [1] * len(shape))))
-
-
-def _convert(x: ir.Value, dtype: ir.Type) -> ir.Value:
-    kind = ir.RankedTensorType(x.type)
-    if kind.element_type == dtype:
-        return x
-    return hlo.convert(ir.RankedTensorType.get(kind.shape, dtype), x)
