@@ -12,6 +12,7 @@ from pathlib import Path
 import re
 
 import pytest
+from sources import tree_of
 
 from adamw_xla_lowering import Slot, UpdateSpec
 from adamw_xla_lowering.cpu import library
@@ -93,7 +94,7 @@ FOLDERS = {"cpu": "cpu", "cuda": "gpu", "rocm": None, "tpu": None}
 def naming(platform: str) -> Iterator[str]:
     """Files of the compiler half in which the platform's name is a value."""
     for path in LOWERING.rglob("*.py"):
-        values = [x.value for x in ast.walk(ast.parse(path.read_text())) if hasattr(x, "value")]
+        values = [x.value for x in ast.walk(tree_of(path)) if hasattr(x, "value")]
         if platform in [value for value in values if isinstance(value, str)]:
             yield str(path.relative_to(LOWERING))
 

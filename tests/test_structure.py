@@ -1,6 +1,7 @@
 """Who imports whom, and how large rooms and files are: what DESIGN calls the house.
 
-``python tests/test_structure.py`` prints the floors: each module above all that it imports.
+``PYTHONPATH=tests/helpers python tests/test_structure.py`` prints the floors: each module above
+all that it imports.
 """
 
 from __future__ import annotations
@@ -8,12 +9,15 @@ from __future__ import annotations
 import ast
 from collections import Counter
 from collections.abc import Iterator
+import gc
 from pathlib import Path
 import re
 import subprocess
 import sys
+import traceback
 
 import pytest
+from sources import tree_of
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {
@@ -51,7 +55,7 @@ def imported(module: str) -> Iterator[str]:
     """Every name that the file imports, wherever in it: types alone and inside functions too."""
     path = MODULES[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -126,7 +130,8 @@ def test_what_is_imported_from_elsewhere(module: str) -> None:
             assert extra not in roots
     if MODULES[module].name != PRIVATE_FILE:
         text = MODULES[module].read_text()
-        attributes = {n.attr for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Attribute)}
+        nodes = ast.walk(tree_of(MODULES[module]))
+        attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
         assert not re.search(r"jax\._src|jaxlib\._", text)
         assert not attributes & PRIVATE_NAMES
 
@@ -145,6 +150,38 @@ def test_a_room_has_at_most_a_dozen_files() -> None:
 def test_a_file_is_one_sitting() -> None:
     lengths = {path: path.read_text().count("\n") for path in sources()}
     assert not {path: n for path, n in lengths.items() if n > LONGEST_FILE}
+
+
+class Told:
+    """Garbage whose end prints a traceback, as that of asyncio's failed futures does."""
+
+    def __init__(self) -> None:
+        self.circle = self
+
+    def __del__(self) -> None:
+        try:
+            raise ValueError(str(1 + 1))
+        except ValueError:
+            traceback.format_exc()
+        if gc.get_threshold()[0] == 1:  # there is garbage again, as long as the test runs
+            Told()
+
+
+def test_a_source_is_read_whatever_is_collected_meanwhile() -> None:
+    before = gc.get_threshold()
+    gc.set_threshold(1)
+    Told()
+    try:
+        for path in MODULES.values():
+            tree_of.__wrapped__(path)
+    finally:
+        gc.set_threshold(*before)
+    assert gc.isenabled()
+
+
+def test_sources_are_read_by_one_function() -> None:
+    reads = [path.parent.name for path in sources() if "ast." + "parse(" in path.read_text()]
+    assert reads == ["sources"]
 
 
 # ------------------------------------------------------------------- what is really loaded

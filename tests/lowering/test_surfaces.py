@@ -1,5 +1,4 @@
 """One test for each private surface of JAX that this package stands on: ``_jax_private.py``.
-
 Where one fails, it says what changed, what it was, and who uses it for what; mend it there.
 """
 
@@ -25,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlib import xla_client
 import numpy as np
 import pytest
+from sources import tree_of
 from surfaces import (
     AUTO,
     PACKAGE,
@@ -393,8 +393,8 @@ def test_donated_arguments() -> None:
 
 def test_every_private_surface_has_its_test() -> None:
     """A function of ``_jax_private.py`` is tested here by its name."""
-    tree = ast.parse((PACKAGE / "_jax_private.py").read_text())
-    functions = [x.name for x in tree.body if isinstance(x, ast.FunctionDef)]
-    values = [x.target.id for x in tree.body if isinstance(x, ast.AnnAssign)]
+    body = tree_of(PACKAGE / "_jax_private.py").body
+    functions = [x.name for x in body if isinstance(x, ast.FunctionDef)]
+    values = [x.target.id for x in body if isinstance(x, ast.AnnAssign)]
     names = [*functions, *(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", x).lower() for x in values)]
     assert not [x for x in names if x[0] != "_" and f"test_{x}" not in globals()]

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
+from sources import tree_of
 from surfaces import (
     EXPLICIT,
     PACKAGE,
@@ -40,7 +41,7 @@ from adamw_xla_lowering.rules import partitioned
 
 def names_used(path: Path) -> Iterator[tuple[str, str]]:
     """``(module, attribute)`` for each name of JAX's that a file reads."""
-    tree = ast.parse(path.read_text())
+    tree = tree_of(path)
     modules: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and re.match(r"jax|jaxlib", node.module or ""):
