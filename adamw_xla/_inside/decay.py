@@ -4,6 +4,7 @@ The float32 nearest to 0.999 is 1.3e-8 off, and one less it is 1.3e-5 off, relat
 follows is computed in float64 where the decay is known, and goes beside it where it is traced.
 """
 
+from collections.abc import Callable
 import functools
 import math
 from typing import Any, NamedTuple
@@ -33,6 +34,15 @@ def of(value: Any) -> Decay:
         return Decay(number, 1 - number, math.log(number) if number > 0 else _LEAST_LOG)
     wide = value.astype(jnp.promote_types(value.dtype, np.float32))
     return Decay(wide, 1 - wide, jnp.log(wide))
+
+
+def with_complement(decay: Decay, changed: Callable[[Any], Any]) -> Decay:
+    """The decay whose complement is what ``changed`` makes of the one of ``decay``."""
+    complement = changed(decay.complement)
+    if isinstance(complement, float):
+        log = math.log1p(-complement) if complement < 1 else _LEAST_LOG
+        return Decay(1 - complement, complement, log)
+    return Decay(1 - complement, complement, lax.log1p(-complement))
 
 
 class Beta:

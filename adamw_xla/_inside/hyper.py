@@ -20,10 +20,10 @@ import numpy as np
 from adamw_xla._check import options
 from adamw_xla._config import AdamW
 from adamw_xla._inside import decay, explicit
-from adamw_xla._inside.decay import Beta, Decay
+from adamw_xla._inside.decay import Beta, Decay, with_complement
 from adamw_xla._rules.groups import Group, ScalarOrSchedule
 from adamw_xla_lowering import NUM_SLOTS, Slot
-from adamw_xla_lowering.formats.noise import step_factor
+from adamw_xla_lowering.formats.noise import complement_in_words, step_factor
 
 Scalar: TypeAlias = float | jax.Array
 
@@ -172,7 +172,10 @@ def hyper_rows(
         holder = _holder(config, group, name)
         key = id(holder), name
         if key not in betas:
-            betas[key] = Beta(decay_of(holder, name, dtype), counts[name])
+            found = decay_of(holder, name, dtype)
+            if name == "beta_2" and config.state_format == "word16":
+                found = with_complement(found, complement_in_words)
+            betas[key] = Beta(found, counts[name])
         return betas[key]
 
     for row in rows:

@@ -73,6 +73,10 @@ _REST, _BY_COMPLEMENT, _BY_STEP = 31.3, 495.0, 1400.0
 """Of ``step_factor``, fitted to ``stationary`` and to the chain's first steps."""
 
 
+_FORGOTTEN = 0.09
+"""What rounding adds to the rate at which log(v) falls, for beta_2 near 1."""
+
+
 def bound(beta_1: float, beta_2: float) -> float:
     """The largest |m| / sqrt(v) that any gradients make; infinite where beta_1^2 >= beta_2.
 
@@ -83,6 +87,15 @@ def bound(beta_1: float, beta_2: float) -> float:
     if beta_1 * beta_1 >= beta_2:
         return math.inf
     return (1 - beta_1) / math.sqrt((1 - beta_2) * (1 - beta_1 * beta_1 / beta_2))
+
+
+def complement_in_words(complement_2: Any) -> Any:
+    """1 - beta_2 of a v in words whose logarithm falls as float32's does with ``complement_2``.
+
+    Args:
+      complement_2: 1 - beta_2; a number, or a scalar array that may be traced.
+    """
+    return complement_2 * (1 - _FORGOTTEN * (1 - complement_2) ** 7)
 
 
 def step_factor(complement_2: Any, t: Any) -> Any:
