@@ -193,6 +193,27 @@ def test_steps_are_as_long_as_with_moments() -> None:
     assert abs(ratio[:20].mean() - 1) < 0.006
 
 
+@pytest.mark.parametrize("traced", [False, True])
+def test_v_is_forgotten_as_with_moments(traced: bool) -> None:
+    """By its logarithm, while there is no gradient: without the change of beta_2 6 % sooner."""
+    n, steps, beta_2 = 10000, 40, 0.95
+    params = jnp.asarray(np.random.default_rng(0).standard_normal(n), np.float32)
+
+    def fallen(beta_2: Any) -> Any:
+        config = ax.AdamW(0.0, beta_2=beta_2, state_format="word16")
+
+        def step(state: Any, grads: Any) -> Any:
+            state = ax.adamw_step(params, grads, state, config, implementation="xla")[1]
+            return state, jnp.log(ax.unpack_state(state).v)
+
+        first, _ = step(ax.adamw_init(params, config), params)
+        logs = jax.lax.scan(step, first, jnp.zeros((steps, n)))[1]
+        return jnp.mean(logs[-1] - logs[0])
+
+    found = jax.jit(fallen)(beta_2) if traced else fallen(beta_2)
+    assert abs(found / ((steps - 1) * np.log(beta_2)) - 1) < 0.015
+
+
 # --------------------------------------------------------------------------- other formats
 
 

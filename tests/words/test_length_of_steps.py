@@ -30,6 +30,8 @@ def test_the_bound_of_m_is_reached_and_not_passed(betas: tuple[float, float]) ->
 def test_where_betas_bound_nothing() -> None:
     assert noise.bound(0.99, 0.9) == np.inf
     assert 2 * noise.bound(0.9, 0.999) < noise.LARGEST_M < 2 * noise.bound(0.9, 0.9999)
+    in_words = 2 * noise.bound(0.9, 1 - noise.complement_in_words(0.001))
+    assert noise.LARGEST_M < in_words < 1.016 * noise.LARGEST_M
     assert words.U.values[-1] == noise.LARGEST_M
 
 
@@ -95,21 +97,36 @@ def test_the_chain_is_what_training_on_noise_tends_to() -> None:
     assert abs(np.mean(deviation[100:]) - 0.23) < 5e-3
 
 
-@pytest.mark.parametrize(("b2", "faster"), [(0.9, 0.05), (0.95, 0.10), (0.99, 0.13)])
-def test_a_v_without_gradients_is_forgotten_as_fast_as_is_said(b2: float, faster: float) -> None:
-    """By 1/sqrt(v), while v itself is right on average. 20,000 elements; errors of .002 and .01."""
+FORGOTTEN = [(0.8, 0.02), (0.9, 0.05), (0.95, 0.10), (0.98, 0.13), (0.99, 0.14)]
+
+
+@pytest.mark.parametrize(("b2", "faster"), FORGOTTEN)
+def test_v_without_gradients_is_forgotten_as_is_said(b2: float, faster: float) -> None:
+    """Its logarithm as float32's with the beta_2 that words have in place of ``b2``.
+
+    And without that, 1/sqrt(v) as much faster as is said, while v itself is right on average.
+    20,000 elements over the time that v is remembered; errors of .003, .002 and .01.
+    """
     rng = np.random.default_rng(0)
     size, steps = 20_000, round(1 / (1 - b2))
     first = np.exp2(rng.uniform(0, 2, size)).astype(F32)
-    v = words.decode(words.encode(np.zeros_like(first), first, np.full(size, 2**20, np.uint32)))[1]
-    begun = v.astype(np.float64)
-    for _ in range(steps):
-        r = rng.integers(0, 2**32, size, dtype=np.uint32)
-        v = words.decode(words.encode(np.zeros_like(v), F32(b2) * v, r))[1]
-    ratio = v / (begun * b2**steps)
-    growth = 2 * np.log((ratio**-0.5).mean()) / (-np.log(b2) * steps)
-    assert abs(growth - faster) < 0.01
-    assert abs(ratio.mean() - 1) < 0.01
+    begun = words.decode(words.encode(0 * first, first, np.full(size, 2**20, np.uint32)))[1]
+
+    def rates(kept: float) -> tuple[float, float, float]:
+        """By log(v), by 1/sqrt(v) and by v, in units of float32's at ``b2``."""
+        v = begun
+        for _ in range(steps):
+            r = rng.integers(0, 2**32, size, dtype=np.uint32)
+            v = words.decode(words.encode(np.zeros_like(v), F32(kept) * v, r))[1]
+        ratio = v / begun.astype(np.float64)
+        logs = np.log(ratio).mean(), -2 * np.log((ratio**-0.5).mean()), np.log(ratio.mean())
+        return tuple(log / (steps * np.log(b2)) for log in logs)
+
+    by_log, _, _ = rates(1 - noise.complement_in_words(1 - b2))
+    assert abs(by_log - 1) < 0.015
+    _, by_root, by_mean = rates(b2)
+    assert abs(by_root - 1 - faster) < 0.01
+    assert abs(by_mean - 1) < 0.01
 
 
 @pytest.mark.parametrize("b1", [0.8, 0.9, 0.95])

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 import adamw_xla as ax
+from adamw_xla_lowering.formats.noise import complement_in_words
 from parity_runs.arms import ARMS, CONTROL
 from parity_runs.judge import finding, points, tail_means
 from parity_runs.population import trained
@@ -24,9 +25,11 @@ Array = np.ndarray[Any, Any]
 
 ELEMENTS, CHUNK = 4096, 100
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
+KEPT = 1 - complement_in_words(1 - BETA_2)
+"""beta_2 as words have it: their v forgets by that, and is compared with float32's that does."""
 U_LARGEST = 15.0
 """The largest |m| over 2^floor(e/2), where 2^e <= v; so also of |m| / sqrt(v), as stored."""
-LONGEST_STEP = BETA_1 * U_LARGEST / math.sqrt(BETA_2) + (1 - BETA_1) / math.sqrt(1 - BETA_2)
+LONGEST_STEP = BETA_1 * U_LARGEST / math.sqrt(KEPT) + (1 - BETA_1) / math.sqrt(1 - KEPT)
 """Of |m| / sqrt(v) after a step: sqrt(v) is at least what each of its two terms has as a root.
 Where v is below 2^-98, m is below 15 * 2^-49, of which epsilon makes a step of 5e-6."""
 MODERATE = 1e4
@@ -60,11 +63,16 @@ class Check:
 # ------------------------------------------------------------------------- one optimizer
 
 
-def config_of(**options: Any) -> ax.AdamW:
+def config_of(beta_2: float = BETA_2, **options: Any) -> ax.AdamW:
     """Without decay and at a rate of 1: params are sums of steps."""
     return ax.AdamW(
-        1.0, 0.0, BETA_1, BETA_2, epsilon=EPSILON, epsilon_hat=False, skip_nonfinite=True, **options
+        1.0, 0.0, BETA_1, beta_2, epsilon=EPSILON, epsilon_hat=False, skip_nonfinite=True, **options
     )
+
+
+def both() -> dict[str, ax.AdamW]:
+    """Words, and float32 moments that are as long remembered."""
+    return {"word": config_of(**FORMATS["word"]), "float32": config_of(KEPT)}
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -133,7 +141,7 @@ def scales(quick: bool) -> list[Check]:
 def _bounded(steps: Array) -> tuple[float, float, float]:
     """The longest step of rate 1 and the bounds; corrections of the first steps' bias included."""
     t = np.arange(1, len(steps) + 1)[:, None]
-    corrected = np.sqrt(1 - BETA_2**t) / (1 - BETA_1**t)
+    corrected = np.sqrt(1 - KEPT**t) / (1 - BETA_1**t)
     longest = np.abs(steps / corrected).max() if np.isfinite(steps).all() else math.nan
     return float(longest), 0.0, LONGEST_STEP
 
@@ -145,20 +153,19 @@ def _length(steps: Array) -> float:
 def jumps(quick: bool) -> list[Check]:
     """A scale that rises by 1e6 at once and falls back: steps stay bounded, and v follows.
 
-    On average v is float32's, whatever was: rounding at random is right on average. 4,096
-    elements, each off by up to half of itself, have a mean that is off by 1 %.
+    On average v is that of float32 with words' beta_2, whatever was: rounding at random is right
+    on average. 4,096 elements, each off by up to half of itself, have a mean that is off by 1 %.
     """
-    steps, key = (100 if quick else 1000), jax.random.key(1)
-    state = {"word": begun(config_of(**FORMATS["word"])), "float32": begun(config_of())}
+    steps, key, configs = (100 if quick else 1000), jax.random.key(1), both()
+    state = {name: begun(config) for name, config in configs.items()}
     checks = []
     for number, scale in enumerate((1e-4, 1e2, 1e-4)):
         made = {}
-        for name in state:
-            config = config_of(**(FORMATS["word"] if name == "word" else {}))
+        for name, config in configs.items():
             key_now = jax.random.fold_in(key, number)
             state[name], made[name] = moved(state[name], scale, key_now, config=config, steps=steps)
         longest = np.abs(np.asarray(made["word"])).max()
-        first = math.sqrt(1 - BETA_2) / (1 - BETA_1)  # where corrections are the largest: 0.32
+        first = math.sqrt(1 - KEPT) / (1 - BETA_1)  # where corrections are the largest: 0.32
         bound = LONGEST_STEP * max(1.0, first)
         checks.append(
             Check(f"scale {scale:g}, stage {number + 1}: longest step", float(longest), 0, bound)
@@ -175,17 +182,18 @@ def zeros(quick: bool) -> list[Check]:
     """Long runs of exact zeros: nothing moves that had no gradient, and what had comes to rest.
 
     m falls by a tenth at each step and is 0 below its least code, after some 150 steps; v's mean
-    falls as float32's does.
+    falls as that of float32 with words' beta_2.
     """
     steps, key, checks = (500 if quick else 2000), jax.random.key(2), []
-    word, plain = config_of(**FORMATS["word"]), config_of()
+    configs = both()
+    word = configs["word"]
     still, path = moved(begun(word), 0.0, key, config=word, steps=steps)
     longest = float(np.abs(np.asarray(path)).max())
     checks.append(Check("never a gradient: longest step", longest, 0, 0))
     m, v = moments(still)
     checks.append(Check("never a gradient: |m| + v", float(np.abs(m).sum() + v.sum()), 0, 0))
     after = {}
-    for name, config in (("word", word), ("float32", plain)):
+    for name, config in configs.items():
         state, _ = moved(begun(config), 1.0, key, config=config, steps=100)
         after[name], path = moved(state, 0.0, key, config=config, steps=steps)
         if name == "word":

@@ -24,8 +24,9 @@ Cauchy and Schwarz: with m = (1-b1) sum b1^k g_k and v = (1-b2) sum b2^k g_k^2,
     |m| <= sqrt(v) * (1-b1) / sqrt((1-b2) * (1 - b1^2/b2)),
 
 which is 7.3 sqrt(v) for betas of 0.9 and 0.999, and sqrt(v) is below 2 units, whichever way v was
-rounded: 14.5. ``noise.py`` has the bound of other betas; where that is above 15, and where v is
-above 2.3e8, codes saturate.
+rounded: 14.5. (15.2 with the beta_2 that words have in place of 0.999: only gradients that grow by
+a ninth at each step come to it.) ``noise.py`` has the bound of other betas; where that is above 15,
+and where v is above 2.3e8, codes saturate.
 
 Both are rounded up or down at random, so that the mean is right: to the nearest, v would stall,
 since 0.1 % of it is far below half a unit. The random bits are a hash of the element's gradient
