@@ -248,9 +248,10 @@ def _bytes(x: jax.Array) -> Array:
 def long(quick: bool) -> list[Check]:
     """20,000 steps of the smallest task: no drift, no blow-up, and a loss that is no worse.
 
-    Of 20 seeds: trainings that are as long part further than 5 could tell.
+    Of 60 seeds: so long trainings part by 0.011 (one deviation) whatever they are rounded by, and
+    the limit is then 0.0024 above what is found. Of 20 it is 0.0043, which the margin has no room for.
     """
-    task, seeds, steps = TASKS["digits"], range(5 if quick else 20), 200 if quick else 20_000
+    task, seeds, steps = TASKS["digits"], range(5 if quick else 60), 200 if quick else 20_000
     params = jax.jit(jax.vmap(task.init))(jnp.stack([jax.random.key(seed) for seed in seeds]))
     batches = [task.batches(seed, steps) for seed in seeds]
     rates, betas = np.full(len(seeds), task.rates[0]), np.full(len(seeds), BETA_2)
