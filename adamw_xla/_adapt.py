@@ -14,6 +14,7 @@ from adamw_xla._check.leaves import float_leaf, path
 from adamw_xla._check.words import NATIVE, misplaced, not_a_state
 from adamw_xla._config import AdamW, check_config
 from adamw_xla._inside.grouped import frozen_leaves
+from adamw_xla._inside.offload import to_device
 from adamw_xla._placement import (
     filled,
     fixed_places,
@@ -46,7 +47,7 @@ def adapt_state(state: Any, params: Any, config: AdamW) -> AdamWState:
     What the config newly asks for begins: ``v_max`` as ``v``, ``ema`` as the params,
     ``remainder``, ``accumulated``, ``micro_step`` and ``skipped`` as zeros, ``norms`` with none,
     with the shardings of the state. Of norms for another window the newest are kept. Moments become
-    words, rounded to the nearest, and words moments, exactly. What
+    words, as ``pack_state`` makes them, and words moments, exactly. What
     it no longer uses is dropped, and cannot come back: the average of the params
     (``adamw_finalize`` returns it, before), the maxima, the remainders (``master_params`` has the
     params that they belong to), the gradients of an accumulation that is not complete. What has
@@ -69,8 +70,9 @@ def adapt_state(state: Any, params: Any, config: AdamW) -> AdamWState:
     Raises:
       TypeError: ``state`` is none; ``config`` is no ``AdamW``; or a leaf is no array, or not of a
         real floating dtype: names its path.
-      ValueError: the state is of other params, or has fields that this version does not know; or
-        a group of the config has no leaf.
+      ValueError: the state is of other params, or has fields that this version does not know; a
+        group of the config has no leaf; or a moment that is to become words has a NaN: names the
+        leaf (under ``jax.jit`` it cannot be seen).
 
     Example:
       >>> import adamw_xla as ax, jax.numpy as jnp
@@ -152,6 +154,9 @@ class _Leaf:
         there = {field: x for field, x in self.state.items() if x is not None}
         used = used_fields(self.config)
         if "words" in used and "words" not in there:
+            for field in ("m", "v"):
+                argument, x = _ADAPT.of_state(field), to_device(there[field])
+                formats.no_nan(argument, self.params, self.index, x)
             there["words"] = pack(there["m"], there["v"])
         elif "v" in used and "v" not in there:
             there["m"], there["v"] = unpack(there["words"])

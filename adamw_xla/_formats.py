@@ -59,6 +59,10 @@ def unpack_state(state: AdamWState) -> AdamWState:
 def pack_state(state: AdamWState) -> AdamWState:
     """A state of moments in words, each rounded to the nearest; of words it is the words.
 
+    What words cannot hold becomes what is nearest: an infinite or too large v is 2.3e8, and m at
+    most 15 times the power of two below sqrt(v). A NaN has nothing near it, and is refused; under
+    ``jax.jit`` it cannot be seen, and becomes such a number.
+
     Args:
       state: one with ``m`` and ``v``; one with words is returned as it is.
 
@@ -67,7 +71,8 @@ def pack_state(state: AdamWState) -> AdamWState:
 
     Raises:
       TypeError: ``state`` is no ``AdamWState``, or a moment of it no array of real floats.
-      ValueError: it has ``v_max``, which does not go with words.
+      ValueError: it has ``v_max``, which does not go with words; or a moment has a NaN: names the
+        leaf.
     """
     check_kind(state, dataclasses.replace(NATIVE, call="pack_state(state)"))
     if state.words is not None:
@@ -79,7 +84,10 @@ def pack_state(state: AdamWState) -> AdamWState:
         )
     for field in ("m", "v"):
         tree = getattr(state, field)
-        trees.params(tree, jax.tree.leaves(tree), f"state.{field}")
+        leaves = jax.tree.leaves(tree)
+        trees.params(tree, leaves, f"state.{field}")
+        for i, x in enumerate(leaves):
+            formats.no_nan(f"state.{field}", tree, i, to_device(x))
     words = jax.tree.map(lambda m, v: pack(to_device(m), to_device(v)), state.m, state.v)
     return dataclasses.replace(state, m=None, v=None, words=words)
 

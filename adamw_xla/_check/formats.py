@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,6 +30,34 @@ def check_options(c: Any) -> None:
             'AdamW: params_rounding="stochastic" does not go with master="split", where nothing '
             "is lost that it could make up for; leave one of them out."
         )
+
+
+def no_nan(argument: str, tree: Any, index: int, moment: Any) -> None:
+    """Refuses a moment that is to become words and has a NaN; of a traced one nothing is known.
+
+    Args:
+      argument: what the caller calls its tree.
+      tree: has the path.
+      index: of the leaf.
+      moment: the leaf, in the device's memory.
+
+    Raises:
+      ValueError: names the leaf.
+    """
+    if isinstance(moment, jax.core.Tracer):
+        return
+    found = _has_nan(moment)
+    if not isinstance(found, jax.core.Tracer) and found:  # traced where a trace closes over it
+        raise ValueError(
+            f"{argument}{path(tree, index)}: has a NaN, which words cannot hold: it would become a "
+            'number. Go on with state_format="moments", which keeps it, or from a state that was '
+            "saved before it came up."
+        )
+
+
+@jax.jit
+def _has_nan(x: jax.Array) -> jax.Array:
+    return jnp.any(jnp.isnan(x))
 
 
 def check_param(params_tree: Any, index: int, param: Any, config: Any) -> None:

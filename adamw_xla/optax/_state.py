@@ -10,9 +10,10 @@ from jax import export
 import jax.numpy as jnp
 import optax
 
-from adamw_xla._check import calls
+from adamw_xla._check import calls, formats
 from adamw_xla._formats import pack_state, unpack_state
 from adamw_xla._info.step_info import StepInfo
+from adamw_xla._inside.offload import to_device
 from adamw_xla._rules import spikes
 from adamw_xla._state import AdamWState
 from adamw_xla.optax import _check, _wrappers
@@ -107,7 +108,8 @@ def from_optax_state(opt_state: Any, like: State) -> State:
     Raises:
       TypeError: a state has no AdamW in it, or several.
       ValueError: the trees or shapes differ, or ``like`` has no place for what is there: for
-        a field of AdamW's state, or for what a wrapper holds.
+        a field of AdamW's state, or for what a wrapper holds; or a moment that is to become words
+        has a NaN: names the leaf (under ``jax.jit`` it cannot be seen).
     """
     return _moved(opt_state, like, "opt_state", (AdamWState, AdamWOptState))
 
@@ -161,10 +163,15 @@ def _filled(like: AdamWState, source: Any, argument: str) -> AdamWState:
     to_words = like.words is not None
     if to_words == (_as_native(source).words is not None):
         return _filled_alike(like, source, argument)
-    there, back = (unpack_state, pack_state) if to_words else (pack_state, unpack_state)
-    new = back(_filled_alike(there(dataclasses.replace(like, v_max=None)), source, argument))
     if to_words:
-        return new
+        new = _filled_alike(unpack_state(like), source, argument)
+        for field in ("m", "v"):
+            for i, x in enumerate(jax.tree.leaves(tree := getattr(new, field))):
+                formats.no_nan(f"{argument}.{_called(source, field)}", tree, i, to_device(x))
+        return pack_state(new)
+    words = jax.eval_shape(lambda m: jax.tree.map(lambda x: x.astype(jnp.bfloat16), m), like.m)
+    in_words = dataclasses.replace(like, m=None, v=None, v_max=None, words=words)
+    new = unpack_state(_filled_alike(in_words, source, argument))
     m, v = (
         jax.tree.map(lambda x, place: x.astype(place.dtype), *pair)
         for pair in ((new.m, like.m), (new.v, like.v))
@@ -183,7 +190,7 @@ def _filled_alike(like: AdamWState, source: Any, argument: str) -> AdamWState:
         if field.name == "norms":
             new["norms"] = spikes.resized(value, len(place))
             continue
-        called = field.name if is_native else _check.WORDS.field(field.name)
+        called = _called(source, field.name)
         replace = f"dataclasses.replace({argument}, " if is_native else f"{argument}._replace("
         leaves, treedef = _check.moved(
             f"{argument}.{called}", place, value, f"{replace}{called}=None)"
@@ -191,6 +198,10 @@ def _filled_alike(like: AdamWState, source: Any, argument: str) -> AdamWState:
         dtypes = [x.dtype for x in jax.tree.leaves(place)]
         new[field.name] = treedef.unflatten(map(jnp.asarray, leaves, dtypes))
     return dataclasses.replace(like, **new)
+
+
+def _called(source: Any, field: str) -> str:
+    return field if isinstance(source, AdamWState) else _check.WORDS.field(field)
 
 
 _OF_ALL = ("micro_step", "skipped", "norms")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
+import re
 from typing import Any
 
 from comparing import same
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import adamw_xla as ax
@@ -49,6 +52,34 @@ def test_what_is_no_state_in_words_is_not_read_as_one() -> None:
         ValueError, match=r"^state\.remainder\['b'\]: has shape \(7,\); must be \(1,\)"
     ):
         ax.master_params(params | {"b": params["b"][:1]}, state)
+
+
+@pytest.mark.parametrize("field", ["m", "v"])
+def test_a_nan_becomes_no_word(field: str) -> None:
+    """What is too large saturates, as documented; a NaN would be a number, so it is refused."""
+    params = {"a": jnp.ones((5, 16)), "b": jnp.ones(7)}
+    state = ax.adamw_init(params, ax.AdamW())
+    large = dataclasses.replace(state, **{field: {"a": state.v["a"] + np.inf, "b": state.v["b"]}})
+    bound = {"m": 15 * 2.0**-49, "v": 1.75 * 2.0**27}[field]
+    assert np.all(getattr(ax.unpack_state(ax.pack_state(large)), field)["a"] == bound)
+    nan = dataclasses.replace(
+        state, **{field: {"a": state.v["a"].at[3, 1].set(np.nan), "b": state.v["b"]}}
+    )
+    stock = axo.to_optax_state(nan, optax.adamw(0.01).init(params))
+    like, theirs = ax.adamw_init(params, WORDS), {"m": "mu", "v": "nu"}[field]
+    calls: list[tuple[str, Callable[[], Any]]] = [
+        (f"state.{field}", lambda: ax.pack_state(nan)),
+        (f"state.{field}", lambda: ax.adapt_state(nan, params, WORDS)),
+        (f"opt_state.{theirs}", lambda: axo.from_optax_state(stock, like)),
+        (f"opt_state.{field}", lambda: axo.from_optax_state(nan, like)),
+    ]
+    for name, call in calls:
+        with pytest.raises(ValueError, match=rf"^{re.escape(name)}\['a'\]: has a NaN, .*moments"):
+            call()
+    # Of a trace nothing is known; nor are the moments of a state that is to be filled looked at.
+    same(jax.jit(ax.pack_state)(nan).words, jax.jit(lambda: ax.pack_state(nan))().words)
+    ax.adapt_state(nan, params, ax.AdamW(use_ema=True))
+    same(axo.from_optax_state(ax.pack_state(state), nan).v, state.v)
 
 
 def test_masters_of_params_in_other_containers() -> None:
