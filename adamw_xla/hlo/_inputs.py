@@ -30,8 +30,8 @@ class Input:
       output: number of the output that takes its buffer, which is then updated in place;
         None if its buffer is not reused.
       copied: whether the compiler copies it all the same, to have the old value for longer.
-      axes: for each dimension the axes of the mesh that it is cut over; None where that is not
-        known: of a text alone, and of what has no ``NamedSharding``.
+      axes: for each dimension the axes of the mesh that it is cut over, without those of size 1;
+        None where that is not known: of a text alone, and of what has no ``NamedSharding``.
       memory: such as "device" or "pinned_host"; of a text alone None, or "host".
     """
 
@@ -152,7 +152,9 @@ def _axes(sharding: Sharding | None, parameter: Instruction) -> tuple[tuple[str,
     if not isinstance(sharding, NamedSharding) or not isinstance(parameter.shape, Array):
         return None
     entries = [() if x is None else x if isinstance(x, tuple) else (x,) for x in sharding.spec]
-    return (*entries, *((),) * (len(parameter.shape.dims) - len(entries)))
+    sizes = sharding.mesh.shape
+    cutting = [tuple(name for name in names if sizes[name] > 1) for names in entries]
+    return (*cutting, *((),) * (len(parameter.shape.dims) - len(cutting)))
 
 
 def _memory(sharding: Sharding | None, parameter: Instruction) -> str | None:

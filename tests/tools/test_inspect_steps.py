@@ -69,6 +69,8 @@ def test_the_transformer_on_a_mesh(tmp_path: Path) -> None:
     done = meshed(*mesh, *(x for name in wanted for x in ("--assert", name)))
     (found,) = json.loads(out.read_text())
     check_of_transformer(found, {"data": 4, "fsdp": 1, "model": 2}, zero1=True)
+    cut_over = {axis for x in found["inputs"] for names in x["axes"] or () for axis in names}
+    assert cut_over == {"data", "model"}
     assert "exchanged by each of 8 devices: train_lm, cpu" in done.stdout
     assert done.returncode == 1, done.stderr
     one, two, *wrong = done.stderr.partition("inspect_hlo: --assert:\n")[2].splitlines()
