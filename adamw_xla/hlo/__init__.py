@@ -30,7 +30,7 @@ from adamw_xla.hlo._kernels import (
     platform_of,
     schedules_of,
 )
-from adamw_xla.hlo._leaves import Leaf, leaves_of
+from adamw_xla.hlo._leaves import Leaf, leaves_of, with_gradient_sums
 from adamw_xla.hlo._part import Part
 from adamw_xla.hlo._report import Report, size
 from adamw_xla.hlo._syntax import consistent
@@ -83,6 +83,8 @@ def report(
     kernels = kernels_of(module, platform, schedules)
     parts = {part: [kernel for kernel in kernels if kernel.part == part] for part in (UPDATE, NORM)}
     inputs = inputs_of(module, arguments_of(compiled, module), donated)
+    collectives = collectives_of(module, schedules)
+    leaves = leaves_of(module, parts[UPDATE], kernels, inputs)
     temporary, peak = _memory(compiled)
     return Report(
         name=module.name,
@@ -92,8 +94,8 @@ def report(
         norm=Part(tuple(parts[NORM]), _traffic.least(module, parts[NORM])),
         inputs=tuple(inputs),
         devices=devices_of(module),
-        collectives=tuple(collectives_of(module, schedules)),
-        leaves=tuple(leaves_of(module, parts[UPDATE], kernels, inputs)),
+        collectives=tuple(collectives),
+        leaves=tuple(with_gradient_sums(module, leaves, kernels, collectives)),
         temporary_bytes=temporary,
         peak_bytes=peak,
     )

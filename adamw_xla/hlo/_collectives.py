@@ -64,9 +64,14 @@ def collectives_of(module: Module, schedules: Sequence[Schedule]) -> list[Collec
         for instruction in computation.instructions:
             for one in _Found(module, parts, ((computation, instruction),)).inside():
                 described = one.described(times, outputs)
-                channel = one.instruction.attributes.get("channel_id", one.instruction.name)
-                found.setdefault((channel, computation.name, described.bytes), described)
+                exchange = exchange_of(one.instruction)
+                found.setdefault((exchange, computation.name, described.bytes), described)
     return list(found.values())
+
+
+def exchange_of(instruction: Instruction) -> str:
+    """What the steps of one exchange have in common."""
+    return instruction.attributes.get("channel_id", instruction.name)
 
 
 @dataclasses.dataclass(frozen=True)

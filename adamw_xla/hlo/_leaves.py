@@ -6,12 +6,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import re
 
+from adamw_xla.hlo._collectives import Collective, exchange_of
 from adamw_xla.hlo._inputs import Input
 from adamw_xla.hlo._kernels import Kernel
-from adamw_xla.hlo._syntax.flow import entry_parameter, made, makers_of, result_shape
-from adamw_xla.hlo._syntax.opcodes import MOVES
+from adamw_xla.hlo._syntax.flow import (
+    entry_parameter,
+    made,
+    makers_of,
+    origin,
+    result_shape,
+)
+from adamw_xla.hlo._syntax.opcodes import CALLS_ONE, MOVES, is_collective
 from adamw_xla.hlo._syntax.shapes import arrays
-from adamw_xla.hlo._syntax.text import Module
+from adamw_xla.hlo._syntax.text import Instruction, Module
 from adamw_xla.hlo._unnamed import Family, families
 
 _FIELDS = {
@@ -38,6 +45,8 @@ class Leaf:
       in_place: whether the buffers of its moments are reused.
       param: which of the program's arguments the param is; None where it is none.
       moments: which ones its moments are, and what else is kept of it, where paths name it.
+      gradient_sums: names of the collectives that sum its gradient over devices, where what comes
+        out goes to those kernels as it is.
     """
 
     name: str
@@ -47,6 +56,7 @@ class Leaf:
     in_place: bool
     param: int | None
     moments: tuple[int, ...]
+    gradient_sums: tuple[str, ...] = ()
 
 
 def leaves_of(
@@ -93,6 +103,65 @@ def leaves_of(
         known = families(module, named=bool(update))
         found = [_unnamed(module, family, inputs, readers, makers, own) for family in known]
     return found
+
+
+def with_gradient_sums(
+    module: Module,
+    leaves: Iterable[Leaf],
+    kernels: Iterable[Kernel],
+    collectives: Iterable[Collective],
+) -> list[Leaf]:
+    """The leaves with what sums their gradients.
+
+    An operand is the gradient of the leaves of its size, or that are of it what each of the devices
+    has that sum it: a kernel may update several, and may read what a forward pass has summed.
+
+    Args:
+      module: the program.
+      leaves: as ``leaves_of`` found them.
+      kernels: all of the program.
+      collectives: likewise.
+    """
+    around = {kernel.name: module.computations[kernel.computation] for kernel in kernels}
+    made_by = _by_maker(module, [c for c in collectives if c.kind in _SUMS])
+
+    def sums(leaf: Leaf) -> Iterator[str]:
+        for kernel in leaf.kernels:
+            values = around[kernel].by_name
+            for operand in values[kernel].operands:
+                maker = origin(module, around[kernel], operand).name
+                found = made_by.get((maker, around[kernel].name))
+                elements = sum(x.elements for x in arrays(values[operand].shape))
+                if found and elements in (leaf.elements, leaf.elements * (found.devices or 1)):
+                    yield found.name
+
+    return [dataclasses.replace(x, gradient_sums=tuple(dict.fromkeys(sums(x)))) for x in leaves]
+
+
+_SUMS = ("all-reduce", "reduce-scatter")
+
+
+def _by_maker(
+    module: Module, collectives: Iterable[Collective]
+) -> dict[tuple[str, str], Collective]:
+    """For what has the result of a collective, and the computation where it stands, which one."""
+    every = [i for x in module.computations.values() for i in x.instructions]
+    exchange = {i.name: exchange_of(i) for i in every if is_collective(i.opcode)}
+    found = {}
+    for c in collectives:
+        for instruction in module.computations[c.computation].instructions:
+            if exchange[c.name] in map(exchange.get, _inside(module, instruction)):
+                found[instruction.name, c.computation] = c
+    return found
+
+
+def _inside(module: Module, instruction: Instruction) -> Iterator[str]:
+    """The names of an instruction and of all that it calls once."""
+    yield instruction.name
+    if instruction.opcode in CALLS_ONE:
+        for called in instruction.called:
+            for inner in module.computations[called].instructions:
+                yield from _inside(module, inner)
 
 
 def _making(module: Module, param: Input, own: set[str]) -> list[str]:

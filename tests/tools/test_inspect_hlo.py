@@ -327,6 +327,8 @@ def test_shardings_of_arguments_are_kept(tmp_path):
     assert [x["axes"] for x in moments] == [[["data"], []]] * 4
     gathered = [x for x in found["collectives"] if x["kind"] == "all-gather"]
     assert sum(x["bytes"] for x in gathered) >= 4 * 2 * 512 * 256
+    (summed,) = (x for x in found["collectives"] if x["kind"] == "all-reduce" and x["bytes"] > 16)
+    assert [x["gradient_sums"] for x in found["leaves"]] == [[summed["name"]]] * 2
 
 
 @pytest.mark.slow

@@ -7,7 +7,15 @@ from pathlib import Path
 import re
 
 from headless.parsed import Page
-from headless.programs import ODD, changed, read, with_leaves, with_odd_names, without_update
+from headless.programs import (
+    ODD,
+    changed,
+    on_devices,
+    read,
+    with_leaves,
+    with_odd_names,
+    without_update,
+)
 from inspection.page import comparison, document, files, treemap
 import pytest
 
@@ -47,6 +55,13 @@ def test_many_leaves_or_one(count: int) -> None:
     assert text.count("<svg x=") >= 2 * count  # on wide screens, and on narrow ones
     assert {f"w{n}" for n in range(count)} <= {*re.findall(r"\['(w\d+)'\]", page.words)}
     assert "nan%" not in text
+
+
+def test_what_sums_a_gradient_is_a_colour_of_its_leaf() -> None:
+    x = on_devices(read("v5e.clip"))
+    first, *rest = x.report.leaves
+    x = changed(x, leaves=(dataclasses.replace(first, gradient_sums=("all-reduce.7",)), *rest))
+    assert "all-reduce of the gradient, 1 leaf" in Page(document.page(x)).words
 
 
 def test_odd_names_are_text() -> None:

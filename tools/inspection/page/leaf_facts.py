@@ -29,7 +29,7 @@ class LeafFacts:
 
     def exchanges(self, leaf: Leaf) -> str:
         """What collectives send as it is, by their kinds: ``all-gather of the new param``."""
-        found: dict[str, None] = {}
+        found = {f"{self._kinds[name]} of the gradient": None for name in leaf.gradient_sums}
         for number in _numbers(leaf):
             what = "param" if number == leaf.param else "state"
             output = self._inputs[number].output
@@ -45,6 +45,10 @@ class LeafFacts:
             return ""
         names = ["\N{MULTIPLICATION SIGN}".join(a for axes in x or () for a in axes) for x in found]
         return " or ".join(f"over {name}" if name else "whole" for name in dict.fromkeys(names))
+
+    @functools.cached_property
+    def _kinds(self) -> dict[str, str]:
+        return {c.name: c.kind for c in self.report.collectives}
 
     @functools.cached_property
     def _collectives(self) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
