@@ -81,6 +81,14 @@ def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert "20.00G of 15.75G" in json.loads((tmp_path / "it.json").read_text())[0]["refused"]
 
 
+def test_lower_bounds_are_marked(tmp_path: Path) -> None:
+    """Of what is moved and exchanged, as in the table, and of nothing else."""
+    figures = {"params": 1, "state": 2, "buffers": 4, "moved": 8, "exchanged": 3, "compiled": 0.5}
+    points = [growth.Point("cpu", 4, "zero1", **figures, at_least=x) for x in (False, True)]
+    growth.draw(tmp_path / "it.svg", points, "a model")
+    assert (tmp_path / "it.svg").read_text().count("<!-- &gt; -->") == 2
+
+
 MISTAKES = {
     "--devices 4,x": "--devices 4,x: must be numbers of devices, such as 1,16,256.",
     "--devices 0": "--devices 0: must be numbers of devices",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from html import escape
 from pathlib import Path
 import re
 
@@ -16,7 +17,8 @@ from headless.programs import (
     with_odd_names,
     without_update,
 )
-from inspection.page import comparison, document, files, treemap
+from inspection import tables
+from inspection.page import comparison, document, files, listings, treemap
 import pytest
 
 import adamw_xla as ax
@@ -62,6 +64,26 @@ def test_what_sums_a_gradient_is_a_colour_of_its_leaf() -> None:
     first, *rest = x.report.leaves
     x = changed(x, leaves=(dataclasses.replace(first, gradient_sums=("all-reduce.7",)), *rest))
     assert "all-reduce of the gradient, 1 leaf" in Page(document.page(x)).words
+
+
+def test_loops_of_unknown_length_make_sums_lower_bounds() -> None:
+    x = on_devices(read("v5e.clip"))
+    gather, reduce = x.report.collectives
+    x = changed(x, collectives=(gather, dataclasses.replace(reduce, times=None)))
+    cells = tables.rows([x])
+    assert {label: cells[label] for label in BOUNDS} == {k: [text] for k, text in BOUNDS.items()}
+    figures = re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", document.page(x))
+    shown = {label: text.replace("\N{NO-BREAK SPACE}", " ") for label, text in figures}
+    assert {label: shown[label] for label in BOUNDS} == {k: escape(x) for k, x in BOUNDS.items()}
+    sums = re.findall(r">(&gt;[^<]*)</td>", listings.collectives(x))
+    assert sums == ["&gt;64 B"] * 2 + ["&gt;4.16 kB", "&gt;64 B"]
+
+
+BOUNDS = {
+    "exchanged": ">4.16 kB",
+    "of it by the update": "4 kB",
+    "of it by the norm": ">64 B",
+}
 
 
 def test_odd_names_are_text() -> None:

@@ -152,6 +152,7 @@ class _Panel:
     unit: str
     figure: Callable[[Point], float | None]
     beside: Callable[[Point], float | None] | None = None
+    counts_runs: bool = False
 
 
 def _kept(x: Point) -> float | None:
@@ -160,8 +161,8 @@ def _kept(x: Point) -> float | None:
 
 PANELS = (
     _Panel("Memory: all buffers (dashed: params and state)", "B", lambda x: x.buffers, _kept),
-    _Panel("Moved from and to main memory", "B", lambda x: x.moved),
-    _Panel("Exchanged with other devices", "B", lambda x: x.exchanged),
+    _Panel("Moved from and to main memory", "B", lambda x: x.moved, counts_runs=True),
+    _Panel("Exchanged with other devices", "B", lambda x: x.exchanged, counts_runs=True),
     _Panel("Time to compile", "s", lambda x: x.compiled),
 )
 
@@ -180,6 +181,8 @@ def draw(path: Path, found: Sequence[Point], model: str) -> None:
                 style = {"color": f"C{number}", "lw": 3.2 - number, "ms": 9 - 2 * number}
                 whole = {"marker": MARKERS[layout], "mfc": None if target == names[0] else "w"}
                 _line(axes, line, panel.figure, style | whole)
+                if panel.counts_runs:
+                    _mark(axes, line, panel.figure, style["color"])
                 if panel.beside is not None:
                     short = {"lw": 1.2, "ls": "--", "marker": "_" if len(line) == 1 else ""}
                     _line(axes, line, panel.beside, style | short)
@@ -203,6 +206,16 @@ def _line(
     there = [(x.devices, y) for x in line if (y := number(x)) is not None]
     if there:
         axes.plot(*zip(*there, strict=True), **style)
+
+
+def _mark(
+    axes: Axes, line: Sequence[Point], number: Callable[[Point], float | None], color: Any
+) -> None:
+    """Says of what is a lower bound that it is one, as the table does."""
+    for x in line:
+        if x.at_least and (y := number(x)) is not None:
+            offset = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(">", (x.devices, y), color=color, **offset)
 
 
 def _scales(axes: Axes, counts: Sequence[int], panel: _Panel) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from inspection.inspect_cases import Inspected
@@ -18,11 +18,34 @@ Number = float | None
 
 
 class Row(NamedTuple):
-    """A line of the table, whose number can be compared between programs."""
+    """A line of the table, whose number can be compared between programs.
+
+    Attributes:
+      label: of the line.
+      number: of a program.
+      words: for the number.
+      summed: the kernels or collectives whose runs count in it.
+    """
 
     label: str
     number: Callable[[Inspected], Number]
     words: Callable[[float], str]
+    summed: Callable[[Report], Sequence[Kernel | Collective]] = lambda _: ()
+
+    def cell(self, x: Inspected) -> str:
+        """What is said of a program; empty for nothing."""
+        number = self.number(x)
+        return "" if number is None else at_least(self.words(number), self.summed(x.report))
+
+
+def at_least(text: str, summed: Iterable[Kernel | Collective]) -> str:
+    """A sum over these as words, with ``>`` where it is a lower bound."""
+    return f">{text}" if is_least(summed) else text
+
+
+def is_least(summed: Iterable[Kernel | Collective]) -> bool:
+    """Whether one of them runs in a loop of unknown length, and is counted once in a sum."""
+    return any(x.times is None for x in summed)
 
 
 def programs(found: Sequence[Inspected], compared: bool = False) -> Table:
@@ -49,8 +72,8 @@ def rows(found: Sequence[Inspected], compared: bool = False) -> dict[str, list[s
     cells: dict[str, list[str]] = {}
     for row in ROWS:
         numbers = [row.number(x) for x in found]
-        for position, number in enumerate(numbers):
-            cells.setdefault(row.label, []).append("" if number is None else row.words(number))
+        for position, (x, number) in enumerate(zip(found, numbers, strict=True)):
+            cells.setdefault(row.label, []).append(row.cell(x))
             if compared and position:
                 cells[row.label].append(_change(numbers[0], number, row))
         if row.label == "kernels":
@@ -128,6 +151,11 @@ def exchanged(report: Report, part: str | None = None) -> int:
     return sent(report.collectives, part)
 
 
+def of_part(collectives: Sequence[Collective], part: str) -> list[Collective]:
+    """Those that exchange what a part of the program made."""
+    return [c for c in collectives if c.bytes_of.get(part)]
+
+
 ROWS = (
     Row("kernels", lambda x: x.report.program.count, _count),
     Row("of which the update", lambda x: _or_none(x.report.update.count), _count),
@@ -140,21 +168,38 @@ ROWS = (
     Row("with all buffers", lambda x: x.report.peak_bytes, _size),
     Row("donated, not in place", lambda x: len(x.report.undonated), _count),
     Row("collectives", lambda x: _or_none(len(x.report.collectives)), _count),
-    Row("exchanged", lambda x: _or_none(exchanged(x.report)), _size),
-    Row("of it by the update", lambda x: _or_none(exchanged(x.report, "update")), _size),
-    Row("of it by the norm", lambda x: _or_none(exchanged(x.report, "norm")), _size),
-    Row("moved", lambda x: _moved(x.report), _size),
+    Row("exchanged", lambda x: _or_none(exchanged(x.report)), _size, lambda x: x.collectives),
+    *(
+        Row(
+            f"of it by the {part}",
+            lambda x, part=part: _or_none(exchanged(x.report, part)),
+            _size,
+            lambda x, part=part: of_part(x.collectives, part),
+        )
+        for part in ("update", "norm")
+    ),
+    Row("moved", lambda x: _moved(x.report), _size, lambda x: x.program.kernels),
     Row("takes at least", lambda x: x.microseconds(_moved(x.report)), microseconds),
     Row(
         "the update at least",
         lambda x: x.microseconds(x.report.update.least_bytes or 0) or None,
         microseconds,
     ),
-    Row("bytes per param", _per_param, _tenths),
-    Row("of which the update's", lambda x: _of_update(x.report), _tenths),
+    Row("bytes per param", _per_param, _tenths, lambda x: x.program.kernels),
+    Row(
+        "of which the update's",
+        lambda x: _of_update(x.report),
+        _tenths,
+        lambda x: x.update.kernels,
+    ),
     Row("trace and lower", lambda x: x.program.trace_seconds, _seconds),
     Row("compile", lambda x: x.program.compile_seconds, _seconds),
-    Row("cycles (estimate)", lambda x: x.report.program.estimated_cycles, _count),
+    Row(
+        "cycles (estimate)",
+        lambda x: x.report.program.estimated_cycles,
+        _count,
+        lambda x: x.program.kernels,
+    ),
 )
 
 OF_THIS_RUN = ("trace and lower", "compile")
@@ -181,20 +226,25 @@ def collectives(x: Inspected) -> Table:
     table = _headed(title, ("", "among", "runs"), numbers)
     for group in alike(x.report.collectives):
         first, n = group[0], len(group)
-        parts = [size(sent(group, part)) for part in ("update", "norm")]
+        parts = [_sent(group, part) for part in ("update", "norm")]
         runs = "?" if first.times is None else str(first.times)
         table.add_row(
             f"{n} {first.kind}",
             "?" if first.devices is None else str(first.devices),
             runs,
             size(first.bytes),
-            size(sent(group)),
+            _sent(group),
             *("" if text == "0 B" else text for text in parts),
         )
-    sums = [exchanged(x.report), exchanged(x.report, "update"), exchanged(x.report, "norm")]
+    sums = [_sent(x.report.collectives, part) for part in (None, "update", "norm")]
     table.add_section()
-    table.add_row("all", "", "", "", *(size(number) for number in sums))
+    table.add_row("all", "", "", "", *sums)
     return table
+
+
+def _sent(group: Sequence[Collective], part: str | None = None) -> str:
+    of_it = group if part is None else of_part(group, part)
+    return at_least(size(sent(of_it, part)), of_it)
 
 
 def alike(collectives: Sequence[Collective]) -> list[list[Collective]]:
@@ -223,12 +273,12 @@ def kernels(x: Inspected) -> Table:
         runs = "?" if kernel.times is None else str(kernel.times)
         each = size(kernel.read + kernel.written)
         cells = (kernel.name, kernel.kind, kernel.part, runs, each)
-        table.add_row(*cells, *_bound(x, bytes_of(kernel)))
+        table.add_row(*cells, *_bound(x, [kernel]))
     if rest:
         others = f"and {len(rest)} more"
-        table.add_row(others, "", "", "", "", *_bound(x, sum(map(bytes_of, rest))))
+        table.add_row(others, "", "", "", "", *_bound(x, rest))
     table.add_section()
-    table.add_row("all", "", "", "", "", *_bound(x, _moved(x.report)))
+    table.add_row("all", "", "", "", "", *_bound(x, found))
     return table
 
 
@@ -237,6 +287,7 @@ def bytes_of(kernel: Kernel) -> int:
     return (kernel.read + kernel.written) * (kernel.times or 1)
 
 
-def _bound(x: Inspected, number_of_bytes: int) -> tuple[str, str]:
+def _bound(x: Inspected, kernels: Sequence[Kernel]) -> tuple[str, str]:
+    number_of_bytes = sum(map(bytes_of, kernels))
     least = x.microseconds(number_of_bytes)
-    return size(number_of_bytes), "" if least is None else microseconds(least)
+    return at_least(size(number_of_bytes), kernels), "" if least is None else microseconds(least)

@@ -173,7 +173,7 @@ class _Table(Generic[T]):
             members = group.get(key, [])
             moved = self.weigh(members)
             figures.append((len(members), moved))
-            cells += [_count(members, _file(x)), sized(moved)]
+            cells += [_count(members, _file(x)), sized(moved, tables.is_least(members))]
             if self.timed:
                 cells.append(listings.least(x, moved))
             if i:

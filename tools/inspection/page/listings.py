@@ -185,16 +185,26 @@ def collectives(x: Inspected) -> str:
     groups = tables.alike(report.collectives)
     largest = max(map(tables.sent, groups)) / (total or 1) or 1.0
     rows = [_alike(report, group, total or 1, largest) for group in groups]
-    sums = [tables.exchanged(report, part) for part in PARTS]
-    counts = [number(len(report.collectives)), NOTHING, NOTHING, NOTHING, sized(total), NOTHING]
-    cells = [words("all"), *counts, *map(sized, sums), NOTHING, NOTHING]
+    sums = _sums(report.collectives)
+    counts = [number(len(report.collectives)), NOTHING, NOTHING, NOTHING, sums[0], NOTHING]
+    cells = [words("all"), *counts, *sums[1:], NOTHING, NOTHING]
     return markup.table("collectives", _COLLECTIVES, rows, Row(cells))
+
+
+def _sums(group: Sequence[Collective]) -> list[str]:
+    """Cells of what they send in a step: in all, and of each part."""
+    of_parts = {part: tables.of_part(group, part) for part in PARTS}
+    return [
+        sized(tables.sent(group), tables.is_least(group)),
+        *(sized(tables.sent(x, part), tables.is_least(x)) for part, x in of_parts.items()),
+    ]
 
 
 def _alike(report: Report, group: Sequence[Collective], total: int, largest: float) -> Row:
     first = group[0]
     causes = {part: tables.sent(group, part) for part in PARTS}
     main = max(causes, key=lambda part: causes[part])
+    sums = _sums(group)
     names = [
         f'<a id="collective={escape(c.name)}" {_reference(c.name)}>{escape(c.name)}</a>'
         for c in group
@@ -205,9 +215,9 @@ def _alike(report: Report, group: Sequence[Collective], total: int, largest: flo
         '<td class="n" data-v="0">?</td>' if first.devices is None else number(first.devices),
         '<td class="n" data-v="0">?</td>' if first.times is None else number(first.times),
         sized(first.bytes),
-        sized(tables.sent(group)),
+        sums[0],
         markup.share(tables.sent(group) / total, largest, PARTS[main]),
-        *map(sized, causes.values()),
+        *sums[1:],
         scrolled(escape(", ".join(_exchanged(report, group)))),
         scrolled(", ".join(names)),
     ]

@@ -47,11 +47,16 @@ def number(value: float | None, text: str | None = None, title: str = "") -> str
     return f'<td class="n" data-v="{value:.12g}"{about}>{escape(shown)}</td>'
 
 
-def sized(number_of_bytes: int) -> str:
-    """A cell of bytes, short, with the exact number behind it; empty for nothing."""
+def sized(number_of_bytes: int, is_least: bool = False) -> str:
+    """A cell of bytes, short, with the exact number behind it; empty for nothing.
+
+    Where the number is a lower bound, ``>`` stands before it.
+    """
     if not number_of_bytes:
         return '<td class="n" data-v="0"></td>'
-    return number(number_of_bytes, size(number_of_bytes), f"{number_of_bytes:,} bytes")
+    sign = ">" * is_least
+    shown, exact = f"{sign}{size(number_of_bytes)}", f"{sign}{number_of_bytes:,} bytes"
+    return number(number_of_bytes, shown, exact)
 
 
 def share(part: float, largest: float, kind: str) -> str:
