@@ -1,4 +1,7 @@
-"""Checks of numbers and choices, each by the name that its caller has for it."""
+"""Checks of numbers and choices, each by the name that its caller has for it.
+
+Errors begin with ``api``, what was called.
+"""
 
 from collections.abc import Callable, Mapping
 import inspect
@@ -14,24 +17,27 @@ from adamw_xla_lowering import PARAM_DTYPES, dtype_names
 
 
 def coefficients(
-    rates: Mapping[str, Any], betas: Mapping[str, Any], epsilons: Mapping[str, Any]
+    rates: Mapping[str, Any],
+    betas: Mapping[str, Any],
+    epsilons: Mapping[str, Any],
+    api: str = "AdamW",
 ) -> None:
     """Checks the numbers that every front end has, by the names that it has for them."""
     for name, value in rates.items():
-        scalar_or_schedule(name, value)
+        scalar_or_schedule(name, value, api)
     for name, value in betas.items():
-        scalar(name, value, lambda x: 0 <= x < 1, "in [0, 1)")
+        scalar(name, value, lambda x: 0 <= x < 1, "in [0, 1)", api)
     for name, value in epsilons.items():
-        scalar(name, value, lambda x: x >= 0, "at least 0")
+        scalar(name, value, lambda x: x >= 0, "at least 0", api)
 
 
-def scalar_or_schedule(name: str, value: Any) -> None:
+def scalar_or_schedule(name: str, value: Any, api: str = "AdamW") -> None:
     """Checks a rate: a number at least 0, a scalar array, or a callable."""
     if not callable(value):
-        scalar(name, value, lambda x: x >= 0, "at least 0")
+        scalar(name, value, lambda x: x >= 0, "at least 0", api)
     elif not (takes(value, 1) or takes(value, 0)):
         raise TypeError(
-            f"AdamW: {name} is a callable that cannot be called with the step count alone, got "
+            f"{api}: {name} is a callable that cannot be called with the step count alone, got "
             f"{value!r}; must be a number, or a schedule: a callable from the count to one. (If "
             "it makes schedules, call it, and pass what it returns.)"
         )
@@ -57,7 +63,7 @@ def called(schedule: Callable[..., Any], count: Any) -> Any:
 
 def scheduled(name: str, value: Any) -> None:
     """Checks a rate at one step: what a schedule returned, or a rebuilt config holds."""
-    name, expected = f"{name} (or what its schedule returns)", "at least 0"
+    name, expected = f"AdamW: {name} (or what its schedule returns)", "at least 0"
     _one_number(name, value, expected)
     if not isinstance(value, jax.Array):  # of an array it would wait for the device
         _in_range(name, value, lambda x: x >= 0, expected)
@@ -85,22 +91,24 @@ def available(name: str, dtype: Any) -> np.dtype[Any]:
     return found
 
 
-def scalar(name: str, value: Any, fits: Callable[[float], bool], expected: str) -> None:
+def scalar(
+    name: str, value: Any, fits: Callable[[float], bool], expected: str, api: str = "AdamW"
+) -> None:
     """Refuses what is not one real number that fits; of a traced one, the kind and shape."""
-    _one_number(name, value, expected)
+    _one_number(f"{api}: {name}", value, expected)
     if not isinstance(value, jax.core.Tracer):
-        _in_range(name, value, fits, expected)
+        _in_range(f"{api}: {name}", value, fits, expected)
 
 
 def _one_number(name: str, value: Any, expected: str) -> None:
     if isinstance(value, bool | np.bool_ | str | None) or not _is_real(value):
         raise TypeError(
-            f"AdamW: {name} must be a real number {expected}, got {value!r}"
+            f"{name} must be a real number {expected}, got {value!r}"
             f"{_how_to_have_a_number(name, value, expected)}."
         )
     if np.ndim(value) != 0:
         raise ValueError(
-            f"AdamW: {name} must be a scalar, got shape {np.shape(value)}. For one value per "
+            f"{name} must be a scalar, got shape {np.shape(value)}. For one value per "
             "replica build the optimizer inside of the function that is given to jax.vmap."
         )
 
@@ -118,9 +126,7 @@ def _how_to_have_a_number(name: str, value: Any, expected: str) -> str:
 def _in_range(name: str, value: Any, fits: Callable[[float], bool], expected: str) -> None:
     number = float(value)
     if not (math.isfinite(number) and fits(number)):
-        raise ValueError(
-            f"AdamW: {name} must be finite and {expected}, got {number}.{_rounding(value)}"
-        )
+        raise ValueError(f"{name} must be finite and {expected}, got {number}.{_rounding(value)}")
 
 
 def _rounding(value: Any) -> str:
@@ -150,11 +156,11 @@ def mask(name: str, value: Any) -> None:
             )
 
 
-def flag(name: str, value: Any) -> None:
+def flag(name: str, value: Any, api: str = "AdamW") -> None:
     """Refuses what is not a bool."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(
-            f"AdamW: {name} must be True or False, got {value!r}. It is a choice, not data: it "
+            f"{api}: {name} must be True or False, got {value!r}. It is a choice, not data: it "
             f"cannot be traced.{_static(name, value)}"
         )
 

@@ -93,17 +93,18 @@ class Group(Compared):
         given = {name: value for name, value in given.items() if value is not None}
 
         def those(*names: str) -> dict[str, Any]:
-            return {self.called(name): given[name] for name in names if name in given}
+            return {name: given[name] for name in names if name in given}
 
         options.coefficients(
             rates=those("learning_rate", "weight_decay"),
             betas=those("beta_1", "beta_2"),
             epsilons=those("epsilon", "scale"),
+            api=self.name,
         )
-        options.flag(self.called("frozen"), self.frozen)
+        options.flag("frozen", self.frozen, self.name)
         if self.frozen and given:
             raise ValueError(
-                f"AdamW: {self.name} is frozen and has {' and '.join(given)}, which nothing reads; "
+                f"{self.name}: is frozen and has {' and '.join(given)}, which nothing reads; "
                 "leave out the one or the other."
             )
 
@@ -111,13 +112,11 @@ class Group(Compared):
         match: Any = self.match
         if isinstance(match, str):
             if (why := no_pattern(match)) is not None:
-                raise ValueError(
-                    f"AdamW: {self.name} has a match that is no regular expression: {why}."
-                )
+                raise ValueError(f"{self.name}: match is no regular expression: {why}.")
         elif not callable(match) or not options.takes(match, 2):
             advice = "give its .pattern" if isinstance(match, re.Pattern) else "see Group"
             raise TypeError(
-                "AdamW: match of a Group must be a regular expression (a string), or a callable "
+                "Group: match must be a regular expression (a string), or a callable "
                 f"from a leaf's path and the leaf to True or False, got {match!r}; {advice}."
             )
 
@@ -141,7 +140,7 @@ class Group(Compared):
         found = self.match(path, leaf)
         if not trees.is_known_bool(found):
             raise TypeError(
-                f"AdamW: match of {self.name} must return True or False, known when the step is "
+                f"{self.name}: match must return True or False, known when the step is "
                 f"traced; for {path!r} it returned {found!r}."
             )
         return bool(found)

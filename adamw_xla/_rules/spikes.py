@@ -96,7 +96,7 @@ class SpikeRule(Compared):
             raise ValueError(
                 f"SpikeRule: window must be at least 2, or norms have no deviation; got {window}."
             )
-        options.scalar("deviations of SpikeRule", self.deviations, lambda x: x > 0, "above 0")
+        options.scalar("deviations", self.deviations, lambda x: x > 0, "above 0", "SpikeRule")
 
     def tree_flatten_with_keys(self) -> tuple[tuple[Any, ...], Hashable]:
         """The number is a child, the window's length static."""

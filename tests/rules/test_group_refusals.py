@@ -24,18 +24,31 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
     "no match": (lambda: ax.Group(), TypeError, "Group: lacks match, a regular expression"),
     "other name": (lambda: ax.Group("w", lr=1.0), TypeError, "no argument lr; .* learning_rate"),
     "of all": (lambda: ax.Group("w", amsgrad=True), TypeError, "no argument amsgrad; AdamW"),
-    "no pattern": (lambda: ax.Group(3), TypeError, "match of a Group must be .* got 3"),
+    "no pattern": (lambda: ax.Group(3), TypeError, "^Group: match must be .* got 3"),
     "compiled": (lambda: ax.Group(re.compile("w")), TypeError, r"give its \.pattern"),
     "one argument": (lambda: ax.Group(lambda path: True), TypeError, "path and the leaf"),
-    "bad pattern": (lambda: ax.Group("w("), ValueError, r"no regular expression: .*re\.escape"),
-    "scale": (lambda: ax.Group("w", scale=-1.0), ValueError, "scale of Group.'w'. must be .*-1"),
-    "rate": (lambda: ax.Group("w", learning_rate="x"), TypeError, "learning_rate of Group.'w'."),
-    "beta": (lambda: ax.Group("w", beta_2=1.0), ValueError, "beta_2 of Group.'w'. must be .*1.0"),
-    "frozen": (lambda: ax.Group("w", frozen=1), TypeError, "frozen of Group.'w'. must be True"),
+    "no schedule": (
+        lambda: ax.Group("w", learning_rate=lambda a, b: a),
+        TypeError,
+        "^Group.'w'.: learning_rate is a callable that",
+    ),
+    "bad pattern": (
+        lambda: ax.Group("w("),
+        ValueError,
+        r"^Group.'w\('.: match is no regular .*re\.escape",
+    ),
+    "scale": (lambda: ax.Group("w", scale=-1.0), ValueError, "^Group.'w'.: scale must be .*-1"),
+    "rate": (
+        lambda: ax.Group("w", learning_rate="x"),
+        TypeError,
+        "^Group.'w'.: learning_rate must",
+    ),
+    "beta": (lambda: ax.Group("w", beta_2=1.0), ValueError, "^Group.'w'.: beta_2 must be .*1.0"),
+    "frozen": (lambda: ax.Group("w", frozen=1), TypeError, "^Group.'w'.: frozen must be True"),
     "at odds": (
         lambda: ax.Group("w", frozen=True, scale=2.0, epsilon=0.0),
         ValueError,
-        "Group.'w'. is frozen and has scale and epsilon, which nothing reads",
+        "^Group.'w'.: is frozen and has scale and epsilon, which nothing reads",
     ),
     "one group": (lambda: ax.AdamW(groups=ax.Group("w")), TypeError, r"write .group,."),
     "no group": (lambda: ax.AdamW(groups=["w"]), TypeError, "must hold adamw_xla.Group alone"),
@@ -87,7 +100,9 @@ def test_groups_that_do_not_fit_the_params(groups: Any, error: Any, text: str) -
 
 def test_a_match_that_is_no_bool() -> None:
     config = ax.AdamW(groups=(ax.Group(lambda path, leaf: 1),))
-    with pytest.raises(TypeError, match=r"must return True or False.* for 'embed' it returned 1"):
+    with pytest.raises(
+        TypeError, match=r"^Group.*: match must return True or False.* for 'embed' it returned 1"
+    ):
         ax.adamw_init(PARAMS, config)
 
 
