@@ -6,7 +6,7 @@ and to read what the kernels compute. ``adamw_step`` here takes the arguments of
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 
 from adamw_xla._check import calls
 from adamw_xla._config import AdamW
-from adamw_xla._info.step_info import ReturnInfo
+from adamw_xla._info.step_info import ReturnInfo, StepInfo
 from adamw_xla._inside.clipping import root
 from adamw_xla._inside.run import run_step
 from adamw_xla._inside.update import Backend, as_varying_as_after
@@ -35,6 +35,37 @@ from adamw_xla_lowering.formats import narrow, word
 from adamw_xla_lowering.formats.arrays import OPS
 
 Leaves = Sequence[jax.Array]
+
+
+class _Rates(TypedDict, total=False):
+    """What takes the place of the config's rates for a step, as in ``adamw_xla.adamw_step``."""
+
+    learning_rate: ScalarOrSchedule | None
+    weight_decay: ScalarOrSchedule | None
+
+
+@overload
+def adamw_step(
+    params: Any,
+    grads: Any,
+    state: AdamWState,
+    config: AdamW,
+    *,
+    return_info: Literal[False] = False,
+    **rates: Unpack[_Rates],
+) -> tuple[Any, AdamWState]: ...
+
+
+@overload
+def adamw_step(
+    params: Any,
+    grads: Any,
+    state: AdamWState,
+    config: AdamW,
+    *,
+    return_info: Literal[True, "per_leaf"],
+    **rates: Unpack[_Rates],
+) -> tuple[Any, AdamWState, StepInfo]: ...
 
 
 @calls.explained("reference.adamw_step", aliases=ALIASES, lacking=LACKING)

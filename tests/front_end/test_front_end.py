@@ -10,6 +10,7 @@ import doctest
 import functools
 import importlib
 import inspect
+import typing
 from typing import Any
 
 from comparing import close, same
@@ -48,6 +49,23 @@ def test_names_and_defaults_are_those_of_keras() -> None:
     ours_alone |= {"epsilon_root", "nesterov", "axis_names", "groups", "maximize"}
     ours_alone |= {"state_format", "params_rounding", "master", "skip_spikes", "stacked"}
     assert keyword_only == ours_alone | {"decay_times_lr", "cautious_decay"}
+
+
+def test_the_reference_is_typed_as_the_step() -> None:
+    def forms(step: Any) -> list[tuple[Any, Any]]:
+        hints = map(typing.get_type_hints, typing.get_overloads(step))
+        return [(x["return_info"], x["return"]) for x in hints]
+
+    step, reference = ax.adamw_step, ax.reference.adamw_step
+    assert len(forms(step)) == 2
+    assert forms(reference) == forms(step)
+    keywords = typing.get_type_hints(reference)
+    for overload in typing.get_overloads(reference):
+        own = typing.get_type_hints(overload)
+        (rates,) = typing.get_args(own.pop("rates"))
+        own |= typing.get_type_hints(rates)
+        assert own.keys() == keywords.keys()
+        assert all(own[x] == keywords[x] for x in own.keys() - {"return_info", "return"})
 
 
 @pytest.mark.parametrize(
