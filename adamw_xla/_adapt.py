@@ -154,12 +154,12 @@ class _Leaf:
         there = {field: x for field, x in self.state.items() if x is not None}
         used = used_fields(self.config)
         if "words" in used and "words" not in there:
-            for field in ("m", "v"):
-                argument, x = _ADAPT.of_state(field), to_device(there[field])
-                formats.no_nan(argument, self.params, self.index, x)
-            there["words"] = pack(there["m"], there["v"])
+            moments = {field: to_device(there[field]) for field in ("m", "v")}
+            for field, x in moments.items():
+                formats.no_nan(_ADAPT.of_state(field), self.params, self.index, x)
+            there["words"] = pack(**moments)
         elif "v" in used and "v" not in there:
-            there["m"], there["v"] = unpack(there["words"])
+            there["m"], there["v"] = unpack(to_device(there["words"]))
         kept = {field: self._cast(field, x) for field, x in there.items()}
         first = next(kept[x] for x in ("v", "words") if x in used)
         begins: dict[str, Callable[[], jax.Array]] = {

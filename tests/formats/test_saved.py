@@ -82,6 +82,15 @@ def test_a_nan_becomes_no_word(field: str) -> None:
     same(axo.from_optax_state(ax.pack_state(state), nan).v, state.v)
 
 
+def test_a_state_in_host_memory_changes_its_format() -> None:
+    """On the device, as ``pack_state`` and ``unpack_state`` do it: none computes in the host's."""
+    params = tree()
+    for options, other in ((ax.AdamW(), WORDS), (WORDS, ax.AdamW())):
+        state = ax.adamw_init(params, options)
+        there = jax.device_put(state, jax.memory.Space.Host)
+        same(ax.adapt_state(there, params, other), ax.adapt_state(state, params, other))
+
+
 def test_masters_of_params_in_other_containers() -> None:
     """As Flax' optimizer holds them, and a checkpoint returns them without a template."""
     params = tree()
