@@ -147,11 +147,15 @@ def _by_maker(
     """For what has the result of a collective, and the computation where it stands, which one."""
     every = [i for x in module.computations.values() for i in x.instructions]
     exchange = {i.name: exchange_of(i) for i in every if is_collective(i.opcode)}
+    wanted: dict[tuple[str | None, str], Collective] = {
+        (exchange[c.name], c.computation): c for c in collectives
+    }
     found = {}
-    for c in collectives:
-        for instruction in module.computations[c.computation].instructions:
-            if exchange[c.name] in map(exchange.get, _inside(module, instruction)):
-                found[instruction.name, c.computation] = c
+    for computation in dict.fromkeys(c.computation for c in wanted.values()):
+        for instruction in module.computations[computation].instructions:
+            for name in _inside(module, instruction):
+                if there := wanted.get((exchange.get(name), computation)):
+                    found[instruction.name, computation] = there
     return found
 
 

@@ -248,8 +248,8 @@ def _bytes(x: jax.Array) -> Array:
 def long(quick: bool) -> list[Check]:
     """20,000 steps of the smallest task: no drift, no blow-up, and a loss that is no worse.
 
-    Of 60 seeds: so long trainings part by 0.011 (one deviation) whatever they are rounded by, and
-    the limit is then 0.0024 above what is found. Of 20 it is 0.0043, which the margin has no room for.
+    Of 60 seeds: so long trainings part by 0.011 (one deviation), and the limit is then 0.0024 above
+    what is found. Of 20 it is 0.0043 above, for which the margin has no room.
     """
     task, seeds, steps = TASKS["digits"], range(5 if quick else 60), 200 if quick else 20_000
     params = jax.jit(jax.vmap(task.init))(jnp.stack([jax.random.key(seed) for seed in seeds]))
