@@ -83,6 +83,29 @@ def test_a_gradient_of_any_size(size: float, options: dict[str, Any], implementa
     np.testing.assert_allclose(info.clip_factor, factor, rtol=8 * EPS)
 
 
+@pytest.mark.parametrize(("skip", "implementation"), [(False, "xla"), (True, None)])
+def test_of_scaled_gradients_that_are_maximized(skip: bool, implementation: Any) -> None:
+    """Of the tree and of each leaf; and a step that is skipped is not applied."""
+    config = ax.AdamW(0.1, loss_scale_factor=4.0, maximize=True, skip_nonfinite=skip)
+    new, _, info = stepped(config, tree(), tree(1), "per_leaf", implementation=implementation)
+    wanted = {
+        "grad_norm": jax.tree.map(lambda g: g / 4, tree(1)),
+        "param_norm": new,
+        "update_norm": jax.tree.map(jnp.subtract, new, tree()),
+    }
+    for name, values in wanted.items():
+        rtol = (64 if name == "update_norm" else 8) * EPS  # the new param is rounded
+        np.testing.assert_allclose(getattr(info, name), norm(values), rtol=rtol)
+        own = jax.tree.leaves(getattr(info.per_leaf, name))
+        for got, leaf in zip(own, jax.tree.leaves(values), strict=True):
+            np.testing.assert_allclose(got, norm(leaf), rtol=rtol)
+    assert info.applied
+    whole = stepped(config, tree(), tree(1), implementation=implementation)[2]
+    np.testing.assert_allclose(whole.update_norm, info.update_norm, rtol=8 * EPS)
+    bad = tree(1) | {"w": jnp.full_like(tree(1)["w"], np.nan)}
+    assert stepped(config, tree(), bad)[2].applied != skip
+
+
 @pytest.mark.parametrize("shape", [(1 << 20,), (3, 700, 500)], ids=str)
 @pytest.mark.parametrize("implementation", [None, "xla"])
 def test_norms_of_many_elements(shape: tuple[int, ...], implementation: Any) -> None:

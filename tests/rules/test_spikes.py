@@ -17,6 +17,7 @@ from runs import tree
 
 import adamw_xla as ax
 from adamw_xla._inside.processes import _text
+from adamw_xla._rules import spikes
 import adamw_xla.optax as axo
 
 RULE = ax.SpikeRule(window=8)
@@ -83,6 +84,16 @@ def test_until_half_of_the_window_is_filled_all_is_made(first: float) -> None:
     scales[[*changes]] = [*changes.values()]
     assert skips(scales).size == 0
     assert skips(with_({64: 1000.0})).tolist() == [64]
+
+
+def test_one_norm_is_no_level() -> None:
+    """Not of the shortest window, of which it is a half; and a norm at the bound passes."""
+    judge = functools.partial(spikes.judged, ax.SpikeRule(window=2, deviations=100.0))
+    passes, entered = judge(window(-1, 1), jnp.float32(9))
+    assert passes
+    same(entered, window(1, 9))
+    assert judge(window(1, 1), jnp.float32(2))[0]
+    assert not judge(window(1, 1), jnp.float32(2.001))[0]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -39,7 +39,7 @@ SHAPES = {
 
 WAYS: dict[str, Any] = {
     "patterns": ("blocks", "^dec/", "out"),
-    "one pattern": "blocks|dec|out",
+    "one pattern": "locks|dec|out",
     "a callable": lambda path, leaf: path == "blocks/g" or leaf.ndim > 1,
     "a prefix": {"blocks": True, "dec": {"w": True}, "head": False, "out": True},
 }
@@ -130,6 +130,8 @@ def test_what_a_step_tells_is_the_same_too() -> None:
     for name, norms in vars(told.per_leaf).items():
         close(listed(norms), getattr(of_list.per_leaf, name))
     assert 0 < told.clip_factor < 1
+    (whole,) = trained(stacked, jnp.float32, few, return_info=True)[2]
+    close(whole, dataclasses.replace(told, per_leaf=None))
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=str)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import words
 
+import adamw_xla as ax
 from adamw_xla_lowering.formats import noise
 
 F32 = np.float32
@@ -142,3 +148,44 @@ def test_the_noise_of_m_is_what_is_said(b1: float) -> None:
         m = words.decode(words.encode(m, np.full(size, unit), r))[0]
     relative = np.std((m - exact) / scale) / np.std(exact / scale)
     assert abs(relative - noise.deviation_of_m(b1)) < 0.01
+
+
+WAYS_TO_A_STEP: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "nesterov": {"nesterov": True},
+    "epsilon without bias": {"epsilon_hat": False, "epsilon": 0.1},
+    "epsilon's root": {"epsilon_root": 0.1},
+    "a group's": {"beta_2": 0.99, "groups": (ax.Group("a", beta_2=0.9),)},
+}
+
+
+@pytest.mark.parametrize(
+    ("implementation", "traced"), [("xla", False), ("xla", True), ("reference", False)]
+)
+@pytest.mark.parametrize("name", WAYS_TO_A_STEP)
+def test_words_step_as_moments_of_their_own_beta_2(
+    name: str, implementation: str, traced: bool
+) -> None:
+    """In v, in its bias and in the step's length: by ``Group`` and config, at each update."""
+    more: dict[str, Any] = {"beta_2": 0.9, **WAYS_TO_A_STEP[name]}
+    words = ax.AdamW(0.01, 0.0, state_format="word16", **more)
+    complement = noise.complement_in_words(0.1)
+    if "groups" in more:
+        more["groups"] = (ax.Group("a", beta_2=1 - complement),)
+    else:
+        more["beta_2"] = 1 - complement
+    factor = noise.step_factor(complement, 6.0)
+    moments = ax.AdamW(0.01 * factor, 0.0, **more)
+    params, grads = {"a": jnp.zeros((5, 16))}, {"a": jnp.cos(jnp.arange(80.0)).reshape(5, 16)}
+    state = dataclasses.replace(
+        ax.adamw_init(params, moments),
+        m={"a": jnp.linspace(-1, 1, 80).reshape(5, 16)},
+        v={"a": jnp.linspace(0.5, 2, 80).reshape(5, 16)},
+        count=jnp.int32(5),
+    )
+    state = ax.pack_state(state)
+    step: Any = {"xla": ax.adamw_step, "reference": ax.reference.adamw_step}[implementation]
+    step = jax.jit(step, static_argnames=() if traced else "config")
+    got, _ = step(params, grads, state, config=words)
+    want, _ = ax.reference.adamw_step(params, grads, ax.unpack_state(state), moments)
+    np.testing.assert_allclose(got["a"], want["a"], rtol=2e-5)
