@@ -79,6 +79,39 @@ kind=kLoop, calls=%row
     assert (kernel.name, kernel.kind, kernel.read, kernel.written) == ("start", "fusion", 404, 400)
 
 
+@pytest.mark.parametrize(
+    ("layout", "taken"),
+    [
+        ("{1,0:T(8,128)(2,1)}", {2560, 4096}),  # 10 rows lie in two tiles of 8
+        ("{0,1:T(8,128)(2,1)}", {2560, 32768}),  # and so do 128 columns of 10 elements
+        ("{1,0}", {2560}),
+    ],
+)
+def test_bytes_of_an_array_may_be_those_that_pad_it_too(layout, taken):
+    """Of which XLA:TPU makes slices that are fetched early."""
+
+    def is_taken(size: int) -> bool:
+        body = f"""\
+            %x = bf16[10,128]{layout} parameter(0)
+            ROOT %bytes = s8[{size}]{{0:T(1024)(128)(4,1)}} bitcast(%x)
+            """
+        try:
+            return report(module(body)).program.count == 0
+        except HloSyntaxError:
+            return False
+
+    assert {size for size in (2560, 3000, 4096, 5120, 32768, 40960) if is_taken(size)} == taken
+
+
+@pytest.mark.parametrize("layout", ["{2,0:T(8,128)}", "{0:T(8,128)}", "{1,0:T(0,128)}"])
+def test_a_layout_that_contradicts_its_shape_is_an_error_of_its_line(layout):
+    body = f"""\
+        ROOT %x = bf16[10,128]{layout} parameter(0)
+        """
+    with pytest.raises(HloSyntaxError, match="line 4"):
+        report(module(body))
+
+
 def test_text_with_types_at_the_operands_and_no_percent_signs():
     body = """\
           x = bf16[3,2]{1,0} parameter(0), metadata={op_name="p[\\'(w) = {\\']"}

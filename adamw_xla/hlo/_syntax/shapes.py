@@ -20,11 +20,13 @@ class Array:
       dims: the sizes.
       space: the memory space in the layout; 0 is the device's main memory. On TPU 1 is
         VMEM, 2 are flags and 6 is SMEM; 5 is the host.
+      tiled: the sizes in the order in which they lie in memory, each rounded up to whole tiles.
     """
 
     dtype: str
     dims: tuple[int, ...]
     space: int = 0
+    tiled: tuple[int, ...] = dataclasses.field(default=(), compare=False)
 
     @property
     def elements(self) -> int:
@@ -35,6 +37,11 @@ class Array:
     def bytes(self) -> int:
         """The elements' bytes; a layout's padding is not counted."""
         return -(-self.elements * _bits(self.dtype) // 8)
+
+    @property
+    def padded_bytes(self) -> int:
+        """The same with a layout's padding."""
+        return -(-math.prod(self.tiled or self.dims) * _bits(self.dtype) // 8)
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.dims))}]"
@@ -74,8 +81,10 @@ def read_shape(line: str, at: int) -> tuple[Shape, int]:
         found = _ARRAY.match(line, at)
         if found is None:
             raise ValueError
-        space = re.search(r"S\((\d+)\)", found[3] or "")
-        return Array(found[1], ints(found[2]), int(space[1]) if space else 0), found.end()
+        layout, dims = found[3] or "", ints(found[2])
+        space = re.search(r"S\((\d+)\)", layout)
+        shape = Array(found[1], dims, int(space[1]) if space else 0, _tiled(dims, layout))
+        return shape, found.end()
     parts: list[Shape] = []
     at = _SPACE.match(line, at + 1).end()  # type: ignore[union-attr]
     while line[at] != ")":
@@ -83,6 +92,23 @@ def read_shape(line: str, at: int) -> tuple[Shape, int]:
         parts.append(part)
         at = _SPACE.match(line, at).end()  # type: ignore[union-attr]
     return Tuple(tuple(parts)), at + 1
+
+
+def _tiled(dims: tuple[int, ...], layout: str) -> tuple[int, ...]:
+    """What a layout such as ``{1,0:T(8,128)(2,1)}`` makes of the sizes; () where it has no tiles.
+
+    The first tile pads: those behind it divide it.
+    """
+    found = re.match(r"\{([\d,]*):T\(([\d,]+)\)", layout)
+    if found is None:
+        return ()
+    order, tile = ints(found[1])[::-1], ints(found[2])
+    if sorted(order) != list(range(len(dims))) or 0 in tile:
+        raise ValueError
+    sizes = [1] * (len(tile) - len(order)) + [dims[number] for number in order]
+    whole = len(sizes) - len(tile)
+    inner = (-(-size // t) * t for size, t in zip(sizes[whole:], tile, strict=True))
+    return (*sizes[:whole], *inner)
 
 
 def ints(text: str) -> tuple[int, ...]:
