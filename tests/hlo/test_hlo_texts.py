@@ -196,6 +196,30 @@ def test_conditions_run_where_the_length_of_a_loop_is_not_known(platform):
     assert [k.name for k in counted.kernels] == (["less"] if platform == "tpu" else []) + ["y"]
 
 
+def test_a_loop_in_a_loop_runs_as_often_as_both():
+    counts = """backend_config={"known_trip_count":{"n":"%d"}}"""
+    inner = f"while(%b.1), condition=%condition, body=%body, {counts % 3}"
+    outer = f"while(%t), condition=%condition.1, body=%body.1, {counts % 4}"
+    around = f"""\
+        %condition.1 (c.1: (s32[], f32[8])) -> pred[] {{
+          %c.1 = (s32[], f32[8]{{0}}) parameter(0)
+          ROOT %more = pred[] constant(true)
+        }}
+
+        %body.1 (b.1: (s32[], f32[8])) -> (s32[], f32[8]) {{
+          %b.1 = (s32[], f32[8]{{0}}) parameter(0)
+          ROOT %inner = (s32[], f32[8]{{0}}) {inner}
+        }}
+
+        """
+    body = f"""\
+          %t = (s32[], f32[8]{{0}}) parameter(0)
+          ROOT %w = (s32[], f32[8]{{0}}) {outer}
+        """
+    text = module(body, extra=LOOP.rstrip(" ") + around)
+    assert {k.name: k.times for k in report(text).program.kernels}["y"] == 12
+
+
 COUNTED = """\
           %x = f32[8]{0} parameter(0)
           %first = s32[] constant(1)
