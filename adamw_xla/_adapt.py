@@ -13,6 +13,7 @@ from adamw_xla._check import calls, formats, restored, trees
 from adamw_xla._check.leaves import float_leaf, path
 from adamw_xla._check.words import NATIVE, misplaced, not_a_state
 from adamw_xla._config import AdamW, check_config
+from adamw_xla._formats import packed
 from adamw_xla._inside.grouped import frozen_leaves
 from adamw_xla._inside.offload import to_device
 from adamw_xla._placement import (
@@ -25,7 +26,7 @@ from adamw_xla._placement import (
 )
 from adamw_xla._rules import spikes
 from adamw_xla._state import COLUMNS, COUNTERS, AdamWState, first_of, used_fields
-from adamw_xla_lowering import pack, unpack
+from adamw_xla_lowering import unpack
 
 _ADAPT = dataclasses.replace(NATIVE, call="adapt_state(state, params, config)")
 
@@ -154,10 +155,8 @@ class _Leaf:
         there = {field: x for field, x in self.state.items() if x is not None}
         used = used_fields(self.config)
         if "words" in used and "words" not in there:
-            moments = {field: to_device(there[field]) for field in ("m", "v")}
-            for field, x in moments.items():
-                formats.no_nan(_ADAPT.of_state(field), self.params, self.index, x)
-            there["words"] = pack(**moments)
+            m, v = there["m"], there["v"]
+            there["words"] = packed(_ADAPT.of_state, self.params, self.index, m, v)
         elif "v" in used and "v" not in there:
             there["m"], there["v"] = unpack(to_device(there["words"]))
         kept = {field: self._cast(field, x) for field, x in there.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
@@ -84,12 +85,25 @@ def pack_state(state: AdamWState) -> AdamWState:
         )
     for field in ("m", "v"):
         tree = getattr(state, field)
-        leaves = jax.tree.leaves(tree)
-        trees.params(tree, leaves, f"state.{field}")
-        for i, x in enumerate(leaves):
-            formats.no_nan(f"state.{field}", tree, i, to_device(x))
-    words = jax.tree.map(lambda m, v: pack(to_device(m), to_device(v)), state.m, state.v)
-    return dataclasses.replace(state, m=None, v=None, words=words)
+        trees.params(tree, jax.tree.leaves(tree), f"state.{field}")
+    return in_words(state, "state.{}".format)
+
+
+def in_words(state: AdamWState, called: Callable[[str], str]) -> AdamWState:
+    """A state of moments in words, as ``pack_state``; ``called`` names its fields in errors."""
+    treedef: Any
+    m, treedef = jax.tree.flatten(state.m)
+    pairs = zip(m, treedef.flatten_up_to(state.v), strict=True)
+    words = [packed(called, state.m, i, *pair) for i, pair in enumerate(pairs)]
+    return dataclasses.replace(state, m=None, v=None, words=treedef.unflatten(words))
+
+
+def packed(called: Callable[[str], str], tree: Any, index: int, m: Any, v: Any) -> jax.Array:
+    """The words of one leaf's moments; refuses a NaN, with the path that ``tree`` has."""
+    moments = {"m": to_device(m), "v": to_device(v)}
+    for field, x in moments.items():
+        formats.no_nan(called(field), tree, index, x)
+    return pack(**moments)
 
 
 @calls.explained("master_params", aliases={"opt_state": "state", "model": "params"}, lacking=_STATE)

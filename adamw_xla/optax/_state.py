@@ -10,10 +10,9 @@ from jax import export
 import jax.numpy as jnp
 import optax
 
-from adamw_xla._check import calls, formats
-from adamw_xla._formats import pack_state, unpack_state
+from adamw_xla._check import calls
+from adamw_xla._formats import in_words, unpack_state
 from adamw_xla._info.step_info import StepInfo
-from adamw_xla._inside.offload import to_device
 from adamw_xla._rules import spikes
 from adamw_xla._state import AdamWState
 from adamw_xla.optax import _check, _wrappers
@@ -165,13 +164,10 @@ def _filled(like: AdamWState, source: Any, argument: str) -> AdamWState:
         return _filled_alike(like, source, argument)
     if to_words:
         new = _filled_alike(unpack_state(like), source, argument)
-        for field in ("m", "v"):
-            for i, x in enumerate(jax.tree.leaves(tree := getattr(new, field))):
-                formats.no_nan(f"{argument}.{_called(source, field)}", tree, i, to_device(x))
-        return pack_state(new)
+        return in_words(new, lambda field: f"{argument}.{_called(source, field)}")
     words = jax.eval_shape(lambda m: jax.tree.map(lambda x: x.astype(jnp.bfloat16), m), like.m)
-    in_words = dataclasses.replace(like, m=None, v=None, v_max=None, words=words)
-    new = unpack_state(_filled_alike(in_words, source, argument))
+    place = dataclasses.replace(like, m=None, v=None, v_max=None, words=words)
+    new = unpack_state(_filled_alike(place, source, argument))
     m, v = (
         jax.tree.map(lambda x, place: x.astype(place.dtype), *pair)
         for pair in ((new.m, like.m), (new.v, like.v))
