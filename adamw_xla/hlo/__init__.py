@@ -83,7 +83,7 @@ def report(
     kernels = kernels_of(module, platform, schedules)
     parts = {part: [kernel for kernel in kernels if kernel.part == part] for part in (UPDATE, NORM)}
     inputs = inputs_of(module, arguments_of(compiled, module), donated)
-    collectives = collectives_of(module, schedules)
+    collectives, holders = collectives_of(module, schedules)
     leaves = leaves_of(module, parts[UPDATE], kernels, inputs)
     temporary, peak = _memory(compiled)
     return Report(
@@ -95,7 +95,7 @@ def report(
         inputs=tuple(inputs),
         devices=devices_of(module),
         collectives=tuple(collectives),
-        leaves=tuple(with_gradient_sums(module, leaves, kernels, collectives)),
+        leaves=tuple(with_gradient_sums(module, leaves, kernels, holders)),
         temporary_bytes=temporary,
         peak_bytes=peak,
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import math
 import re
-from typing import Any
+from typing import Any, TypeAlias
 
 from adamw_xla.hlo._kernels import NORM, OTHER, UPDATE, Schedule, named_part, part_of_maker
 from adamw_xla.hlo._syntax.flow import entry_parameter, origin, result_shape, results_of
@@ -52,26 +52,31 @@ def devices_of(module: Module) -> int:
     return math.prod(map(int, found))
 
 
-def collectives_of(module: Module, schedules: Sequence[Schedule]) -> list[Collective]:
+Holders: TypeAlias = Mapping[tuple[str, str], Sequence[Collective]]
+"""What an instruction is, or runs once: by its name and that of the computation it stands in."""
+
+
+def collectives_of(
+    module: Module, schedules: Sequence[Schedule]
+) -> tuple[list[Collective], Holders]:
     """All of them, in the order of the schedule; each once, in however many steps it is made.
 
     The steps are of one channel, stand in one computation, and exchange the same. (XLA:TPU gives
-    what stands in different computations the same channel, too.)
+    what stands in different computations the same channel, too.) Which instructions are steps of
+    which is told beside them.
     """
     found: dict[Any, Collective] = {}
+    holders: dict[tuple[str, str], list[Collective]] = {}
     outputs = results_of(module)
     for computation, times, parts in schedules:
         for instruction in computation.instructions:
             for one in _Found(module, parts, ((computation, instruction),)).inside():
                 described = one.described(times, outputs)
-                exchange = exchange_of(one.instruction)
-                found.setdefault((exchange, computation.name, described.bytes), described)
-    return list(found.values())
-
-
-def exchange_of(instruction: Instruction) -> str:
-    """What the steps of one exchange have in common."""
-    return instruction.attributes.get("channel_id", instruction.name)
+                channel = one.instruction.attributes.get("channel_id", one.instruction.name)
+                key = channel, computation.name, described.bytes
+                held = holders.setdefault((instruction.name, computation.name), [])
+                held.append(found.setdefault(key, described))
+    return list(found.values()), holders
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
+import functools
 import re
 
-from adamw_xla.hlo._collectives import Collective, exchange_of
+from adamw_xla.hlo._collectives import Collective, Holders
 from adamw_xla.hlo._inputs import Input
 from adamw_xla.hlo._kernels import Kernel
-from adamw_xla.hlo._syntax.flow import (
-    entry_parameter,
-    made,
-    makers_of,
-    origin,
-    result_shape,
-)
-from adamw_xla.hlo._syntax.opcodes import CALLS_ONE, MOVES, is_collective
+from adamw_xla.hlo._syntax.flow import entry_parameter, made, makers_of, origin, result_shape
+from adamw_xla.hlo._syntax.opcodes import MOVES
 from adamw_xla.hlo._syntax.shapes import arrays
-from adamw_xla.hlo._syntax.text import Instruction, Module
+from adamw_xla.hlo._syntax.text import Module
 from adamw_xla.hlo._unnamed import Family, families
 
 _FIELDS = {
@@ -109,7 +104,7 @@ def with_gradient_sums(
     module: Module,
     leaves: Iterable[Leaf],
     kernels: Iterable[Kernel],
-    collectives: Iterable[Collective],
+    holders: Holders,
 ) -> list[Leaf]:
     """The leaves with what sums their gradients.
 
@@ -120,52 +115,31 @@ def with_gradient_sums(
       module: the program.
       leaves: as ``leaves_of`` found them.
       kernels: all of the program.
-      collectives: likewise.
+      holders: its collectives, by the instructions that hold them.
     """
     around = {kernel.name: module.computations[kernel.computation] for kernel in kernels}
-    made_by = _by_maker(module, [c for c in collectives if c.kind in _SUMS])
+
+    @functools.cache
+    def summed(kernel: str) -> list[tuple[int, Collective]]:
+        """How many elements an operand has that a collective sums, and which."""
+        where, found = around[kernel], []
+        for operand in where.by_name[kernel].operands:
+            maker = origin(module, where, operand).name
+            elements = sum(x.elements for x in arrays(where.by_name[operand].shape))
+            held = holders.get((maker, where.name), ())
+            found += [(elements, c) for c in held if c.kind in _SUMS]
+        return found
 
     def sums(leaf: Leaf) -> Iterator[str]:
         for kernel in leaf.kernels:
-            values = around[kernel].by_name
-            for operand in values[kernel].operands:
-                maker = origin(module, around[kernel], operand).name
-                found = made_by.get((maker, around[kernel].name))
-                elements = sum(x.elements for x in arrays(values[operand].shape))
-                if found and elements in (leaf.elements, leaf.elements * (found.devices or 1)):
-                    yield found.name
+            for elements, c in summed(kernel):
+                if elements in (leaf.elements, leaf.elements * (c.devices or 1)):
+                    yield c.name
 
     return [dataclasses.replace(x, gradient_sums=tuple(dict.fromkeys(sums(x)))) for x in leaves]
 
 
 _SUMS = ("all-reduce", "reduce-scatter")
-
-
-def _by_maker(
-    module: Module, collectives: Iterable[Collective]
-) -> dict[tuple[str, str], Collective]:
-    """For what has the result of a collective, and the computation where it stands, which one."""
-    every = [i for x in module.computations.values() for i in x.instructions]
-    exchange = {i.name: exchange_of(i) for i in every if is_collective(i.opcode)}
-    wanted: dict[tuple[str | None, str], Collective] = {
-        (exchange[c.name], c.computation): c for c in collectives
-    }
-    found = {}
-    for computation in dict.fromkeys(c.computation for c in wanted.values()):
-        for instruction in module.computations[computation].instructions:
-            for name in _inside(module, instruction):
-                if there := wanted.get((exchange.get(name), computation)):
-                    found[instruction.name, computation] = there
-    return found
-
-
-def _inside(module: Module, instruction: Instruction) -> Iterator[str]:
-    """The names of an instruction and of all that it calls once."""
-    yield instruction.name
-    if instruction.opcode in CALLS_ONE:
-        for called in instruction.called:
-            for inner in module.computations[called].instructions:
-                yield from _inside(module, inner)
 
 
 def _making(module: Module, param: Input, own: set[str]) -> list[str]:
