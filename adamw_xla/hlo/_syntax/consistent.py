@@ -216,11 +216,10 @@ def _as_many_elements(x: Instruction, operands: Sequence[Shape]) -> bool:
 
 def _no_more_bytes(x: Instruction, operands: Sequence[Shape]) -> bool:
     """A TPU's may also be of the first elements alone, or of bytes with all that pads them."""
-    (made, padded), (given, whole) = (
-        (sum(a.bytes for a in arrays(shape)), sum(a.padded_bytes for a in arrays(shape)))
-        for shape in (x.shape, operands[0])
-    )
-    return made <= given or padded == whole
+    made, given = list(arrays(x.shape)), list(arrays(operands[0]))
+    if sum(a.bytes for a in made) <= sum(a.bytes for a in given):
+        return True
+    return sum(a.padded_bytes for a in made) == sum(a.padded_bytes for a in given)
 
 
 def _sorted(x: Instruction, operands: Sequence[Shape]) -> bool:

@@ -36,12 +36,12 @@ class Array:
     @property
     def bytes(self) -> int:
         """The elements' bytes; a layout's padding is not counted."""
-        return -(-self.elements * _bits(self.dtype) // 8)
+        return _bytes(self.elements, self.dtype)
 
     @property
     def padded_bytes(self) -> int:
         """The same with a layout's padding."""
-        return -(-math.prod(self.tiled or self.dims) * _bits(self.dtype) // 8)
+        return _bytes(math.prod(self.tiled or self.dims), self.dtype)
 
     def __str__(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.dims))}]"
@@ -64,6 +64,10 @@ def arrays(shape: Shape) -> Iterator[Array]:
     else:
         for part in shape.parts:
             yield from arrays(part)
+
+
+def _bytes(elements: int, dtype: str) -> int:
+    return -(-elements * _bits(dtype) // 8)
 
 
 def _bits(dtype: str) -> int:
