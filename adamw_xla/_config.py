@@ -120,8 +120,8 @@ class AdamW(Compared):
         each element, 2 bytes in place of 8, rounded at random by bits that follow from the
         element's gradient and param and the count alone; ``adamw_xla_lowering.formats.word`` has
         the format. What the step itself computes is float32 as ever, but ``1 - beta_2`` is up to
-        9 % less, and the rate as much less as makes steps as long as with moments, since a
-        ``v`` that is rounded is forgotten sooner (``formats.noise`` derives both). An ``epsilon``
+        9 % less, since a ``v`` that is rounded is forgotten sooner, and the rate up to 3 %, since
+        its noise would make steps longer (``formats.noise`` derives both). An ``epsilon``
         below 1e-14 counts as that. ``m`` may be 7.5 times the root of ``v`` there, which is all
         that a ``beta_1`` of 0.9 and a ``beta_2`` of 0.999 make; at 0.9999 the next steps are up to
         30 % shorter where gradients grow tenfold at once. Not with ``amsgrad`` or ``state_dtype``,

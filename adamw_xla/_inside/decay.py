@@ -4,7 +4,6 @@ The float32 nearest to 0.999 is 1.3e-8 off, and one less it is 1.3e-5 off, relat
 follows is computed in float64 where the decay is known, and goes beside it where it is traced.
 """
 
-from collections.abc import Callable
 import functools
 import math
 from typing import Any, NamedTuple
@@ -36,9 +35,8 @@ def of(value: Any) -> Decay:
     return Decay(wide, 1 - wide, jnp.log(wide))
 
 
-def with_complement(decay: Decay, changed: Callable[[Any], Any]) -> Decay:
-    """The decay whose complement is what ``changed`` makes of the one of ``decay``."""
-    complement = changed(decay.complement)
+def of_complement(complement: Any) -> Decay:
+    """The decay that is one less this: a Python float where it is known, else an array."""
     if isinstance(complement, float):
         log = math.log1p(-complement) if complement < 1 else _LEAST_LOG
         return Decay(1 - complement, complement, log)

@@ -20,7 +20,7 @@ import numpy as np
 from adamw_xla._check import options
 from adamw_xla._config import AdamW
 from adamw_xla._inside import decay, explicit
-from adamw_xla._inside.decay import Beta, Decay, with_complement
+from adamw_xla._inside.decay import Beta, Decay, of_complement
 from adamw_xla._rules.groups import Group, ScalarOrSchedule
 from adamw_xla_lowering import NUM_SLOTS, Slot
 from adamw_xla_lowering.formats.noise import complement_in_words, step_factor
@@ -174,7 +174,7 @@ def hyper_rows(
         if key not in betas:
             found = decay_of(holder, name, dtype)
             if name == "beta_2" and config.state_format == "word16":
-                found = with_complement(found, complement_in_words)
+                found = of_complement(complement_in_words(found.complement))
             betas[key] = Beta(found, counts[name])
         return betas[key]
 

@@ -165,7 +165,7 @@ def jumps(quick: bool) -> list[Check]:
             key_now = jax.random.fold_in(key, number)
             state[name], made[name] = moved(state[name], scale, key_now, config=config, steps=steps)
         longest = np.abs(np.asarray(made["word"])).max()
-        first = math.sqrt(1 - KEPT) / (1 - BETA_1)  # where corrections are the largest: 0.32
+        first = math.sqrt(1 - KEPT) / (1 - BETA_1)  # where corrections are the largest: 0.30
         bound = LONGEST_STEP * max(1.0, first)
         checks.append(
             Check(f"scale {scale:g}, stage {number + 1}: longest step", float(longest), 0, bound)
